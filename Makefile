@@ -1,0 +1,71 @@
+# `make help` lists the targets. `.ci/run` runs `make test` and `make check`.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help run test check fmt lint-proto breaking proto-landed audit bench-retrieval tools docs-update clean
+
+BUILD := $(or $(CARGO_TARGET_DIR),target)/release
+export PATH := $(shell scripts/tools.sh --path):$(PATH)
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+run: ## build and start every service in one process (ARGS="--listen 127.0.0.1:7800")
+	cargo build --release --locked -p aeterna
+	@$(BUILD)/aeterna models fetch || true # without a model it says so and serves with hashed vectors
+	@exec $(BUILD)/aeterna serve $(ARGS)
+
+test: ## run every test (ARGS="--no-fail-fast" goes to cargo test)
+	@scripts/tools.sh grpcurl buf
+	cargo test --workspace --locked $(ARGS)
+
+check: lint-proto breaking ## check format, lints, contracts, licences, docs and scripts: what CI asks beside the tests
+	@scripts/tools.sh cargo-deny
+	for script in scripts/*.sh .ci/run; do bash -n "$$script"; done
+	cargo fmt --all --check
+	cargo deny --locked check --allow unmatched-wrapper --allow unused-wrapper licenses bans sources
+	cargo clippy --workspace --all-targets --locked -- -D warnings
+	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --locked
+
+fmt: ## format the Rust sources and the interface definitions
+	@scripts/tools.sh buf
+	cargo fmt --all
+	buf format -w
+
+lint-proto: ## lint the interface definitions and check their format
+	@scripts/tools.sh buf
+	buf lint
+	buf format --diff --exit-code
+
+breaking: ## refuse a change to the contracts that would break a client
+	@scripts/tools.sh buf
+	scripts/breaking.sh
+
+proto-landed: lint-proto ## record today's contracts as landed, after checking them against the last record
+	if [[ -f proto/landed.binpb ]]; then scripts/breaking.sh; fi
+	buf build --path proto/aeterna --exclude-source-info -o proto/landed.binpb
+
+# cargo-deny fetches the database with git, so git can be told to take it from a clone (ADVISORY_DB) instead.
+ADVISORY_URL := https://github.com/rustsec/advisory-db
+audit: ## check the dependencies for known vulnerabilities (ADVISORY_DB=a local clone of the advisory database)
+	@scripts/tools.sh cargo-deny
+	@if [[ -n "$(ADVISORY_DB)" ]]; then \
+	  db=$$(realpath -e "$(ADVISORY_DB)"); \
+	  export GIT_CONFIG_COUNT=1 GIT_CONFIG_KEY_0="url.file://$$db.insteadOf" GIT_CONFIG_VALUE_0=$(ADVISORY_URL); \
+	fi; \
+	cargo deny --locked check advisories
+
+bench-retrieval: ## measure recall and latency on a data set (DATA=path, MODEL=dir, ARGS=...)
+	@[[ -n "$(DATA)" ]] || { echo 'bench-retrieval: name the data set: make bench-retrieval DATA=path' >&2; exit 2; }
+	cargo build --release --locked -p aeterna -p aeterna-bench
+	$(BUILD)/aeterna-bench retrieval --data "$(DATA)" --server-bin $(BUILD)/aeterna \
+	  $(if $(MODEL),--model "$(MODEL)") $(ARGS)
+
+tools: ## install the pinned tools that the other targets need
+	scripts/tools.sh buf grpcurl cargo-deny
+
+docs-update: ## rewrite the documentation pages that are generated from the code
+	UPDATE_DOCS=1 cargo test --locked -p aeterna-it docs
+
+clean: ## remove what was built (installed tools and data stay)
+	cargo clean

@@ -1,0 +1,103 @@
+//! Health per service and readiness per dependency.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use tonic_health::ServingStatus;
+use tonic_health::server::HealthReporter;
+
+/// The state of something that a service depends on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Dependency {
+    /// It works.
+    Up,
+    /// It is away or catching up, and the service goes on with less.
+    Degraded(String),
+    /// It is away, and the service can't go on.
+    Down(String),
+}
+
+/// The states of all dependencies of the services in a process.
+#[derive(Clone)]
+pub struct Health {
+    reporter: HealthReporter,
+    inner: Arc<Mutex<States>>,
+}
+
+#[derive(Default)]
+struct States {
+    services: BTreeMap<&'static str, BTreeMap<&'static str, Dependency>>,
+    draining: bool,
+}
+
+impl std::fmt::Debug for Health {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Health")
+    }
+}
+
+impl Health {
+    pub(crate) fn new(reporter: HealthReporter) -> Self {
+        Self { reporter, inner: Arc::default() }
+    }
+
+    fn states(&self) -> std::sync::MutexGuard<'_, States> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Reports the state of one dependency of a service, named as in its contract.
+    pub async fn report(&self, service: &'static str, dependency: &'static str, state: Dependency) {
+        let serving = {
+            let mut states = self.states();
+            let before = states.services.entry(service).or_default().insert(dependency, state.clone());
+            if before.as_ref() != Some(&state) && before.is_some() {
+                tracing::info!(service, dependency, ?state, "dependency changed");
+            }
+            let down = |service: &BTreeMap<_, Dependency>| service.values().any(|d| matches!(d, Dependency::Down(_)));
+            !states.draining && !states.services.get(service).is_some_and(down)
+        };
+        let status = if serving { ServingStatus::Serving } else { ServingStatus::NotServing };
+        self.reporter.set_service_status(service, status).await;
+    }
+
+    /// Says NOT_SERVING for everything, so that balancers turn away.
+    pub async fn drain(&self) {
+        let services: Vec<_> = {
+            let mut states = self.states();
+            states.draining = true;
+            states.services.keys().copied().collect()
+        };
+        for service in services.into_iter().chain([""]) {
+            self.reporter.set_service_status(service, ServingStatus::NotServing).await;
+        }
+    }
+
+    /// True when every service can do its work and the process is not draining.
+    pub fn is_ready(&self) -> bool {
+        let states = self.states();
+        let up = |d: &Dependency| !matches!(d, Dependency::Down(_));
+        !states.draining && states.services.values().flat_map(BTreeMap::values).all(up)
+    }
+
+    /// Everything known, as JSON.
+    pub fn to_json(&self) -> serde_json::Value {
+        let ready = self.is_ready();
+        let states = self.states();
+        let services: serde_json::Map<_, _> = states
+            .services
+            .iter()
+            .map(|(service, dependencies)| {
+                let shown = dependencies.iter().map(|(name, state)| {
+                    let text = match state {
+                        Dependency::Up => "up".to_string(),
+                        Dependency::Degraded(why) => format!("degraded: {why}"),
+                        Dependency::Down(why) => format!("down: {why}"),
+                    };
+                    (name.to_string(), text.into())
+                });
+                (service.to_string(), serde_json::Value::Object(shown.collect()))
+            })
+            .collect();
+        serde_json::json!({"ready": ready, "draining": states.draining, "services": services})
+    }
+}

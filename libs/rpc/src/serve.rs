@@ -1,0 +1,139 @@
+//! One listener for gRPC, gRPC-Web and plain HTTP; drained on request.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use aeterna_error::Error;
+use aeterna_telemetry::Telemetry;
+use axum::Router;
+use axum::extract::State;
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use http::{StatusCode, header};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::server::conn::auto::Builder;
+use hyper_util::server::graceful::GracefulShutdown;
+use hyper_util::service::TowerToHyperService;
+use tokio::net::TcpListener;
+use tokio::sync::Semaphore;
+use tokio_util::sync::CancellationToken;
+use tonic::service::Routes;
+
+use crate::health::Health;
+
+/// Health and reflection, v1 and v1alpha, for the services named; only what is mounted is listed.
+///
+/// # Errors
+/// INTERNAL when the descriptor set can't be read.
+pub fn infrastructure(services: &[&str]) -> Result<(Routes, Health), Error> {
+    let (reporter, health) = tonic_health::server::health_reporter();
+    let builder = || {
+        services.iter().chain(&["grpc.health.v1.Health"]).fold(
+            tonic_reflection::server::Builder::configure()
+                .register_encoded_file_descriptor_set(aeterna_proto::DESCRIPTOR_SET)
+                .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET),
+            |builder, service| builder.with_service_name(*service),
+        )
+    };
+    let routes = Routes::new(health)
+        .add_service(builder().build_v1().map_err(Error::internal)?)
+        .add_service(builder().build_v1alpha().map_err(Error::internal)?);
+    Ok((routes, Health::new(reporter)))
+}
+
+/// `/healthz` (the process lives), `/readyz` (it can do its work, by dependency) and `/metrics`.
+pub fn http_routes(health: Health, telemetry: Telemetry) -> Router {
+    Router::new()
+        .route("/healthz", get(|| async { "ok\n" }))
+        .route("/readyz", get(ready).with_state(health))
+        .route("/metrics", get(metrics).with_state(telemetry))
+}
+
+async fn ready(State(health): State<Health>) -> Response {
+    let status = if health.is_ready() { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    (status, [(header::CONTENT_TYPE, "application/json")], format!("{}\n", health.to_json())).into_response()
+}
+
+async fn metrics(State(telemetry): State<Telemetry>) -> Response {
+    match telemetry.prometheus() {
+        Ok(text) => ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], text).into_response(),
+        Err(error) => {
+            tracing::error!(%error, "can't encode the metrics");
+            StatusCode::INTERNAL_SERVER_ERROR.into_response()
+        }
+    }
+}
+
+/// A listener with everything mounted on it.
+#[derive(Debug)]
+pub struct Server {
+    /// Bound before any heavy work began.
+    pub listener: TcpListener,
+    /// gRPC services behind the stack, and the plain HTTP routes.
+    pub router: Router,
+    /// Connections open at once.
+    pub connections: usize,
+    /// How long open calls may go on after the drain began.
+    pub drain: Duration,
+}
+
+impl Server {
+    /// Serves until `stop` is cancelled, then lets open calls end within the drain time.
+    pub async fn run(self, stop: CancellationToken) {
+        let router = self.router.layer(tonic_web::GrpcWebLayer::new());
+        let mut builder = Builder::new(TokioExecutor::new());
+        builder
+            .http1()
+            .timer(TokioTimer::new())
+            .header_read_timeout(Duration::from_secs(10))
+            .http2()
+            .timer(TokioTimer::new())
+            .max_concurrent_streams(1000)
+            .adaptive_window(true)
+            .keep_alive_interval(Some(Duration::from_secs(30)))
+            .keep_alive_timeout(Duration::from_secs(20));
+        let connections = Arc::new(Semaphore::new(self.connections));
+        let graceful = GracefulShutdown::new();
+        loop {
+            let accepted = tokio::select! {
+                () = stop.cancelled() => break,
+                accepted = accept(&self.listener, &connections) => accepted,
+            };
+            let Some((stream, permit)) = accepted else { continue };
+            let service = TowerToHyperService::new(router.clone());
+            let connection = builder.serve_connection_with_upgrades(TokioIo::new(stream), service).into_owned();
+            let connection = graceful.watch(connection);
+            tokio::spawn(async move {
+                if let Err(error) = connection.await {
+                    tracing::debug!(%error, "a connection ended early");
+                }
+                drop(permit);
+            });
+        }
+        drop(self.listener);
+        if tokio::time::timeout(self.drain, graceful.shutdown()).await.is_err() {
+            tracing::warn!(seconds = self.drain.as_secs(), "calls were still open at the end of the drain time");
+        }
+    }
+}
+
+async fn accept(
+    listener: &TcpListener,
+    connections: &Arc<Semaphore>,
+) -> Option<(tokio::net::TcpStream, tokio::sync::OwnedSemaphorePermit)> {
+    let permit = Arc::clone(connections).acquire_owned().await.ok()?;
+    match listener.accept().await {
+        Ok((stream, _)) => {
+            if let Err(error) = stream.set_nodelay(true) {
+                tracing::debug!(%error, "can't set TCP_NODELAY");
+            }
+            Some((stream, permit))
+        }
+        Err(error) => {
+            // Usually out of file descriptors: waiting lets some close.
+            tracing::warn!(%error, "can't accept a connection");
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            None
+        }
+    }
+}

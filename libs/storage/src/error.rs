@@ -1,0 +1,71 @@
+//! What a driver's error means for a caller.
+
+use aeterna_error::{Error, Reason};
+
+/// What went wrong in a store.
+#[derive(Debug, thiserror::Error)]
+pub enum StorageError {
+    /// Locked, out of connections or away: a retry may succeed.
+    #[error("the store is busy or away")]
+    Unavailable(#[source] Cause),
+    /// A unique index refused a row.
+    #[error("a row with this key exists")]
+    Conflict(#[source] Cause),
+    /// The disk or a quota is full.
+    #[error("the disk is full")]
+    Full(#[source] Cause),
+    /// The file is read-only, damaged, or no database.
+    #[error("the store can't be used: {0}")]
+    Broken(#[source] Cause),
+    /// The store was written by a newer version.
+    #[error("the store has schema {found}; this program knows {known}")]
+    SchemaTooNew {
+        /// Version in the store.
+        found: i64,
+        /// Newest version that this program knows.
+        known: i64,
+    },
+    /// Anything else: a defect.
+    #[error("the store failed")]
+    Other(#[source] Cause),
+}
+
+type Cause = Box<dyn std::error::Error + Send + Sync>;
+
+/// Sorts a driver's error by what a caller can do about it.
+pub fn classify(error: sqlx::Error) -> StorageError {
+    // SQLite's primary result codes are the low byte: 5 BUSY, 6 LOCKED, 8 READONLY, 10 IOERR, 11 CORRUPT, 13 FULL,
+    // 14 CANTOPEN, 26 NOTADB.
+    let primary = error.as_database_error().and_then(|e| e.code()).and_then(|code| code.parse::<u32>().ok());
+    let unique = error.as_database_error().is_some_and(|e| e.is_unique_violation());
+    let kind = match (&error, primary.map(|code| code & 0xff)) {
+        _ if unique => StorageError::Conflict,
+        (sqlx::Error::PoolTimedOut | sqlx::Error::PoolClosed, _) | (_, Some(5 | 6)) => StorageError::Unavailable,
+        (_, Some(13)) => StorageError::Full,
+        (_, Some(8 | 10 | 11 | 14 | 26)) => StorageError::Broken,
+        (sqlx::Error::Io(_), _) => StorageError::Broken,
+        _ => StorageError::Other,
+    };
+    kind(Box::new(error))
+}
+
+impl From<sqlx::Error> for StorageError {
+    fn from(error: sqlx::Error) -> Self {
+        classify(error)
+    }
+}
+
+impl From<StorageError> for Error {
+    fn from(error: StorageError) -> Self {
+        let full = "the disk is full; free space and repeat the call, nothing of it was kept";
+        match error {
+            StorageError::Unavailable(_) => Self::unavailable("the store is busy; try again").caused_by(error),
+            StorageError::Full(_) => Self::new(Reason::StorageFull, full).caused_by(error),
+            StorageError::Broken(_) => Self::unavailable("the store can't be used; see the log").caused_by(error),
+            StorageError::SchemaTooNew { .. } => {
+                Self::new(Reason::SchemaTooNew, format!("{error}; run the newer version")).caused_by(error)
+            }
+            StorageError::Conflict(_) | StorageError::Other(_) => Self::internal(error),
+        }
+    }
+}

@@ -1,0 +1,9 @@
+//! Pools, migrations and the classification of driver errors, for every service that keeps something.
+
+mod error;
+mod lock;
+mod sqlite;
+
+pub use error::{StorageError, classify};
+pub use lock::DirectoryLock;
+pub use sqlite::{Sqlite, SqliteOptions};

@@ -1,0 +1,13 @@
+//! The words everything else speaks: ids, scopes, layers, time, page tokens. No I/O.
+
+mod clock;
+mod id;
+mod page;
+mod scope;
+mod seal;
+
+pub use clock::{Clock, ManualClock, SystemClock, Timestamp};
+pub use id::{IdError, MemoryId, RequestId, TenantId};
+pub use page::{PageToken, PageTokenError};
+pub use scope::{Layer, MAX_SCOPE_ID_CHARS, Scope, ScopeError};
+pub use seal::fingerprint;
