@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help run test check fmt lint-proto breaking proto-landed audit bench-retrieval tools docs-update clean
+.PHONY: help run test check fmt lint-proto breaking proto-landed audit tools docs-update clean
 
 BUILD := $(or $(CARGO_TARGET_DIR),target)/release
 export PATH := $(shell scripts/tools.sh --path):$(PATH)
@@ -12,8 +12,7 @@ help: ## list the targets
 
 run: ## build and start every service in one process (ARGS="--listen 127.0.0.1:7800")
 	cargo build --release --locked -p aeterna
-	@$(BUILD)/aeterna models fetch || true # without a model it says so and serves with hashed vectors
-	@exec $(BUILD)/aeterna serve $(ARGS)
+	@exec $(BUILD)/aeterna $(ARGS)
 
 test: ## run every test (ARGS="--no-fail-fast" goes to cargo test)
 	@scripts/tools.sh grpcurl buf
@@ -55,11 +54,6 @@ audit: ## check the dependencies for known vulnerabilities (ADVISORY_DB=a local 
 	fi; \
 	cargo deny --locked check advisories
 
-bench-retrieval: ## measure recall and latency on a data set (DATA=path, MODEL=dir, ARGS=...)
-	@[[ -n "$(DATA)" ]] || { echo 'bench-retrieval: name the data set: make bench-retrieval DATA=path' >&2; exit 2; }
-	cargo build --release --locked -p aeterna -p aeterna-bench
-	$(BUILD)/aeterna-bench retrieval --data "$(DATA)" --server-bin $(BUILD)/aeterna \
-	  $(if $(MODEL),--model "$(MODEL)") $(ARGS)
 
 tools: ## install the pinned tools that the other targets need
 	scripts/tools.sh buf grpcurl cargo-deny

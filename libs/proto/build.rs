@@ -15,7 +15,10 @@ fn main() -> Result<(), Box<dyn Error>> {
     collect(&own, &mut files)?;
     files.sort();
     let mut compiler = protox::Compiler::new([&own, &third_party])?;
-    compiler.include_imports(true).include_source_info(true).open_files(&files)?;
+    compiler
+        .include_imports(true)
+        .include_source_info(true)
+        .open_files(&files)?;
 
     let out = PathBuf::from(env::var("OUT_DIR")?);
     fs::write(out.join("descriptor_set.bin"), compiler.encode_file_descriptor_set())?;
@@ -60,7 +63,10 @@ fn methods(pool: &prost_reflect::DescriptorPool) -> Result<String, Box<dyn Error
     rows.sort();
     let mut text = String::from("&[\n");
     for (path, number, read_only) in rows {
-        writeln!(text, "    Method {{ path: {path:?}, permission: permission({number}), read_only: {read_only} }},")?;
+        writeln!(
+            text,
+            "    Method {{ path: {path:?}, permission: permission({number}), read_only: {read_only} }},"
+        )?;
     }
     text.push(']');
     Ok(text)

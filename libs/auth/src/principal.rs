@@ -59,12 +59,22 @@ pub struct Principal {
 impl Principal {
     /// The one caller of a standalone installation without tokens.
     pub fn local() -> Self {
-        Self { tenant: TenantId::local(), subject: "local".into(), role: Role::Admin, within: Scope::default() }
+        Self {
+            tenant: TenantId::local(),
+            subject: "local".into(),
+            role: Role::Admin,
+            within: Scope::default(),
+        }
     }
 
     /// A service's own background work on behalf of a tenant, in the same process.
     pub fn service(tenant: TenantId) -> Self {
-        Self { tenant, subject: "service".into(), role: Role::Writer, within: Scope::default() }
+        Self {
+            tenant,
+            subject: "service".into(),
+            role: Role::Writer,
+            within: Scope::default(),
+        }
     }
 
     /// The scope that a request asks for, within what the token is bound to.
@@ -96,8 +106,13 @@ pub fn authorize(principal: &Principal, permission: Permission) -> Result<(), Er
     if principal.role >= needed {
         return Ok(());
     }
-    let message = format!("the role `{}` may not do this; use a token with the role `{needed}`", principal.role);
-    Err(Error::new(Reason::PermissionDenied, message).with("role", principal.role).with("needed", needed))
+    let message = format!(
+        "the role `{}` may not do this; use a token with the role `{needed}`",
+        principal.role
+    );
+    Err(Error::new(Reason::PermissionDenied, message)
+        .with("role", principal.role)
+        .with("needed", needed))
 }
 
 #[cfg(test)]
@@ -110,10 +125,15 @@ mod tests {
         let mut principal = Principal::local();
         for (role, allowed) in [(Role::Reader, 2), (Role::Writer, 3), (Role::Admin, 4)] {
             principal.role = role;
-            let granted = [Permission::Authenticated, Permission::Read, Permission::Write, Permission::Admin]
-                .into_iter()
-                .filter(|p| authorize(&principal, *p).is_ok())
-                .count();
+            let granted = [
+                Permission::Authenticated,
+                Permission::Read,
+                Permission::Write,
+                Permission::Admin,
+            ]
+            .into_iter()
+            .filter(|p| authorize(&principal, *p).is_ok())
+            .count();
             assert_eq!(granted, allowed, "{role}");
         }
     }

@@ -44,13 +44,23 @@ impl Claims {
         for (name, id) in &self.within {
             let layer = Layer::ALL.into_iter().find(|layer| layer.name() == name);
             let layer = layer.ok_or_else(|| format!("the claim `within` names the unknown layer `{name}`"))?;
-            within.set(layer, id).map_err(|error| format!("the claim `within.{name}` {error}"))?;
+            within
+                .set(layer, id)
+                .map_err(|error| format!("the claim `within.{name}` {error}"))?;
         }
-        let tenant = self.tenant.parse().map_err(|error| format!("the claim `tenant` {error}"))?;
+        let tenant = self
+            .tenant
+            .parse()
+            .map_err(|error| format!("the claim `tenant` {error}"))?;
         if self.sub.is_empty() || self.sub.chars().count() > 256 {
             return Err("the claim `sub` must have 1 to 256 characters".into());
         }
-        Ok(Principal { tenant, subject: self.sub, role: self.role, within })
+        Ok(Principal {
+            tenant,
+            subject: self.sub,
+            role: self.role,
+            within,
+        })
     }
 }
 
@@ -72,7 +82,10 @@ impl JwksFile {
     /// # Errors
     /// When it can't be read or holds no key set.
     pub fn open(path: &Path) -> Result<Self, VerifierError> {
-        let file = Self { path: path.into(), cached: Mutex::new((None, JwkSet { keys: Vec::new() })) };
+        let file = Self {
+            path: path.into(),
+            cached: Mutex::new((None, JwkSet { keys: Vec::new() })),
+        };
         file.refresh()?;
         Ok(file)
     }
@@ -149,9 +162,15 @@ impl Verifier {
     /// When the secret is shorter than 32 bytes.
     pub fn secret(secret: &str, expected: Expected) -> Result<Self, VerifierError> {
         if secret.len() < MIN_SECRET_BYTES {
-            return Err(VerifierError(format!("the secret has {} bytes; HS256 needs {MIN_SECRET_BYTES}", secret.len())));
+            return Err(VerifierError(format!(
+                "the secret has {} bytes; HS256 needs {MIN_SECRET_BYTES}",
+                secret.len()
+            )));
         }
-        Ok(Self::Secret(Box::new(DecodingKey::from_secret(secret.as_bytes())), expected))
+        Ok(Self::Secret(
+            Box::new(DecodingKey::from_secret(secret.as_bytes())),
+            expected,
+        ))
     }
 
     /// With a public key in PEM.
@@ -169,7 +188,9 @@ impl Verifier {
     /// # Errors
     /// TOKEN_MISSING or TOKEN_INVALID.
     pub fn verify(&self, authorization: Option<&str>) -> Result<Principal, Error> {
-        let Some(expected) = self.expected() else { return Ok(Principal::local()) };
+        let Some(expected) = self.expected() else {
+            return Ok(Principal::local());
+        };
         let missing = "no token was sent; send `authorization: Bearer <token>`";
         let value = authorization.ok_or_else(|| Error::new(Reason::TokenMissing, missing))?;
         let (scheme, token) = value.split_once(' ').unwrap_or((value, ""));
@@ -216,7 +237,9 @@ impl Verifier {
             validation.set_issuer(&[issuer]);
             validation.required_spec_claims.insert("iss".into());
         }
-        decode::<Claims>(token, key, &validation).map(|data| data.claims).map_err(|error| error.to_string())
+        decode::<Claims>(token, key, &validation)
+            .map(|data| data.claims)
+            .map_err(|error| error.to_string())
     }
 }
 
@@ -225,8 +248,12 @@ impl Verifier {
 /// # Errors
 /// When the claims can't be encoded.
 pub fn mint(secret: &str, claims: &Claims) -> Result<String, VerifierError> {
-    encode(&Header::new(Algorithm::HS256), claims, &EncodingKey::from_secret(secret.as_bytes()))
-        .map_err(|error| VerifierError(error.to_string()))
+    encode(
+        &Header::new(Algorithm::HS256),
+        claims,
+        &EncodingKey::from_secret(secret.as_bytes()),
+    )
+    .map_err(|error| VerifierError(error.to_string()))
 }
 
 #[cfg(test)]
@@ -249,7 +276,14 @@ mod tests {
     }
 
     fn verifier() -> Verifier {
-        Verifier::secret(SECRET, Expected { issuer: Some("here".into()), audience: None }).unwrap()
+        Verifier::secret(
+            SECRET,
+            Expected {
+                issuer: Some("here".into()),
+                audience: None,
+            },
+        )
+        .unwrap()
     }
 
     fn verdict(claims: &Claims) -> Result<Principal, Error> {
@@ -277,7 +311,11 @@ mod tests {
         for (index, flaw) in flawed.iter().enumerate() {
             let mut claims = claims();
             flaw(&mut claims);
-            assert_eq!(verdict(&claims).unwrap_err().reason(), Reason::TokenInvalid, "flaw {index}");
+            assert_eq!(
+                verdict(&claims).unwrap_err().reason(),
+                Reason::TokenInvalid,
+                "flaw {index}"
+            );
         }
     }
 
@@ -288,12 +326,22 @@ mod tests {
         // {"alg":"none"} with the good token's claims.
         let body = good.split('.').nth(1).unwrap();
         let none = format!("eyJhbGciOiJub25lIn0.{body}.");
-        for token in [other, none, good[..good.len() - 2].to_string(), "x".into(), "a.b.c".into()] {
+        for token in [
+            other,
+            none,
+            good[..good.len() - 2].to_string(),
+            "x".into(),
+            "a.b.c".into(),
+        ] {
             let error = verifier().verify(Some(&format!("Bearer {token}"))).unwrap_err();
             assert_eq!(error.reason(), Reason::TokenInvalid, "{token}");
         }
         for header in [None, Some(""), Some("Basic YTpi"), Some("Bearer ")] {
-            assert_eq!(verifier().verify(header).unwrap_err().reason(), Reason::TokenMissing, "{header:?}");
+            assert_eq!(
+                verifier().verify(header).unwrap_err().reason(),
+                Reason::TokenMissing,
+                "{header:?}"
+            );
         }
     }
 

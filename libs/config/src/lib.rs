@@ -31,12 +31,22 @@ pub struct Setting {
 impl Setting {
     /// A setting that everybody may see.
     pub const fn new(key: &'static str, default: &'static str, help: &'static str) -> Self {
-        Self { key, default, help, secret: false }
+        Self {
+            key,
+            default,
+            help,
+            secret: false,
+        }
     }
 
     /// A setting that prints as stars.
     pub const fn secret(key: &'static str, help: &'static str) -> Self {
-        Self { key, default: "", help, secret: true }
+        Self {
+            key,
+            default: "",
+            help,
+            secret: true,
+        }
     }
 
     /// The environment variable that sets it.
@@ -51,7 +61,9 @@ impl Setting {
 pub struct Problems(pub Vec<String>);
 
 fn list(problems: &[String]) -> String {
-    problems.iter().fold(String::new(), |text, problem| text + "\n  - " + problem)
+    problems
+        .iter()
+        .fold(String::new(), |text, problem| text + "\n  - " + problem)
 }
 
 /// Where a configuration is taken from.
@@ -78,15 +90,24 @@ struct Entry {
 pub struct Settings(BTreeMap<&'static str, Entry>);
 
 /// Variables with our prefix that are not settings.
-const OTHER_VARIABLES: [&str; 5] =
-    ["AETERNA_CONFIG", "AETERNA_TOKEN", "AETERNA_TOKEN_FILE", "AETERNA_TOOLS", "AETERNA_URL"];
+const OTHER_VARIABLES: [&str; 5] = [
+    "AETERNA_CONFIG",
+    "AETERNA_TOKEN",
+    "AETERNA_TOKEN_FILE",
+    "AETERNA_TOOLS",
+    "AETERNA_URL",
+];
 
 impl Settings {
     /// Layers the sources over the defaults of `tables`.
     pub fn load(tables: &[&[Setting]], sources: &Sources) -> Result<Self, Problems> {
         let mut settings = Self(BTreeMap::new());
         for setting in tables.iter().copied().flatten() {
-            let entry = Entry { setting: *setting, value: setting.default.into(), origin: "default".into() };
+            let entry = Entry {
+                setting: *setting,
+                value: setting.default.into(),
+                origin: "default".into(),
+            };
             settings.0.insert(setting.key, entry);
         }
         let mut problems = Vec::new();
@@ -97,7 +118,11 @@ impl Settings {
         for (key, value) in &sources.flags {
             settings.put(key, value.clone(), "flag", &mut problems);
         }
-        if problems.is_empty() { Ok(settings) } else { Err(Problems(problems)) }
+        if problems.is_empty() {
+            Ok(settings)
+        } else {
+            Err(Problems(problems))
+        }
     }
 
     fn read_file(&mut self, path: &Path, problems: &mut Vec<String>) {
@@ -126,7 +151,10 @@ impl Settings {
             .values()
             .flat_map(|entry| {
                 let (name, key) = (entry.setting.variable(), entry.setting.key.to_string());
-                let file = entry.setting.secret.then(|| (format!("{name}_FILE"), format!("{key}_file")));
+                let file = entry
+                    .setting
+                    .secret
+                    .then(|| (format!("{name}_FILE"), format!("{key}_file")));
                 [Some((name, key)), file].into_iter().flatten()
             })
             .collect();
@@ -155,8 +183,14 @@ impl Settings {
             entry.origin = format!("{origin}, file {value}");
             return;
         }
-        let near = self.0.keys().min_by_key(|known| distance(known, key)).filter(|known| distance(known, key) <= 3);
-        let hint = near.map(|known| format!("; did you mean `{known}`?")).unwrap_or_default();
+        let near = self
+            .0
+            .keys()
+            .min_by_key(|known| distance(known, key))
+            .filter(|known| distance(known, key) <= 3);
+        let hint = near
+            .map(|known| format!("; did you mean `{known}`?"))
+            .unwrap_or_default();
         problems.push(format!("there is no setting `{key}` ({origin}){hint}"));
     }
 
@@ -176,11 +210,20 @@ impl Settings {
         for (key, entry) in &self.0 {
             let (table, name) = key.split_once('.').unwrap_or(("", key));
             if table != section {
-                let _ = write!(text, "{}[{table}]\n", if text.is_empty() { "" } else { "\n" });
+                let _ = writeln!(text, "{}[{table}]", if text.is_empty() { "" } else { "\n" });
                 section = table;
             }
-            let shown = if entry.setting.secret && !entry.value.is_empty() { "***" } else { &entry.value };
-            let _ = writeln!(text, "{name} = {}  # {}", toml::Value::String(shown.into()), entry.origin);
+            let shown = if entry.setting.secret && !entry.value.is_empty() {
+                "***"
+            } else {
+                &entry.value
+            };
+            let _ = writeln!(
+                text,
+                "{name} = {}  # {}",
+                toml::Value::String(shown.into()),
+                entry.origin
+            );
         }
         text
     }
@@ -188,7 +231,10 @@ impl Settings {
 
 /// Kubernetes puts variables such as `AETERNA_MEMORY_SERVICE_HOST` into every pod.
 fn is_service_link(name: &str) -> bool {
-    name.contains("_SERVICE_HOST") || name.contains("_SERVICE_PORT") || name.contains("_PORT_") || name.ends_with("_PORT")
+    name.contains("_SERVICE_HOST")
+        || name.contains("_SERVICE_PORT")
+        || name.contains("_PORT_")
+        || name.ends_with("_PORT")
 }
 
 /// A flattened key with its value as text, or with the name of the kind that can't be one.
@@ -203,13 +249,22 @@ fn flatten(prefix: &str, value: &toml::Value, out: &mut Vec<Flat>) {
     match value {
         toml::Value::Table(table) => {
             for (key, value) in table {
-                let key = if prefix.is_empty() { key.clone() } else { format!("{prefix}.{key}") };
+                let key = if prefix.is_empty() {
+                    key.clone()
+                } else {
+                    format!("{prefix}.{key}")
+                };
                 flatten(&key, value, out);
             }
         }
         toml::Value::Array(items) => {
             let items: Option<Vec<String>> = items.iter().map(text).collect();
-            out.push((prefix.into(), items.map(|items| items.join(",")).ok_or("a list of other than plain values")));
+            out.push((
+                prefix.into(),
+                items
+                    .map(|items| items.join(","))
+                    .ok_or("a list of other than plain values"),
+            ));
         }
         other => out.push((prefix.into(), text(other).ok_or("a date"))),
     }
@@ -243,7 +298,11 @@ mod tests {
 
     fn sources(file: Option<&Path>, env: &[(&str, &str)], flags: &[(&str, &str)]) -> Sources {
         let own = |pairs: &[(&str, &str)]| pairs.iter().map(|(a, b)| (a.to_string(), b.to_string())).collect();
-        Sources { file: file.map(Into::into), environment: own(env), flags: own(flags) }
+        Sources {
+            file: file.map(Into::into),
+            environment: own(env),
+            flags: own(flags),
+        }
     }
 
     #[test]
@@ -254,7 +313,11 @@ mod tests {
         std::fs::write(&file, "[limits]\ntop_k = 7\n[server]\nlisten = '0.0.0.0:1'\n").unwrap();
         let sources = sources(
             Some(&file),
-            &[("AETERNA_LIMITS_TOP_K", "8"), ("AETERNA_AUTH_SECRET", "s3cret"), ("AETERNA_X_SERVICE_HOST", "h")],
+            &[
+                ("AETERNA_LIMITS_TOP_K", "8"),
+                ("AETERNA_AUTH_SECRET", "s3cret"),
+                ("AETERNA_X_SERVICE_HOST", "h"),
+            ],
             &[("server.listen", "[::1]:2")],
         );
         let settings = Settings::load(&[TABLE], &sources).unwrap();
@@ -263,13 +326,20 @@ mod tests {
         assert_eq!(reader.get::<u32>("limits.top_k"), Some(8));
         assert_eq!(reader.text("server.listen").as_deref(), Some("[::1]:2"));
         let dump = settings.dump();
-        assert!(dump.contains("secret = \"***\"  # environment AETERNA_AUTH_SECRET"), "{dump}");
+        assert!(
+            dump.contains("secret = \"***\"  # environment AETERNA_AUTH_SECRET"),
+            "{dump}"
+        );
         assert!(!dump.contains("s3cret"));
     }
 
     #[test]
     fn every_problem_is_reported_together() {
-        let sources = sources(None, &[("AETERNA_NOPE", "1")], &[("server.lisen", "x"), ("auth.secret_file", "/nope")]);
+        let sources = sources(
+            None,
+            &[("AETERNA_NOPE", "1")],
+            &[("server.lisen", "x"), ("auth.secret_file", "/nope")],
+        );
         let Problems(problems) = Settings::load(&[TABLE], &sources).unwrap_err();
         assert_eq!(problems.len(), 3, "{problems:?}");
         assert!(problems[1].contains("did you mean `server.listen`"), "{problems:?}");

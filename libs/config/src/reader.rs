@@ -15,7 +15,10 @@ pub struct Reader<'a> {
 
 impl<'a> Reader<'a> {
     pub(crate) fn new(settings: &'a Settings) -> Self {
-        Self { settings, problems: Vec::new() }
+        Self {
+            settings,
+            problems: Vec::new(),
+        }
     }
 
     /// Notes that the value of `key` is wrong.
@@ -24,7 +27,8 @@ impl<'a> Reader<'a> {
             return self.problems.push(format!("`{key}` is read but not declared"));
         };
         let shown = if entry.setting.secret { "***" } else { &entry.value };
-        self.problems.push(format!("`{key}` is `{shown}` ({}): {what}", entry.origin));
+        self.problems
+            .push(format!("`{key}` is `{shown}` ({}): {what}", entry.origin));
     }
 
     /// The value, parsed; `None` after noting a problem.
@@ -54,7 +58,11 @@ impl<'a> Reader<'a> {
 
     /// The value when it is set: `Some(None)` when it is empty, `None` after noting a problem.
     pub fn optional<T: FromStr<Err: Display>>(&mut self, key: &str) -> Option<Option<T>> {
-        if self.settings.value(key) == Some("") { Some(None) } else { self.get(key).map(Some) }
+        if self.settings.value(key) == Some("") {
+            Some(None)
+        } else {
+            self.get(key).map(Some)
+        }
     }
 
     /// The value as text.
@@ -71,7 +79,13 @@ impl<'a> Reader<'a> {
     /// The values of a list separated by commas.
     pub fn list(&mut self, key: &str) -> Option<Vec<String>> {
         let text = self.text(key)?;
-        Some(text.split(',').map(str::trim).filter(|item| !item.is_empty()).map(Into::into).collect())
+        Some(
+            text.split(',')
+                .map(str::trim)
+                .filter(|item| !item.is_empty())
+                .map(Into::into)
+                .collect(),
+        )
     }
 
     /// A secret when it is set.

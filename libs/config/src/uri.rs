@@ -21,7 +21,10 @@ impl FromStr for StoreUri {
         if scheme.is_empty() || !scheme.chars().all(plain) {
             return Err("the scheme before `:` must be lower-case letters, digits or `+`".into());
         }
-        Ok(Self { scheme: scheme.into(), rest: rest.into() })
+        Ok(Self {
+            scheme: scheme.into(),
+            rest: rest.into(),
+        })
     }
 }
 

@@ -48,7 +48,11 @@ impl Error {
 
     /// A defect or unknown fault: the caller gets a request id, the log gets the cause.
     pub fn internal(cause: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
-        Self::new(Reason::Internal, "internal error; the request id finds the cause in the log").caused_by(cause)
+        Self::new(
+            Reason::Internal,
+            "internal error; the request id finds the cause in the log",
+        )
+        .caused_by(cause)
     }
 
     /// Adds a machine-readable detail.
@@ -101,13 +105,19 @@ const MAX_VIOLATIONS: usize = 100;
 impl Violations {
     /// For fields below `prefix`, for instance `requests[3].`.
     pub fn below(prefix: impl Into<String>) -> Self {
-        Self { found: Vec::new(), prefix: prefix.into() }
+        Self {
+            found: Vec::new(),
+            prefix: prefix.into(),
+        }
     }
 
     /// Notes that `field` is wrong.
     pub fn add(&mut self, field: &str, description: impl Into<String>) {
         if self.found.len() < MAX_VIOLATIONS {
-            self.found.push(Violation { field: format!("{}{field}", self.prefix), description: description.into() });
+            self.found.push(Violation {
+                field: format!("{}{field}", self.prefix),
+                description: description.into(),
+            });
         }
     }
 
@@ -128,8 +138,10 @@ impl Violations {
             0 => String::new(),
             n => format!(" (and {n} more)"),
         };
-        let mut error =
-            Error::new(Reason::InvalidField, format!("`{}` {}{more}", first.field, first.description));
+        let mut error = Error::new(
+            Reason::InvalidField,
+            format!("`{}` {}{more}", first.field, first.description),
+        );
         error.violations = self.found;
         Err(error)
     }

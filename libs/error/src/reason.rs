@@ -241,6 +241,9 @@ mod tests {
             assert_eq!(row.reason.as_str_name(), format!("REASON_{}", row.name));
             assert_eq!(info(row.reason).name, row.name);
         }
-        assert!(Reason::try_from(REASONS.len() as i32 + 1).is_err(), "a reason of the contract is not in the table");
+        assert!(
+            Reason::try_from(REASONS.len() as i32 + 1).is_err(),
+            "a reason of the contract is not in the table"
+        );
     }
 }

@@ -43,6 +43,8 @@ pub fn from_status(status: &Status) -> Error {
     let reason = by_name.unwrap_or(match status.code() {
         tonic::Code::DeadlineExceeded => Reason::DeadlineExceeded,
         tonic::Code::Unavailable => Reason::DependencyUnavailable,
+        // What tonic's client answers when the deadline that it was given passes on its own side.
+        tonic::Code::Cancelled if status.message() == "Timeout expired" => Reason::DeadlineExceeded,
         tonic::Code::Cancelled => Reason::Cancelled,
         _ => Reason::Internal,
     });
@@ -63,7 +65,10 @@ pub fn from_status(status: &Status) -> Error {
 
 /// The error of one item of a batch.
 pub fn item_error(error: &Error) -> ItemError {
-    let violation = |v: &Violation| FieldViolation { field: v.field.clone(), description: v.description.clone() };
+    let violation = |v: &Violation| FieldViolation {
+        field: v.field.clone(),
+        description: v.description.clone(),
+    };
     ItemError {
         code: info(error.reason).code as i32,
         reason: error.reason.into(),
@@ -88,7 +93,11 @@ mod tests {
     fn a_status_carries_everything_and_comes_back_the_same() {
         let mut violations = Violations::default();
         violations.add("top_k", "is 5000; send 1 to 1000");
-        let error = violations.into_result().unwrap_err().with("limit", 1000).retry_after(Duration::from_secs(2));
+        let error = violations
+            .into_result()
+            .unwrap_err()
+            .with("limit", 1000)
+            .retry_after(Duration::from_secs(2));
         let status = Status::from(error);
         assert_eq!(status.code(), tonic::Code::InvalidArgument);
         let back = from_status(&status);

@@ -53,7 +53,10 @@ pub const METHODS: &[Method] = include!(concat!(env!("OUT_DIR"), "/methods.rs"))
 
 /// Finds a method by its path.
 pub fn method(path: &str) -> Option<&'static Method> {
-    METHODS.binary_search_by(|method| method.path.cmp(path)).ok().map(|index| &METHODS[index])
+    METHODS
+        .binary_search_by(|method| method.path.cmp(path))
+        .ok()
+        .map(|index| &METHODS[index])
 }
 
 const fn permission(number: i32) -> Permission {

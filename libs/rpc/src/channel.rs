@@ -25,10 +25,15 @@ impl AnyChannel {
     /// NOT_CONFIGURED when `url` is not `http://host:port`.
     pub fn remote(url: &str) -> Result<Self, Error> {
         let refuse = |why: &dyn std::fmt::Display| {
-            Error::new(aeterna_error::Reason::NotConfigured, format!("`{url}` is no address of a peer: {why}"))
+            Error::new(
+                aeterna_error::Reason::NotConfigured,
+                format!("`{url}` is no address of a peer: {why}"),
+            )
         };
         if !url.starts_with("http://") {
-            return Err(refuse(&"write `http://host:port`; TLS between services is the mesh's or the gateway's work"));
+            return Err(refuse(
+                &"write `http://host:port`; TLS between services is the mesh's or the gateway's work",
+            ));
         }
         let endpoint = Endpoint::from_shared(url.to_string()).map_err(|error| refuse(&error))?;
         let seconds = std::time::Duration::from_secs;

@@ -33,7 +33,12 @@ impl RequestContext {
         deadline: Option<Instant>,
         headers: HeaderMap,
     ) -> Self {
-        Self { principal, request_id, deadline, headers: Arc::new(headers) }
+        Self {
+            principal,
+            request_id,
+            deadline,
+            headers: Arc::new(headers),
+        }
     }
 
     /// The context that the layer stack gave to a request.
@@ -41,7 +46,11 @@ impl RequestContext {
     /// # Errors
     /// INTERNAL when the service is mounted without the stack.
     pub fn of<T>(request: &tonic::Request<T>) -> Result<Self, Error> {
-        request.extensions().get().cloned().ok_or_else(|| Error::internal("the service is mounted without its layers"))
+        request
+            .extensions()
+            .get()
+            .cloned()
+            .ok_or_else(|| Error::internal("the service is mounted without its layers"))
     }
 
     /// A context for a service's own background work on behalf of a tenant, with the token it presents to peers that
@@ -52,7 +61,12 @@ impl RequestContext {
             headers.insert(http::header::AUTHORIZATION, value);
         }
         let principal = Arc::new(Principal::service(tenant));
-        Self { principal, request_id: Arc::from("background"), deadline: None, headers: Arc::new(headers) }
+        Self {
+            principal,
+            request_id: Arc::from("background"),
+            deadline: None,
+            headers: Arc::new(headers),
+        }
     }
 
     /// Who calls.
@@ -74,7 +88,11 @@ impl RequestContext {
     pub fn request<T>(&self, message: T) -> tonic::Request<T> {
         let mut request = tonic::Request::new(message);
         if let Some(deadline) = self.deadline {
-            request.set_timeout(deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1)));
+            request.set_timeout(
+                deadline
+                    .saturating_duration_since(Instant::now())
+                    .max(Duration::from_millis(1)),
+            );
         }
         let mut headers = std::mem::take(request.metadata_mut()).into_headers();
         if let Some(token) = self.headers.get(http::header::AUTHORIZATION) {

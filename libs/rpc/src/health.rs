@@ -38,7 +38,10 @@ impl std::fmt::Debug for Health {
 
 impl Health {
     pub(crate) fn new(reporter: HealthReporter) -> Self {
-        Self { reporter, inner: Arc::default() }
+        Self {
+            reporter,
+            inner: Arc::default(),
+        }
     }
 
     fn states(&self) -> std::sync::MutexGuard<'_, States> {
@@ -49,14 +52,22 @@ impl Health {
     pub async fn report(&self, service: &'static str, dependency: &'static str, state: Dependency) {
         let serving = {
             let mut states = self.states();
-            let before = states.services.entry(service).or_default().insert(dependency, state.clone());
+            let before = states
+                .services
+                .entry(service)
+                .or_default()
+                .insert(dependency, state.clone());
             if before.as_ref() != Some(&state) && before.is_some() {
                 tracing::info!(service, dependency, ?state, "dependency changed");
             }
             let down = |service: &BTreeMap<_, Dependency>| service.values().any(|d| matches!(d, Dependency::Down(_)));
             !states.draining && !states.services.get(service).is_some_and(down)
         };
-        let status = if serving { ServingStatus::Serving } else { ServingStatus::NotServing };
+        let status = if serving {
+            ServingStatus::Serving
+        } else {
+            ServingStatus::NotServing
+        };
         self.reporter.set_service_status(service, status).await;
     }
 
@@ -68,7 +79,9 @@ impl Health {
             states.services.keys().copied().collect()
         };
         for service in services.into_iter().chain([""]) {
-            self.reporter.set_service_status(service, ServingStatus::NotServing).await;
+            self.reporter
+                .set_service_status(service, ServingStatus::NotServing)
+                .await;
         }
     }
 

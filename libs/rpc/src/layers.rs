@@ -39,12 +39,19 @@ struct Inner {
 
 impl std::fmt::Debug for Stack {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Stack").field("verifier", &self.0.verifier).field("limits", &self.0.limits).finish()
+        f.debug_struct("Stack")
+            .field("verifier", &self.0.verifier)
+            .field("limits", &self.0.limits)
+            .finish()
     }
 }
 
 /// Paths that need no token: health checks and the contracts themselves.
-const PUBLIC: [&str; 3] = ["/grpc.health.v1.Health/", "/grpc.reflection.v1.", "/grpc.reflection.v1alpha."];
+const PUBLIC: [&str; 3] = [
+    "/grpc.health.v1.Health/",
+    "/grpc.reflection.v1.",
+    "/grpc.reflection.v1alpha.",
+];
 
 impl Stack {
     /// A stack with its verifier, limits and instruments.
@@ -61,9 +68,14 @@ impl Stack {
             duration: meter
                 .f64_histogram("aeterna_rpc_duration_seconds")
                 .with_description("Time from the request's head to the response's head.")
-                .with_boundaries(vec![0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0])
+                .with_boundaries(vec![
+                    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
+                ])
                 .build(),
-            in_flight: meter.i64_up_down_counter("aeterna_rpc_in_flight").with_description("RPCs under way.").build(),
+            in_flight: meter
+                .i64_up_down_counter("aeterna_rpc_in_flight")
+                .with_description("RPCs under way.")
+                .build(),
         }))
     }
 
@@ -83,7 +95,10 @@ impl Stack {
 
 /// The gRPC code that a response carries in its head; OK when it carries none.
 pub fn grpc_status<B>(response: &http::Response<B>) -> Code {
-    response.headers().get("grpc-status").map_or(Code::Ok, |code| Code::from_bytes(code.as_bytes()))
+    response
+        .headers()
+        .get("grpc-status")
+        .map_or(Code::Ok, |code| Code::from_bytes(code.as_bytes()))
 }
 
 fn refuse(error: Error) -> Response {
@@ -96,7 +111,10 @@ async fn observe(State(stack): State<Stack>, mut request: Request, next: Next) -
     let path = request.uri().path();
     let known = aeterna_proto::method(path);
     // Unknown paths share one label: a scanner must not fill the metrics.
-    let label = known.map_or_else(|| if is_public(path) { "infrastructure" } else { "unknown" }, |method| method.path);
+    let label = known.map_or_else(
+        || if is_public(path) { "infrastructure" } else { "unknown" },
+        |method| method.path,
+    );
     let request_id = request_id(request.headers());
     let span = tracing::info_span!("rpc", otel.name = label, rpc.method = label, request_id = &*request_id);
     aeterna_telemetry::trace::continue_trace(&span, request.headers());
@@ -105,12 +123,16 @@ async fn observe(State(stack): State<Stack>, mut request: Request, next: Next) -
     let inner = &stack.0;
     let method = KeyValue::new("method", label);
     inner.in_flight.add(1, std::slice::from_ref(&method));
-    let answer = AssertUnwindSafe(next.run(request).instrument(span.clone())).catch_unwind().await;
+    let answer = AssertUnwindSafe(next.run(request).instrument(span.clone()))
+        .catch_unwind()
+        .await;
     let mut response = span.in_scope(|| complete(answer.unwrap_or_else(|_| refuse(Error::internal("a panic")))));
     inner.in_flight.add(-1, std::slice::from_ref(&method));
     let code = grpc_status(&response);
     let elapsed = started.elapsed();
-    inner.requests.add(1, &[method.clone(), KeyValue::new("code", format!("{code:?}"))]);
+    inner
+        .requests
+        .add(1, &[method.clone(), KeyValue::new("code", format!("{code:?}"))]);
     inner.duration.record(elapsed.as_secs_f64(), &[method]);
     span.in_scope(|| tracing::debug!(?code, ms = elapsed.as_secs_f64() * 1e3, "answered"));
     if let Ok(id) = HeaderValue::from_str(&request_id) {
@@ -122,9 +144,15 @@ async fn observe(State(stack): State<Stack>, mut request: Request, next: Next) -
 /// The caller's request id when it is a plausible one, otherwise a new one.
 fn request_id(headers: &HeaderMap) -> Arc<str> {
     let plausible = |id: &&str| !id.is_empty() && id.len() <= 128 && id.bytes().all(|b| b.is_ascii_graphic());
-    match headers.get(REQUEST_ID).and_then(|id| id.to_str().ok()).filter(plausible) {
+    match headers
+        .get(REQUEST_ID)
+        .and_then(|id| id.to_str().ok())
+        .filter(plausible)
+    {
         Some(id) => Arc::from(id),
-        None => Arc::from(aeterna_types::MemoryId::new(aeterna_types::Clock::now(&aeterna_types::SystemClock)).to_string()),
+        None => {
+            Arc::from(aeterna_types::MemoryId::new(aeterna_types::Clock::now(&aeterna_types::SystemClock)).to_string())
+        }
     }
 }
 
@@ -134,13 +162,20 @@ fn complete(response: Response) -> Response {
     if code == Code::Ok || response.headers().contains_key("grpc-status-details-bin") {
         return response;
     }
-    let message = Status::from_header_map(response.headers()).map(|s| s.message().to_string()).unwrap_or_default();
+    let message = Status::from_header_map(response.headers())
+        .map(|s| s.message().to_string())
+        .unwrap_or_default();
     let error = match code {
         Code::OutOfRange if message.contains("message length too large") => {
             Error::new(Reason::MessageTooLarge, format!("{message}; send less at once"))
         }
-        Code::Unimplemented => Error::new(Reason::NotServed, "this RPC is not served here; see `docs/` for what is"),
-        Code::Internal if message.contains("decode") || message.contains("Protobuf") || message.contains("compress") => {
+        Code::Unimplemented => Error::new(
+            Reason::NotServed,
+            "this RPC is not served here; see `docs/` for what is",
+        ),
+        Code::Internal
+            if message.contains("decode") || message.contains("Protobuf") || message.contains("compress") =>
+        {
             let mut violations = aeterna_error::Violations::default();
             violations.add("(message)", format!("can't be decoded: {message}"));
             match violations.into_result() {
@@ -165,7 +200,10 @@ async fn enforce(State(stack): State<Stack>, mut request: Request, next: Next) -
     }
     let inner = &stack.0;
     let Ok(_permit) = inner.permits.try_acquire() else {
-        let message = format!("{} requests are under way, which is the limit", inner.limits.concurrent_requests);
+        let message = format!(
+            "{} requests are under way, which is the limit",
+            inner.limits.concurrent_requests
+        );
         return refuse(Error::new(Reason::RateLimited, message).retry_after(Duration::from_secs(1)));
     };
     let context = match admit(inner, &request) {
@@ -176,9 +214,13 @@ async fn enforce(State(stack): State<Stack>, mut request: Request, next: Next) -
     request.extensions_mut().insert(context);
     let answer = next.run(request);
     let Some(deadline) = deadline else { return answer.await };
+    // A handler that never yields can't be timed out; its answer is late all the same.
     match tokio::time::timeout_at(deadline.into(), answer).await {
-        Ok(response) => response,
-        Err(_) => refuse(Error::new(Reason::DeadlineExceeded, "the deadline has passed; allow more time")),
+        Ok(response) if Instant::now() < deadline => response,
+        _ => refuse(Error::new(
+            Reason::DeadlineExceeded,
+            "the deadline has passed; allow more time",
+        )),
     }
 }
 
@@ -186,7 +228,10 @@ async fn enforce(State(stack): State<Stack>, mut request: Request, next: Next) -
 fn admit(inner: &Inner, request: &Request) -> Result<RequestContext, Error> {
     let method = aeterna_proto::method(request.uri().path());
     let method = method.ok_or_else(|| {
-        Error::new(Reason::NotServed, "there is no such RPC; list them with `grpcurl -plaintext HOST:PORT list`")
+        Error::new(
+            Reason::NotServed,
+            "there is no such RPC; list them with `grpcurl -plaintext HOST:PORT list`",
+        )
     })?;
     let headers = request.headers();
     let principal = match request.extensions().get::<InProcess>() {
@@ -208,15 +253,32 @@ fn admit(inner: &Inner, request: &Request) -> Result<RequestContext, Error> {
         None => inner.limits.default_timeout,
         Some(value) => value.to_str().ok().and_then(parse_timeout).ok_or_else(|| {
             let mut violations = aeterna_error::Violations::default();
-            violations.add("grpc-timeout", "is not 1 to 8 digits with a unit out of H, M, S, m, u, n");
-            violations.into_result().err().unwrap_or_else(|| Error::internal("no violation"))
+            violations.add(
+                "grpc-timeout",
+                "is not 1 to 8 digits with a unit out of H, M, S, m, u, n",
+            );
+            violations
+                .into_result()
+                .err()
+                .unwrap_or_else(|| Error::internal("no violation"))
         })?,
     };
     let deadline = now + timeout.min(inner.limits.max_timeout);
-    let request_id = request.extensions().get::<Arc<str>>().cloned().unwrap_or_else(|| Arc::from(""));
+    let request_id = request
+        .extensions()
+        .get::<Arc<str>>()
+        .cloned()
+        .unwrap_or_else(|| Arc::from(""));
     let carried = ["authorization", "traceparent", "tracestate"];
-    let carried = carried.iter().filter_map(|name| Some((http::HeaderName::from_static(name), headers.get(*name)?.clone())));
-    Ok(RequestContext::new(principal, request_id, Some(deadline), carried.collect()))
+    let carried = carried
+        .iter()
+        .filter_map(|name| Some((http::HeaderName::from_static(name), headers.get(*name)?.clone())));
+    Ok(RequestContext::new(
+        principal,
+        request_id,
+        Some(deadline),
+        carried.collect(),
+    ))
 }
 
 /// The value of `grpc-timeout`, as the gRPC over HTTP/2 protocol defines it.

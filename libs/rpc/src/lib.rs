@@ -5,6 +5,7 @@
 mod channel;
 mod context;
 mod health;
+mod host;
 mod layers;
 mod limits;
 mod serve;
@@ -12,6 +13,7 @@ mod serve;
 pub use channel::AnyChannel;
 pub use context::RequestContext;
 pub use health::{Dependency, Health};
+pub use host::{Host, HostConfig, SETTINGS as HOST_SETTINGS, load, run, serve, sources, stop_on_signal};
 pub use layers::{Stack, grpc_status};
 pub use limits::{Limits, SETTINGS as LIMIT_SETTINGS};
 pub use serve::{Server, http_routes, infrastructure};

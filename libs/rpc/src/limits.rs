@@ -8,12 +8,32 @@ use aeterna_config::{Reader, Setting};
 
 /// The settings of this crate.
 pub const SETTINGS: &[Setting] = &[
-    Setting::new("limits.message_bytes", "8388608", "Largest gRPC message, in bytes, 65536 to 268435456."),
-    Setting::new("limits.concurrent_requests", "1024", "Requests served at once by one process; more are refused."),
-    Setting::new("limits.requests_per_second", "0", "Requests per second and principal; 0 means no limit."),
+    Setting::new(
+        "limits.message_bytes",
+        "8388608",
+        "Largest gRPC message, in bytes, 65536 to 268435456.",
+    ),
+    Setting::new(
+        "limits.concurrent_requests",
+        "1024",
+        "Requests served at once by one process; more are refused.",
+    ),
+    Setting::new(
+        "limits.requests_per_second",
+        "0",
+        "Requests per second and principal; 0 means no limit.",
+    ),
     Setting::new("limits.default_timeout", "60s", "Deadline of a call that brings none."),
-    Setting::new("limits.max_timeout", "10m", "Longest deadline that a call may bring; a longer one is cut to it."),
-    Setting::new("limits.connections", "16384", "Connections open at once; more wait to be accepted."),
+    Setting::new(
+        "limits.max_timeout",
+        "10m",
+        "Longest deadline that a call may bring; a longer one is cut to it.",
+    ),
+    Setting::new(
+        "limits.connections",
+        "16384",
+        "Connections open at once; more wait to be accepted.",
+    ),
 ];
 
 /// The limits in force.
@@ -78,7 +98,10 @@ const MAX_BUCKETS: usize = 65_536;
 
 impl RateLimiter {
     pub(crate) fn new(per_second: u32) -> Self {
-        Self { per_second: f64::from(per_second), buckets: Mutex::default() }
+        Self {
+            per_second: f64::from(per_second),
+            buckets: Mutex::default(),
+        }
     }
 
     /// Takes one request out of the principal's bucket, or says how long to wait.

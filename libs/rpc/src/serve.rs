@@ -50,8 +50,17 @@ pub fn http_routes(health: Health, telemetry: Telemetry) -> Router {
 }
 
 async fn ready(State(health): State<Health>) -> Response {
-    let status = if health.is_ready() { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
-    (status, [(header::CONTENT_TYPE, "application/json")], format!("{}\n", health.to_json())).into_response()
+    let status = if health.is_ready() {
+        StatusCode::OK
+    } else {
+        StatusCode::SERVICE_UNAVAILABLE
+    };
+    (
+        status,
+        [(header::CONTENT_TYPE, "application/json")],
+        format!("{}\n", health.to_json()),
+    )
+        .into_response()
 }
 
 async fn metrics(State(telemetry): State<Telemetry>) -> Response {
@@ -80,7 +89,6 @@ pub struct Server {
 impl Server {
     /// Serves until `stop` is cancelled, then lets open calls end within the drain time.
     pub async fn run(self, stop: CancellationToken) {
-        let router = self.router.layer(tonic_web::GrpcWebLayer::new());
         let mut builder = Builder::new(TokioExecutor::new());
         builder
             .http1()
@@ -100,8 +108,10 @@ impl Server {
                 accepted = accept(&self.listener, &connections) => accepted,
             };
             let Some((stream, permit)) = accepted else { continue };
-            let service = TowerToHyperService::new(router.clone());
-            let connection = builder.serve_connection_with_upgrades(TokioIo::new(stream), service).into_owned();
+            let service = TowerToHyperService::new(self.router.clone());
+            let connection = builder
+                .serve_connection_with_upgrades(TokioIo::new(stream), service)
+                .into_owned();
             let connection = graceful.watch(connection);
             tokio::spawn(async move {
                 if let Err(error) = connection.await {
@@ -112,7 +122,10 @@ impl Server {
         }
         drop(self.listener);
         if tokio::time::timeout(self.drain, graceful.shutdown()).await.is_err() {
-            tracing::warn!(seconds = self.drain.as_secs(), "calls were still open at the end of the drain time");
+            tracing::warn!(
+                seconds = self.drain.as_secs(),
+                "calls were still open at the end of the drain time"
+            );
         }
     }
 }

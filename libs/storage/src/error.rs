@@ -36,7 +36,10 @@ type Cause = Box<dyn std::error::Error + Send + Sync>;
 pub fn classify(error: sqlx::Error) -> StorageError {
     // SQLite's primary result codes are the low byte: 5 BUSY, 6 LOCKED, 8 READONLY, 10 IOERR, 11 CORRUPT, 13 FULL,
     // 14 CANTOPEN, 26 NOTADB.
-    let primary = error.as_database_error().and_then(|e| e.code()).and_then(|code| code.parse::<u32>().ok());
+    let primary = error
+        .as_database_error()
+        .and_then(|e| e.code())
+        .and_then(|code| code.parse::<u32>().ok());
     let unique = error.as_database_error().is_some_and(|e| e.is_unique_violation());
     let kind = match (&error, primary.map(|code| code & 0xff)) {
         _ if unique => StorageError::Conflict,

@@ -35,7 +35,10 @@ impl Sqlite {
     ///
     /// # Errors
     /// When it can't be opened or migrated, or was written by a newer version.
-    pub async fn open(options: &SqliteOptions, migrations: &'static [(&'static str, &'static str)]) -> Result<Self, StorageError> {
+    pub async fn open(
+        options: &SqliteOptions,
+        migrations: &'static [(&'static str, &'static str)],
+    ) -> Result<Self, StorageError> {
         let connect = SqliteConnectOptions::new()
             .filename(&options.path)
             .create_if_missing(true)
@@ -47,10 +50,17 @@ impl Sqlite {
             .pragma("mmap_size", "1073741824")
             .pragma("temp_store", "memory");
         let acquire = options.busy_timeout + Duration::from_secs(5);
-        let pool = |size: u32| SqlitePoolOptions::new().max_connections(size).acquire_timeout(acquire).max_lifetime(None);
+        let pool = |size: u32| {
+            SqlitePoolOptions::new()
+                .max_connections(size)
+                .acquire_timeout(acquire)
+                .max_lifetime(None)
+        };
         let writer = pool(1).connect_with(connect.clone()).await?;
         migrate(&writer, migrations).await?;
-        let readers = pool(options.readers.max(1)).connect_with(connect.pragma("query_only", "on")).await?;
+        let readers = pool(options.readers.max(1))
+            .connect_with(connect.pragma("query_only", "on"))
+            .await?;
         Ok(Self { writer, readers })
     }
 
@@ -87,10 +97,13 @@ impl Sqlite {
 /// Runs the migrations that are missing, in order; each `(description, sql)` has its position plus one as its version.
 async fn migrate(pool: &SqlitePool, migrations: &'static [(&'static str, &'static str)]) -> Result<(), StorageError> {
     let known = migrations.len() as i64;
-    let table = sqlx::query("SELECT 1 FROM sqlite_master WHERE name = '_sqlx_migrations'").fetch_optional(pool).await?;
+    let table = sqlx::query("SELECT 1 FROM sqlite_master WHERE name = '_sqlx_migrations'")
+        .fetch_optional(pool)
+        .await?;
     if table.is_some() {
-        let found: Option<i64> =
-            sqlx::query_scalar("SELECT max(version) FROM _sqlx_migrations").fetch_one(pool).await?;
+        let found: Option<i64> = sqlx::query_scalar("SELECT max(version) FROM _sqlx_migrations")
+            .fetch_one(pool)
+            .await?;
         if let Some(found) = found.filter(|found| *found > known) {
             return Err(StorageError::SchemaTooNew { found, known });
         }
@@ -114,7 +127,11 @@ mod tests {
 
     fn options(name: &str) -> SqliteOptions {
         let path = std::env::temp_dir().join(format!("aeterna-sqlite-{name}-{}.db", std::process::id()));
-        SqliteOptions { path, busy_timeout: Duration::from_millis(200), readers: 2 }
+        SqliteOptions {
+            path,
+            busy_timeout: Duration::from_millis(200),
+            readers: 2,
+        }
     }
 
     fn remove(options: &SqliteOptions) {
@@ -128,7 +145,10 @@ mod tests {
         let options = options("newer");
         Sqlite::open(&options, TWO).await.unwrap().close().await;
         let error = Sqlite::open(&options, ONE).await.unwrap_err();
-        assert!(matches!(error, StorageError::SchemaTooNew { found: 2, known: 1 }), "{error:?}");
+        assert!(
+            matches!(error, StorageError::SchemaTooNew { found: 2, known: 1 }),
+            "{error:?}"
+        );
         remove(&options);
     }
 
@@ -137,11 +157,20 @@ mod tests {
         let options = options("kinds");
         let store = Sqlite::open(&options, ONE).await.unwrap();
         let mut write = store.begin().await.unwrap();
-        sqlx::query("INSERT INTO t VALUES (1)").execute(&mut *write).await.unwrap();
-        let twice = sqlx::query("INSERT INTO t VALUES (1)").execute(&mut *write).await.unwrap_err();
+        sqlx::query("INSERT INTO t VALUES (1)")
+            .execute(&mut *write)
+            .await
+            .unwrap();
+        let twice = sqlx::query("INSERT INTO t VALUES (1)")
+            .execute(&mut *write)
+            .await
+            .unwrap_err();
         assert!(matches!(StorageError::from(twice), StorageError::Conflict(_)));
         write.commit().await.unwrap();
-        let refused = sqlx::query("INSERT INTO t VALUES (2)").execute(store.readers()).await.unwrap_err();
+        let refused = sqlx::query("INSERT INTO t VALUES (2)")
+            .execute(store.readers())
+            .await
+            .unwrap_err();
         assert!(matches!(StorageError::from(refused), StorageError::Broken(_)));
         store.close().await;
         remove(&options);

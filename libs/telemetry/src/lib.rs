@@ -61,7 +61,9 @@ impl Telemetry {
     /// Metrics, and traces and metrics over OTLP when the environment asks for them.
     pub fn from_environment(service: &'static str) -> Result<Self, Error> {
         let wanted = ["OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"];
-        let wanted = wanted.iter().any(|name| std::env::var_os(name).is_some_and(|value| !value.is_empty()));
+        let wanted = wanted
+            .iter()
+            .any(|name| std::env::var_os(name).is_some_and(|value| !value.is_empty()));
         Self::build(wanted.then_some(service))
     }
 
@@ -70,6 +72,7 @@ impl Telemetry {
         let registry = Registry::new();
         let exporter = opentelemetry_prometheus::exporter()
             .with_registry(registry.clone())
+            .scope_info_enabled(false)
             .without_target_info()
             .build()
             .map_err(|error| setup(&error))?;
@@ -82,9 +85,18 @@ impl Telemetry {
             meters = meters.with_resource(resource.clone()).with_reader(reader);
             let spans = opentelemetry_otlp::SpanExporter::builder().with_tonic().build();
             let spans = spans.map_err(|error| setup(&error))?;
-            tracers = Some(SdkTracerProvider::builder().with_resource(resource).with_batch_exporter(spans).build());
+            tracers = Some(
+                SdkTracerProvider::builder()
+                    .with_resource(resource)
+                    .with_batch_exporter(spans)
+                    .build(),
+            );
         }
-        Ok(Self { registry, meters: meters.build(), tracers })
+        Ok(Self {
+            registry,
+            meters: meters.build(),
+            tracers,
+        })
     }
 
     /// A meter for one service's instruments.
@@ -111,9 +123,16 @@ impl Telemetry {
             LogFormat::Json => lines.json().flatten_event(true).boxed(),
         };
         let spans = self.tracers.as_ref().map(|tracers| {
-            tracing_opentelemetry::layer().with_tracer(tracers.tracer("aeterna")).with_location(false)
+            tracing_opentelemetry::layer()
+                .with_tracer(tracers.tracer("aeterna"))
+                .with_location(false)
         });
-        tracing_subscriber::registry().with(filter).with(spans).with(lines).try_init().map_err(|error| setup(&error))
+        tracing_subscriber::registry()
+            .with(filter)
+            .with(spans)
+            .with(lines)
+            .try_init()
+            .map_err(|error| setup(&error))
     }
 
     /// Sends what is still buffered; blocks for a few seconds at most.
@@ -136,7 +155,11 @@ mod tests {
     #[test]
     fn instruments_come_out_in_the_prometheus_format() {
         let telemetry = Telemetry::local().unwrap();
-        telemetry.meter("t").u64_counter("aeterna_test_things").build().add(3, &[]);
+        telemetry
+            .meter("t")
+            .u64_counter("aeterna_test_things")
+            .build()
+            .add(3, &[]);
         let text = String::from_utf8(telemetry.prometheus().unwrap()).unwrap();
         assert!(text.contains("aeterna_test_things_total 3"), "{text}");
     }

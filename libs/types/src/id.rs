@@ -148,7 +148,12 @@ mod tests {
 
     #[test]
     fn only_the_canonical_form_is_an_id() {
-        for bad in ["", "x", "00000000000000000000000000000000", "{00000000-0000-7000-8000-000000000000}"] {
+        for bad in [
+            "",
+            "x",
+            "00000000000000000000000000000000",
+            "{00000000-0000-7000-8000-000000000000}",
+        ] {
             assert_eq!(bad.parse::<MemoryId>(), Err(IdError::NotUuid), "{bad}");
         }
     }

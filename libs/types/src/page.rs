@@ -29,7 +29,11 @@ impl PageToken {
     pub fn decode(token: &str, request: &[u8]) -> Result<Vec<u8>, PageTokenError> {
         let bytes = URL_SAFE_NO_PAD.decode(token).map_err(|_| PageTokenError)?;
         let (found, cursor) = bytes.split_at_checked(16).ok_or(PageTokenError)?;
-        if found == check(cursor, request) { Ok(cursor.to_vec()) } else { Err(PageTokenError) }
+        if found == check(cursor, request) {
+            Ok(cursor.to_vec())
+        } else {
+            Err(PageTokenError)
+        }
     }
 }
 

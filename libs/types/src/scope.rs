@@ -30,8 +30,15 @@ pub enum Layer {
 
 impl Layer {
     /// All of them, general to specific.
-    pub const ALL: [Self; 7] =
-        [Self::Company, Self::Org, Self::Team, Self::Project, Self::User, Self::Session, Self::Agent];
+    pub const ALL: [Self; 7] = [
+        Self::Company,
+        Self::Org,
+        Self::Team,
+        Self::Project,
+        Self::User,
+        Self::Session,
+        Self::Agent,
+    ];
 
     /// Its number in the contracts, 1 to 7.
     pub fn number(self) -> i32 {
@@ -121,7 +128,9 @@ impl Scope {
 
     /// The layers that are set, general to specific.
     pub fn layers(&self) -> impl Iterator<Item = (Layer, &str)> {
-        Layer::ALL.into_iter().filter_map(|layer| self.get(layer).map(|id| (layer, id)))
+        Layer::ALL
+            .into_iter()
+            .filter_map(|layer| self.get(layer).map(|id| (layer, id)))
     }
 
     /// The most specific layer that is set: the one a memory with this scope lives in.
@@ -167,7 +176,9 @@ mod tests {
     use super::*;
 
     fn scope(pairs: &[(Layer, &str)]) -> Scope {
-        pairs.iter().fold(Scope::default(), |scope, (layer, id)| scope.with(*layer, id).unwrap())
+        pairs
+            .iter()
+            .fold(Scope::default(), |scope, (layer, id)| scope.with(*layer, id).unwrap())
     }
 
     #[test]
@@ -183,7 +194,10 @@ mod tests {
 
     #[test]
     fn a_memory_lives_in_its_most_specific_layer() {
-        assert_eq!(scope(&[(Layer::User, "a"), (Layer::Company, "c")]).layer(), Some(Layer::User));
+        assert_eq!(
+            scope(&[(Layer::User, "a"), (Layer::Company, "c")]).layer(),
+            Some(Layer::User)
+        );
         assert_eq!(Scope::default().layer(), None);
     }
 

@@ -1,1 +1,126 @@
-//! placeholder
+//! Text to vectors: models behind one port, Matryoshka sizes, a cache with single-flight.
+
+mod app;
+mod convert;
+mod error;
+mod grpc;
+mod metrics;
+mod store;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use aeterna_config::{Reader, Setting};
+use aeterna_error::Error;
+use aeterna_proto::embedding::v1::embedding_service_server::EmbeddingServiceServer;
+use aeterna_rpc::{Dependency, Health};
+use opentelemetry::metrics::Meter;
+use tonic::service::Routes;
+
+pub use error::EmbeddingError;
+pub use store::local::check_directory;
+
+/// The service's name in its contract.
+pub const SERVICE: &str = "aeterna.embedding.v1.EmbeddingService";
+
+/// The settings of this service.
+pub const SETTINGS: &[Setting] = &[
+    Setting::new(
+        "embedding.model_dirs",
+        "",
+        "Model directories (config.json, tokenizer.json, model.safetensors), separated by commas; the first is the default model.",
+    ),
+    Setting::new(
+        "embedding.default_model",
+        "",
+        "Name of the default model; empty: the first model directory, else `hash`.",
+    ),
+    Setting::new(
+        "embedding.threads",
+        "0",
+        "Threads that run local models; 0 means one per core.",
+    ),
+    Setting::new(
+        "embedding.cache_bytes",
+        "67108864",
+        "Memory for vectors of recent texts, in bytes; 0 turns the cache off.",
+    ),
+];
+
+/// How the service is set up.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Model directories.
+    pub model_dirs: Vec<PathBuf>,
+    /// Name of the default model; empty: the first one.
+    pub default_model: String,
+    /// Threads per local model; 0: one per core.
+    pub threads: usize,
+    /// Bytes of cached vectors.
+    pub cache_bytes: u64,
+}
+
+impl Config {
+    /// Reads the settings; `None` after noting problems.
+    pub fn read(reader: &mut Reader<'_>) -> Option<Self> {
+        let model_dirs = reader.list("embedding.model_dirs");
+        let default_model = reader.text("embedding.default_model");
+        let threads = reader.within("embedding.threads", 0..=256);
+        let cache_bytes = reader.get("embedding.cache_bytes");
+        Some(Self {
+            model_dirs: model_dirs?.into_iter().map(Into::into).collect(),
+            default_model: default_model?,
+            threads: threads?,
+            cache_bytes: cache_bytes?,
+        })
+    }
+}
+
+/// What the service needs from the process it runs in.
+#[derive(Clone, Debug)]
+pub struct Deps {
+    /// For its instruments.
+    pub meter: Meter,
+    /// For its health.
+    pub health: Health,
+    /// Largest message, in bytes.
+    pub message_bytes: usize,
+}
+
+impl Deps {
+    /// Taken from the process.
+    pub fn of(host: &aeterna_rpc::Host) -> Self {
+        Self {
+            meter: host.telemetry.meter("aeterna_embedding"),
+            health: host.health.clone(),
+            message_bytes: host.stack.limits().message_bytes,
+        }
+    }
+}
+
+/// Loads the models and makes the service's routes.
+///
+/// # Errors
+/// When a model directory can't be loaded or the default model does not exist.
+pub async fn build(config: Config, deps: Deps) -> Result<Routes, Error> {
+    deps.health
+        .report(SERVICE, "models", Dependency::Down("loading".into()))
+        .await;
+    let threads = match config.threads {
+        0 => std::thread::available_parallelism().map_or(1, usize::from),
+        threads => threads,
+    };
+    let mut models: Vec<Arc<dyn store::Model>> = Vec::new();
+    for dir in config.model_dirs {
+        let loaded = tokio::task::spawn_blocking(move || store::local::LocalModel::load(&dir, threads)).await;
+        models.push(Arc::new(loaded.map_err(Error::internal)??));
+    }
+    models.push(Arc::new(store::hash::HashModel::new()));
+    let metrics = metrics::Metrics::new(&deps.meter);
+    let app = app::App::new(models, &config.default_model, config.cache_bytes, metrics)?;
+    deps.health.report(SERVICE, "models", Dependency::Up).await;
+    let server = EmbeddingServiceServer::new(grpc::Embedding::new(app))
+        .max_decoding_message_size(deps.message_bytes)
+        .max_encoding_message_size(deps.message_bytes);
+    Ok(Routes::new(server))
+}

@@ -1,0 +1,72 @@
+//! The use cases.
+
+mod embed;
+mod models;
+mod select;
+
+use std::sync::Arc;
+
+use moka::future::Cache;
+
+pub use embed::{Batch, Wanted};
+pub use models::Listed;
+pub use select::{Selection, SelectionRequest};
+
+use crate::error::EmbeddingError;
+use crate::metrics::Metrics;
+use crate::store::{Embedded, Model, TextKind};
+
+/// Model, kind and text, hashed.
+type CacheKey = (usize, TextKind, [u8; 32]);
+
+/// The service's domain.
+pub struct App {
+    models: Vec<Arc<dyn Model>>,
+    cache: Cache<CacheKey, Arc<Embedded>>,
+    metrics: Metrics,
+}
+
+impl App {
+    /// With its models, the default put first.
+    ///
+    /// # Errors
+    /// When no model has the default's name.
+    pub fn new(
+        mut models: Vec<Arc<dyn Model>>,
+        default: &str,
+        cache_bytes: u64,
+        metrics: Metrics,
+    ) -> Result<Self, EmbeddingError> {
+        if !default.is_empty() {
+            let known = names(&models);
+            let found = models.iter().position(|model| model.info().name == default);
+            let index = found.ok_or_else(|| EmbeddingError::UnknownModel {
+                name: default.into(),
+                known,
+            })?;
+            models[..=index].rotate_right(1);
+        }
+        let cache = Cache::builder()
+            .max_capacity(cache_bytes)
+            .weigher(|_, embedded: &Arc<Embedded>| u32::try_from(embedded.vector.len() * 4 + 128).unwrap_or(u32::MAX))
+            .build();
+        Ok(Self { models, cache, metrics })
+    }
+
+    /// The index of the model of that name; empty means the default.
+    fn model(&self, name: &str) -> Result<usize, EmbeddingError> {
+        let found = self
+            .models
+            .iter()
+            .position(|model| name.is_empty() || model.info().name == name);
+        found.ok_or_else(|| EmbeddingError::UnknownModel {
+            name: name.into(),
+            known: names(&self.models),
+        })
+    }
+}
+
+fn names(models: &[Arc<dyn Model>]) -> String {
+    let names: Vec<_> = models.iter().map(|model| model.info().name.as_str()).collect();
+    names.join(", ")
+}

@@ -1,0 +1,170 @@
+//! Embedding texts.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use futures::future::join_all;
+
+use super::App;
+use crate::error::EmbeddingError;
+use crate::store::{Embedded, TextKind, truncate};
+
+/// What is wanted of a batch.
+#[derive(Clone, Debug)]
+pub struct Wanted {
+    /// Name of the model; empty: the default.
+    pub model: String,
+    /// Dimensions; `None`: the model's full size. Clipped to it.
+    pub size: Option<usize>,
+    /// Stored or searched with.
+    pub kind: TextKind,
+}
+
+/// Vectors and what they took.
+#[derive(Clone, Debug)]
+pub struct Batch {
+    /// One unit vector per text.
+    pub vectors: Vec<Vec<f32>>,
+    /// The model used.
+    pub model: String,
+    /// Dimensions of the vectors.
+    pub dimension: usize,
+    /// Texts answered from the cache.
+    pub cached: usize,
+    /// Tokens read.
+    pub tokens: u64,
+    /// Texts longer than the window.
+    pub truncated: usize,
+    /// The model was not trained for this truncation.
+    pub untrained_truncation: bool,
+}
+
+impl App {
+    /// Embeds texts; the same text asked for by several callers at once is embedded once.
+    ///
+    /// # Errors
+    /// When the model is unknown or fails.
+    pub async fn embed(&self, texts: Vec<String>, wanted: Wanted) -> Result<Batch, EmbeddingError> {
+        let index = self.model(&wanted.model)?;
+        let info = self.models[index].info();
+        let dimension = wanted.size.map_or(info.dimension, |size| size.min(info.dimension));
+        let mut answers = Vec::with_capacity(texts.len());
+        let waiting: Vec<_> = texts
+            .into_iter()
+            .map(|text| self.one(index, text, wanted.kind))
+            .collect();
+        // All at once, so that a model can gather them into batches.
+        for answer in join_all(waiting).await {
+            answers.push(answer?);
+        }
+        let cached = answers.iter().filter(|(_, cached)| *cached).count();
+        let fresh = || answers.iter().filter(|(_, cached)| !cached);
+        let tokens = fresh().map(|(embedded, _)| u64::from(embedded.tokens)).sum();
+        self.metrics.cached.add(cached as u64, &[]);
+        self.metrics.embedded.add(fresh().count() as u64, &[]);
+        self.metrics.tokens.add(tokens, &[]);
+        Ok(Batch {
+            vectors: answers
+                .iter()
+                .map(|(embedded, _)| truncate(&embedded.vector, dimension))
+                .collect(),
+            model: info.name.clone(),
+            dimension,
+            cached,
+            tokens,
+            truncated: answers.iter().filter(|(embedded, _)| embedded.truncated).count(),
+            untrained_truncation: dimension < info.dimension && !info.matryoshka,
+        })
+    }
+
+    async fn one(&self, index: usize, text: String, kind: TextKind) -> Result<(Arc<Embedded>, bool), EmbeddingError> {
+        let key = (index, kind, *blake3::hash(text.as_bytes()).as_bytes());
+        let fresh = AtomicBool::new(false);
+        let model = Arc::clone(&self.models[index]);
+        let load = async {
+            fresh.store(true, Ordering::Relaxed);
+            model.embed(text, kind).await.map(Arc::new)
+        };
+        match self.cache.try_get_with(key, load).await {
+            Ok(embedded) => Ok((embedded, !fresh.load(Ordering::Relaxed))),
+            Err(error) => Err(EmbeddingError::Failed(error.to_string())),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::metrics::Metrics;
+    use crate::store::{Model, ModelInfo};
+    use std::sync::atomic::AtomicUsize;
+
+    struct Counting(ModelInfo, AtomicUsize);
+
+    #[async_trait::async_trait]
+    impl Model for Counting {
+        fn info(&self) -> &ModelInfo {
+            &self.0
+        }
+
+        async fn embed(&self, _: String, _: TextKind) -> Result<Embedded, EmbeddingError> {
+            self.1.fetch_add(1, Ordering::SeqCst);
+            tokio::task::yield_now().await;
+            Ok(Embedded {
+                vector: vec![0.05; 384],
+                tokens: 3,
+                truncated: false,
+            })
+        }
+    }
+
+    fn app() -> (App, Arc<Counting>) {
+        let info = ModelInfo {
+            name: "counting".into(),
+            provider: "local",
+            dimension: 384,
+            matryoshka: false,
+            lexical: false,
+            max_tokens: 8,
+            revision: String::new(),
+        };
+        let model = Arc::new(Counting(info, AtomicUsize::new(0)));
+        let meter = opentelemetry::global::meter("t");
+        let shared: Arc<dyn Model> = model.clone();
+        (
+            App::new(vec![shared], "", 1 << 20, Metrics::new(&meter)).unwrap(),
+            model,
+        )
+    }
+
+    fn wanted(size: Option<usize>) -> Wanted {
+        Wanted {
+            model: String::new(),
+            size,
+            kind: TextKind::Document,
+        }
+    }
+
+    #[tokio::test]
+    async fn the_same_text_is_embedded_once_however_often_it_is_asked_for() {
+        let (app, model) = app();
+        let batch = app
+            .embed(vec!["a".into(), "a".into(), "b".into()], wanted(None))
+            .await
+            .unwrap();
+        assert_eq!((batch.vectors.len(), batch.cached, batch.tokens), (3, 1, 6));
+        let again = app.embed(vec!["b".into()], wanted(None)).await.unwrap();
+        assert_eq!((again.cached, model.1.load(Ordering::SeqCst)), (1, 2));
+    }
+
+    #[tokio::test]
+    async fn sizes_are_clipped_renormalised_and_said_to_be_untrained() {
+        let (app, _) = app();
+        let small = app.embed(vec!["a".into()], wanted(Some(256))).await.unwrap();
+        let norm: f32 = small.vectors[0].iter().map(|x| x * x).sum();
+        assert_eq!((small.dimension, small.untrained_truncation), (256, true));
+        assert!((norm - 1.0).abs() < 1e-5);
+        let large = app.embed(vec!["a".into()], wanted(Some(1536))).await.unwrap();
+        assert_eq!((large.dimension, large.untrained_truncation), (384, false));
+    }
+}

@@ -1,0 +1,40 @@
+//! What can go wrong, by what a caller can do about it.
+
+use aeterna_error::{Error, Reason};
+
+/// An error of the embedding service.
+#[derive(Debug, thiserror::Error)]
+pub enum EmbeddingError {
+    /// No model of that name is loaded.
+    #[error("no model `{name}` is loaded; use one of: {known}")]
+    UnknownModel {
+        /// The name asked for.
+        name: String,
+        /// The names that are there.
+        known: String,
+    },
+    /// A model directory can't be used.
+    #[error("the model directory `{dir}` can't be used: {why}")]
+    BadDirectory {
+        /// The directory.
+        dir: String,
+        /// What is wrong with it and what to do.
+        why: String,
+    },
+    /// The model failed on a text.
+    #[error("the model failed")]
+    Failed(String),
+}
+
+impl From<EmbeddingError> for Error {
+    fn from(error: EmbeddingError) -> Self {
+        match &error {
+            EmbeddingError::UnknownModel { known, .. } => {
+                let message = error.to_string();
+                Self::new(Reason::ModelNotFound, message).with("models", known)
+            }
+            EmbeddingError::BadDirectory { .. } => Self::new(Reason::NotConfigured, error.to_string()),
+            EmbeddingError::Failed(why) => Self::internal(why.clone()),
+        }
+    }
+}

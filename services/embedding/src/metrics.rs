@@ -1,0 +1,26 @@
+//! Instruments of the embedding service.
+
+use opentelemetry::metrics::{Counter, Meter};
+
+/// Counts of texts and tokens.
+#[derive(Clone, Debug)]
+pub struct Metrics {
+    /// Texts embedded by a model.
+    pub embedded: Counter<u64>,
+    /// Texts answered from the cache.
+    pub cached: Counter<u64>,
+    /// Tokens read by models.
+    pub tokens: Counter<u64>,
+}
+
+impl Metrics {
+    /// Registers the instruments.
+    pub fn new(meter: &Meter) -> Self {
+        let counter = |name: &'static str, help: &'static str| meter.u64_counter(name).with_description(help).build();
+        Self {
+            embedded: counter("aeterna_embedding_texts", "Texts embedded by a model."),
+            cached: counter("aeterna_embedding_cache_hits", "Texts answered from the cache."),
+            tokens: counter("aeterna_embedding_tokens", "Tokens read by models."),
+        }
+    }
+}

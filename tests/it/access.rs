@@ -1,0 +1,222 @@
+//! Tokens, limits, deadlines, health, reflection and plain HTTP: what stands in front of every service.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use aeterna_auth::{Claims, Role, mint};
+use aeterna_proto::embedding::v1::embedding_service_client::EmbeddingServiceClient;
+use aeterna_proto::embedding::v1::{BatchEmbedRequest, EmbedRequest, ListModelsRequest};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tonic::{Code, Request};
+
+use crate::sandbox::{SECRET, Sandbox, refusal};
+
+fn token(exp: u64) -> String {
+    let claims = Claims {
+        sub: "ann".into(),
+        exp,
+        nbf: None,
+        iss: None,
+        aud: None,
+        tenant: "acme".into(),
+        role: Role::Reader,
+        within: BTreeMap::new(),
+    };
+    mint(SECRET, &claims).unwrap()
+}
+
+fn bearing<T>(message: T, token: &str) -> Request<T> {
+    let mut request = Request::new(message);
+    request
+        .metadata_mut()
+        .insert("authorization", format!("Bearer {token}").parse().unwrap());
+    request
+}
+
+#[tokio::test]
+async fn a_token_is_wanted_in_process_and_over_the_network() {
+    let sandbox = Sandbox::start(&[("auth.hs256_secret", SECRET)]).await;
+    for (way, channel) in sandbox.ways() {
+        let mut client = EmbeddingServiceClient::new(channel);
+        let status = client.list_models(ListModelsRequest {}).await.unwrap_err();
+        assert_eq!(
+            (status.code(), refusal(&status).0.as_str()),
+            (Code::Unauthenticated, "TOKEN_MISSING"),
+            "{way}"
+        );
+        let status = client
+            .list_models(bearing(ListModelsRequest {}, &token(1)))
+            .await
+            .unwrap_err();
+        assert_eq!(
+            (status.code(), refusal(&status).0.as_str()),
+            (Code::Unauthenticated, "TOKEN_INVALID"),
+            "{way}"
+        );
+        client
+            .list_models(bearing(ListModelsRequest {}, &token(4_000_000_000)))
+            .await
+            .unwrap();
+    }
+    sandbox.stop().await;
+}
+
+#[tokio::test]
+async fn an_address_that_others_reach_is_refused_without_authentication() {
+    let sources = |flags: &[(&str, &str)]| aeterna_config::Sources {
+        flags: flags.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect(),
+        ..Default::default()
+    };
+    let verifier = |flags: &[(&str, &str)]| {
+        let settings = aeterna_rpc::load(&[], &sources(flags)).unwrap();
+        let mut reader = settings.reader();
+        let config = aeterna_rpc::HostConfig::read(&mut reader);
+        reader.finish(config).unwrap().verifier()
+    };
+    let open = verifier(&[("server.listen", "0.0.0.0:7700")]).unwrap_err();
+    assert!(open.message().contains("auth.hs256_secret_file"), "{open}");
+    assert!(verifier(&[("server.listen", "0.0.0.0:7700"), ("auth.mode", "none")]).is_err());
+    assert!(verifier(&[("server.listen", "0.0.0.0:7700"), ("auth.hs256_secret", SECRET)]).is_ok());
+    assert!(verifier(&[("auth.hs256_secret", "short")]).is_err());
+    assert!(verifier(&[]).is_ok());
+}
+
+#[tokio::test]
+async fn a_deadline_that_passed_is_deadline_exceeded_both_ways() {
+    let sandbox = Sandbox::start(&[]).await;
+    let [(_, channel), _] = sandbox.ways();
+    let mut client = EmbeddingServiceClient::new(channel);
+    let texts = (0..100).map(|i| format!("{i} {}", "word ".repeat(200))).collect();
+    let mut request = Request::new(BatchEmbedRequest {
+        texts,
+        ..Default::default()
+    });
+    request.metadata_mut().insert("grpc-timeout", "1n".parse().unwrap());
+    let status = client.batch_embed(request).await.unwrap_err();
+    assert_eq!(
+        (status.code(), refusal(&status).0.as_str()),
+        (Code::DeadlineExceeded, "DEADLINE_EXCEEDED")
+    );
+    // Over the network by hand: tonic's client would give up first, and call it CANCELLED.
+    let answer = http(
+        sandbox.address,
+        &grpc_web("ListModels", "grpc-timeout: 1n\r\n", "\0\0\0\0\0"),
+    )
+    .await;
+    assert!(answer.contains("grpc-status: 4"), "{answer}");
+    for (way, channel) in sandbox.ways() {
+        let mut request = Request::new(ListModelsRequest {});
+        request.metadata_mut().insert("grpc-timeout", "soon".parse().unwrap());
+        let status = EmbeddingServiceClient::new(channel)
+            .list_models(request)
+            .await
+            .unwrap_err();
+        assert_eq!(refusal(&status).1, ["grpc-timeout"], "{way}");
+    }
+    sandbox.stop().await;
+}
+
+#[tokio::test]
+async fn limits_refuse_with_the_limit_and_a_delay() {
+    let sandbox = Sandbox::start(&[("limits.requests_per_second", "1"), ("limits.message_bytes", "65536")]).await;
+    let [_, (_, channel)] = sandbox.ways();
+    let mut client = EmbeddingServiceClient::new(channel);
+    let status = client
+        .embed(EmbedRequest {
+            text: "x".repeat(70_000),
+            ..Default::default()
+        })
+        .await
+        .unwrap_err();
+    assert_eq!(
+        (status.code(), refusal(&status).0.as_str()),
+        (Code::ResourceExhausted, "MESSAGE_TOO_LARGE")
+    );
+    assert!(status.message().contains("65536"), "{}", status.message());
+    let status = client.list_models(ListModelsRequest {}).await.unwrap_err();
+    assert_eq!(
+        (status.code(), refusal(&status).0.as_str()),
+        (Code::ResourceExhausted, "RATE_LIMITED")
+    );
+    use tonic_types::StatusExt as _;
+    let delay = status
+        .get_details_retry_info()
+        .and_then(|retry| retry.retry_delay)
+        .unwrap();
+    assert!(delay <= Duration::from_secs(1), "{delay:?}");
+    sandbox.stop().await;
+}
+
+/// A gRPC-Web call over HTTP/1.1.
+fn grpc_web(method: &str, headers: &str, body: &str) -> String {
+    format!(
+        "POST /aeterna.embedding.v1.EmbeddingService/{method} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\
+         content-type: application/grpc-web+proto\r\n{headers}content-length: {}\r\n\r\n{body}",
+        body.len()
+    )
+}
+
+/// One plain HTTP/1.1 request; the whole answer as text.
+async fn http(address: std::net::SocketAddr, request: &str) -> String {
+    let mut stream = tokio::net::TcpStream::connect(address).await.unwrap();
+    stream.write_all(request.as_bytes()).await.unwrap();
+    let mut answer = Vec::new();
+    stream.read_to_end(&mut answer).await.unwrap();
+    String::from_utf8_lossy(&answer).into_owned()
+}
+
+#[tokio::test]
+async fn plain_http_answers_health_readiness_and_metrics() {
+    let sandbox = Sandbox::start(&[]).await;
+    let [_, (_, channel)] = sandbox.ways();
+    EmbeddingServiceClient::new(channel)
+        .list_models(ListModelsRequest {})
+        .await
+        .unwrap();
+    let get = async |path: &str| {
+        http(
+            sandbox.address,
+            &format!("GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"),
+        )
+        .await
+    };
+    assert!(get("/healthz").await.contains("200 OK"));
+    let ready = get("/readyz").await;
+    assert!(ready.contains("200 OK") && ready.contains(r#""ready":true"#), "{ready}");
+    let metrics = get("/metrics").await;
+    let counted =
+        r#"aeterna_rpc_requests_total{code="Ok",method="/aeterna.embedding.v1.EmbeddingService/ListModels"} 1"#;
+    assert!(metrics.contains(counted), "{metrics}");
+    let unknown = get("/aeterna.nothing.v1.Nothing/Call").await;
+    assert!(unknown.contains("grpc-status: 12"), "{unknown}");
+    sandbox.stop().await;
+}
+
+#[tokio::test]
+async fn grpc_web_is_answered_on_the_same_port() {
+    let sandbox = Sandbox::start(&[]).await;
+    let head = grpc_web("ListModels", "", "\0\0\0\0\0");
+    let answer = http(sandbox.address, &head).await;
+    assert!(
+        answer.contains("200 OK") && answer.contains("grpc-status:0") && answer.contains("hash"),
+        "{answer}"
+    );
+    sandbox.stop().await;
+}
+
+#[tokio::test]
+async fn garbage_on_the_wire_is_refused_and_harms_nobody() {
+    let sandbox = Sandbox::start(&[]).await;
+    let head = grpc_web("Embed", "", "\0\0\0\0\x03\x0a\x7f\x7f");
+    let answer = http(sandbox.address, &head).await;
+    assert!(
+        answer.contains("grpc-status:3") || answer.contains("grpc-status: 3"),
+        "{answer}"
+    );
+    let [_, (_, channel)] = sandbox.ways();
+    EmbeddingServiceClient::new(channel)
+        .list_models(ListModelsRequest {})
+        .await
+        .unwrap();
+    sandbox.stop().await;
+}
