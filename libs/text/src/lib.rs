@@ -183,7 +183,7 @@ mod tests {
     fn words_are_lowered_stopped_and_stemmed() {
         assert_eq!(
             analyse("She was RUNNING to the caf\u{e9}s, 2023!"),
-            ["run", "caf\u{e9}s", "2023"]
+            ["run", "caf\u{e9}", "2023"]
         );
         assert_eq!(analyse("The hiking trips"), ["hike", "trip"]);
     }
