@@ -45,6 +45,7 @@ fn the_page_of_settings_lists_every_setting() {
         aeterna_rpc::HOST_SETTINGS,
         aeterna_rpc::LIMIT_SETTINGS,
         aeterna_embedding::SETTINGS,
+        aeterna_memory::SETTINGS,
     ]
     .concat()
     {

@@ -5,5 +5,6 @@
 mod access;
 mod docs;
 mod embedding;
+mod memory;
 mod sandbox;
 mod tidy;

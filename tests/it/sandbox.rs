@@ -3,12 +3,12 @@
 use std::net::SocketAddr;
 
 use aeterna_auth::{Expected, Verifier};
-use aeterna_embedding::{Config, Deps};
 use aeterna_rpc::{AnyChannel, Host, HostConfig, Router};
 use aeterna_telemetry::Telemetry;
 use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
+use {aeterna_embedding as embedding, aeterna_memory as memory};
 
 /// A secret for tests.
 pub const SECRET: &str = "a-secret-for-tests-of-32-bytes-or-more";
@@ -19,23 +19,38 @@ pub struct Sandbox {
     router: Router,
     stop: CancellationToken,
     served: JoinHandle<()>,
+    background: JoinHandle<()>,
+    _data: Option<tempfile::TempDir>,
 }
 
 impl Sandbox {
     /// Everything on the defaults, with flags laid over them.
     pub async fn start(flags: &[(&str, &str)]) -> Self {
-        let flags = flags
+        let data = tempfile::tempdir().expect("the temporary directory is writable");
+        let mut sandbox = Self::start_in(data.path(), flags).await;
+        sandbox._data = Some(data);
+        sandbox
+    }
+
+    /// The same on a data directory of the caller's.
+    pub async fn start_in(data: &std::path::Path, flags: &[(&str, &str)]) -> Self {
+        let mut flags: Vec<_> = flags
             .iter()
             .map(|(key, value)| (key.to_string(), value.to_string()))
             .collect();
+        flags.push(("server.data_dir".into(), data.display().to_string()));
         let sources = aeterna_config::Sources {
             flags,
             ..Default::default()
         };
-        let settings = aeterna_rpc::load(&[aeterna_embedding::SETTINGS], &sources).expect("the flags are settings");
+        let settings = aeterna_rpc::load(&[embedding::SETTINGS, memory::SETTINGS], &sources);
+        let settings = settings.expect("the flags are settings");
         let mut reader = settings.reader();
-        let config = HostConfig::read(&mut reader).zip(Config::read(&mut reader));
-        let (host_config, config) = reader.finish(config).expect("the settings are valid");
+        let config = HostConfig::read(&mut reader);
+        let config = config
+            .zip(embedding::Config::read(&mut reader))
+            .zip(memory::Config::read(&mut reader));
+        let ((host_config, embed), remember) = reader.finish(config).expect("the settings are valid");
         let verifier = match host_config.secret() {
             Some(secret) => Verifier::secret(secret.expose(), Expected::default()).expect("the secret is long enough"),
             None => Verifier::Open,
@@ -44,19 +59,28 @@ impl Sandbox {
             .await
             .expect("loopback has a free port");
         let telemetry = Telemetry::local().expect("metrics need nothing");
-        let services = [aeterna_embedding::SERVICE];
+        let services = [embedding::SERVICE, memory::SERVICE];
         let host = Host::on(listener, verifier, host_config, telemetry, &services).expect("the host starts");
-        let routes = aeterna_embedding::build(config, Deps::of(&host))
+        let routes = embedding::build(embed, embedding::Deps::of(&host))
             .await
-            .expect("the service starts");
-        let router = host.stack.wrap(routes);
+            .expect("the embedding service starts");
+        let embedder = host.stack.wrap(routes);
+        let deps = memory::Deps::of(&host, AnyChannel::Local(embedder.clone()));
+        let service = memory::build(remember, deps).await.expect("the memory service starts");
+        let memories = host.stack.wrap(service.routes);
+        let router = embedder
+            .clone()
+            .reset_fallback()
+            .merge(memories.clone().reset_fallback());
         let (address, stop) = (host.address().expect("the socket is bound"), host.stop.clone());
-        let served = tokio::spawn(host.serve([router.clone()]));
+        let served = tokio::spawn(host.serve([embedder, memories]));
         Self {
             address,
             router,
             stop,
             served,
+            background: service.background,
+            _data: None,
         }
     }
 
@@ -70,6 +94,7 @@ impl Sandbox {
     pub async fn stop(self) {
         self.stop.cancel();
         self.served.await.expect("serving does not panic");
+        self.background.await.expect("the indexer does not panic");
     }
 }
 

@@ -18,5 +18,7 @@ pub use layers::{Stack, grpc_status};
 pub use limits::{Limits, SETTINGS as LIMIT_SETTINGS};
 pub use serve::{Server, http_routes, infrastructure};
 
+/// Reads a process's settings.
+pub use aeterna_config::Reader;
 /// A router with services mounted and the stack in front.
 pub use axum::Router;

@@ -1,0 +1,143 @@
+//! The use cases.
+
+mod add;
+mod delete;
+mod get;
+mod index;
+mod list;
+mod search;
+mod update;
+
+use std::sync::Arc;
+
+use aeterna_error::Error;
+use aeterna_proto::embedding::v1 as embedding;
+use aeterna_rpc::{AnyChannel, RequestContext};
+use aeterna_types::{Clock, TenantId};
+use tokio::sync::{Notify, watch};
+
+pub use add::NewMemory;
+pub use index::Indexer;
+pub use list::{ListQuery, Page};
+pub use search::{Arms, Breakdown, Found, Fusion, SearchQuery, SearchStats, Weights};
+pub use update::{FIELDS, Patch};
+
+use crate::domain::{Sequence, Writer};
+use crate::metrics::Metrics;
+use crate::store::code::Code;
+use crate::store::{Relational, VectorIndex};
+
+/// The model that this service keeps vectors of.
+#[derive(Clone, Debug)]
+pub struct Model {
+    /// Name to pass to the embedding service.
+    pub name: String,
+    /// Name and revision, under which vectors are stored.
+    pub identity: String,
+    /// Dimensions of its vectors.
+    pub dimension: usize,
+    /// Dimensions that the first pass scans.
+    pub prefix: usize,
+}
+
+/// The service's domain.
+pub struct App {
+    pub(crate) store: Arc<dyn Relational>,
+    pub(crate) index: Arc<dyn VectorIndex>,
+    pub(crate) model: Model,
+    pub(crate) embedder: AnyChannel,
+    pub(crate) clock: Arc<dyn Clock>,
+    pub(crate) metrics: Metrics,
+    pub(crate) message_bytes: usize,
+    /// Wakes the indexer.
+    pub(crate) written: Notify,
+    /// The change up to which the index has everything.
+    pub(crate) indexed: watch::Sender<Sequence>,
+}
+
+impl App {
+    fn writer(&self, context: &RequestContext) -> Writer {
+        let principal = context.principal();
+        Writer {
+            tenant: principal.tenant.clone(),
+            subject: principal.subject.clone(),
+            now: self.clock.now(),
+        }
+    }
+
+    /// Vectors of texts, by the embedding service.
+    async fn embed(&self, context: &RequestContext, texts: Vec<String>, query: bool) -> Result<Vec<Vec<f32>>, Error> {
+        let kind = if query {
+            embedding::TextKind::Query
+        } else {
+            embedding::TextKind::Document
+        };
+        let mut client = embedding::embedding_service_client::EmbeddingServiceClient::new(self.embedder.clone())
+            .max_decoding_message_size(self.message_bytes)
+            .max_encoding_message_size(self.message_bytes);
+        let wanted = texts.len();
+        let texts = texts.into_iter().map(|text| clip(text, 65_536)).collect();
+        let size = embedding::Size { by: None };
+        let message = embedding::BatchEmbedRequest {
+            texts,
+            model: self.model.name.clone(),
+            size: Some(size),
+            kind: kind.into(),
+        };
+        let answer = client.batch_embed(context.request(message)).await;
+        let answer = answer
+            .map_err(|status| aeterna_error::from_status(&status))?
+            .into_inner();
+        let vectors: Vec<Vec<f32>> = answer.vectors.into_iter().map(|vector| vector.values).collect();
+        let sound = vectors.len() == wanted
+            && vectors
+                .iter()
+                .all(|v| v.len() == self.model.dimension && v.iter().all(|x| x.is_finite()));
+        if sound {
+            Ok(vectors)
+        } else {
+            Err(Error::unavailable("the embedding service answered unusable vectors"))
+        }
+    }
+
+    /// Codes of texts; `None` when the embedding service is away: the indexer makes them later.
+    async fn codes(&self, context: &RequestContext, texts: Vec<String>) -> Option<Vec<Option<Code>>> {
+        match self.embed(context, texts, false).await {
+            Ok(vectors) => Some(vectors.iter().map(|vector| Code::encode(vector)).collect()),
+            Err(error) => {
+                tracing::warn!(%error, "no vectors for now; the indexer makes them up later");
+                None
+            }
+        }
+    }
+
+    /// Waits a moment until the index has a change, so that the writer finds what it wrote.
+    async fn await_index(&self, sequence: Sequence) {
+        self.written.notify_one();
+        let mut indexed = self.indexed.subscribe();
+        let reached = indexed.wait_for(|watermark| *watermark >= sequence);
+        if tokio::time::timeout(std::time::Duration::from_secs(2), reached)
+            .await
+            .is_err()
+        {
+            tracing::debug!(
+                sequence = sequence.0,
+                "the index is behind; the outbox will catch it up"
+            );
+        }
+    }
+
+    /// A context for background work of a tenant.
+    fn background(tenant: TenantId) -> RequestContext {
+        RequestContext::background(tenant, None)
+    }
+}
+
+/// At most `bytes` bytes of a text, cut at a character.
+fn clip(mut text: String, bytes: usize) -> String {
+    if text.len() > bytes {
+        let end = (0..=bytes).rev().find(|end| text.is_char_boundary(*end)).unwrap_or(0);
+        text.truncate(end);
+    }
+    text
+}

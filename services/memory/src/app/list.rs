@@ -1,0 +1,60 @@
+//! Listing memories.
+
+use aeterna_error::Error;
+use aeterna_rpc::RequestContext;
+use aeterna_types::{Layer, MemoryId, Scope};
+
+use super::App;
+use super::get::view;
+use crate::domain::Memory;
+use crate::store::Listing;
+
+/// What is asked for.
+#[derive(Clone, Debug)]
+pub struct ListQuery {
+    /// Where the caller stands.
+    pub scope: Option<Scope>,
+    /// Only these layers; empty: any.
+    pub layers: Vec<Layer>,
+    /// At most so many.
+    pub limit: usize,
+    /// Continue after this one.
+    pub before: Option<MemoryId>,
+    /// Also deleted and expired ones.
+    pub show_deleted: bool,
+}
+
+/// A page and where the next one begins.
+#[derive(Clone, Debug)]
+pub struct Page {
+    /// Newest first.
+    pub memories: Vec<Memory>,
+    /// Pass it as `before`; `None`: this is the last page.
+    pub next: Option<MemoryId>,
+}
+
+impl App {
+    /// A page of what the caller sees, newest first.
+    ///
+    /// # Errors
+    /// SCOPE_DENIED, or when the store fails.
+    pub async fn list(&self, context: &RequestContext, query: ListQuery) -> Result<Page, Error> {
+        let view = view(context, query.scope.as_ref())?;
+        let scopes = self
+            .store
+            .visible(&context.principal().tenant, &view, &query.layers)
+            .await?;
+        let listing = Listing {
+            scopes,
+            before: query.before,
+            limit: query.limit + 1,
+            show_deleted: query.show_deleted,
+            now: self.clock.now(),
+        };
+        let mut memories: Vec<Memory> = self.store.list(&listing).await?.into_iter().map(|s| s.memory).collect();
+        let more = memories.len() > query.limit;
+        memories.truncate(query.limit);
+        let next = memories.last().filter(|_| more).map(|memory| memory.id);
+        Ok(Page { memories, next })
+    }
+}

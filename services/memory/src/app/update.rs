@@ -1,0 +1,115 @@
+//! Changing one memory.
+
+use aeterna_error::Error;
+use aeterna_rpc::RequestContext;
+use aeterna_types::MemoryId;
+
+use super::App;
+use super::get::view;
+use crate::domain::{Body, Idempotency, Written};
+use crate::error::MemoryError;
+use crate::store::{Change, StoredVector};
+
+/// A change as its writer sends it.
+#[derive(Clone, Debug)]
+pub struct Patch {
+    /// The memory.
+    pub id: MemoryId,
+    /// Only on this version.
+    pub etag: Option<String>,
+    /// The new values.
+    pub values: Body,
+    /// The fields to take from them, out of [`FIELDS`].
+    pub fields: Vec<String>,
+    /// Makes a retry safe.
+    pub idempotency: Option<Idempotency>,
+}
+
+/// Copies one field from one body to another.
+type Copy = fn(&mut Body, &Body);
+
+/// The fields that an update may name.
+pub const FIELDS: &[(&str, Copy)] = &[
+    ("content", |to, from| to.content.clone_from(&from.content)),
+    ("metadata", |to, from| to.metadata.clone_from(&from.metadata)),
+    ("tags", |to, from| to.tags.clone_from(&from.tags)),
+    ("importance", |to, from| to.importance = from.importance),
+    ("source.speaker", |to, from| {
+        to.source.speaker.clone_from(&from.source.speaker)
+    }),
+    ("source.caption", |to, from| {
+        to.source.caption.clone_from(&from.source.caption)
+    }),
+    ("source.reference", |to, from| {
+        to.source.reference.clone_from(&from.source.reference)
+    }),
+    ("event_at", |to, from| to.event_at = from.event_at),
+    ("valid_at", |to, from| to.valid_at = from.valid_at),
+    ("invalid_at", |to, from| to.invalid_at = from.invalid_at),
+    ("expires_at", |to, from| to.expires_at = from.expires_at),
+    ("superseded_by", |to, from| to.superseded_by = from.superseded_by),
+];
+
+impl App {
+    /// Applies a patch; without an etag it is repeated when somebody else was faster, so that no update is lost.
+    ///
+    /// # Errors
+    /// NOT_FOUND, ABORTED when the etag does not fit, FAILED_PRECONDITION when the memory is deleted.
+    pub async fn update(&self, context: &RequestContext, patch: Patch) -> Result<Written, Error> {
+        let writer = self.writer(context);
+        if let Some(idempotency) = &patch.idempotency
+            && let Some(earlier) = self.store.replay(&writer, idempotency).await?
+        {
+            return Ok(earlier);
+        }
+        let view = view(context, None)?;
+        loop {
+            let current = self.find(context, patch.id, &view).await?.memory;
+            let etag = patch.etag.clone().unwrap_or_else(|| current.etag());
+            let mut body = current.body.clone();
+            let named = FIELDS
+                .iter()
+                .filter(|(name, _)| patch.fields.iter().any(|field| field == name));
+            named.for_each(|(_, copy)| copy(&mut body, &patch.values));
+            check_validity(&body)?;
+            let reindex = body.dense_text() != current.body.dense_text();
+            let vector = if reindex {
+                let codes = self.codes(context, vec![body.dense_text()]).await;
+                codes.and_then(|mut codes| codes.pop().flatten())
+            } else {
+                None
+            };
+            let vector = vector.map(|code| StoredVector {
+                model: self.model.identity.clone(),
+                code,
+            });
+            let change = Change::Replace {
+                body: Box::new(body),
+                vector,
+                reindex,
+            };
+            let idempotency = patch.idempotency.clone();
+            match self
+                .store
+                .change(&writer, patch.id, Some(&etag), change, idempotency)
+                .await
+            {
+                Err(MemoryError::EtagMismatch) if patch.etag.is_none() => {}
+                Err(error) => return Err(error.into()),
+                Ok(written) => {
+                    self.await_index(written.sequence).await;
+                    return Ok(written);
+                }
+            }
+        }
+    }
+}
+
+/// The two ends of a validity must fit, also when only one of them was changed.
+fn check_validity(body: &Body) -> Result<(), Error> {
+    let mut violations = aeterna_error::Violations::default();
+    if body.valid_at.zip(body.invalid_at).is_some_and(|(from, to)| to <= from) {
+        violations.add("memory.invalid_at", "is not after `valid_at`");
+    }
+    violations.into_result()
+}

@@ -1,0 +1,440 @@
+//! Wire types to domain types and back; refusals name the field.
+
+mod search;
+mod value;
+
+use aeterna_error::{Error, Reason, Violations};
+use aeterna_proto::common::v1 as common;
+use aeterna_proto::errors::v1::ItemError;
+use aeterna_proto::memory::v1 as wire;
+use aeterna_types::{Layer, MemoryId, PageToken, Scope, TenantId, fingerprint};
+use prost::Message as _;
+
+pub use search::{search_request, search_response};
+
+use crate::app::{ListQuery, NewMemory, Page, Patch};
+use crate::domain::{Body, DEFAULT_IMPORTANCE, Idempotency, Memory, Outcome, Sequence, Source, Written};
+use value::{from_struct, time, timestamp, to_struct};
+
+const MAX_CONTENT_BYTES: usize = 65_536;
+const MAX_BATCH: usize = 1000;
+const MAX_TAGS: usize = 64;
+const MAX_PAGE: i32 = 1000;
+
+/// Notes every layer whose identifier is malformed.
+pub(super) fn scope(violations: &mut Violations, field: &str, message: Option<common::Scope>) -> Option<Scope> {
+    let message = message?;
+    let mut scope = Scope::default();
+    let ids = [
+        message.company,
+        message.org,
+        message.team,
+        message.project,
+        message.user,
+        message.session,
+        message.agent,
+    ];
+    for (layer, id) in Layer::ALL.into_iter().zip(ids) {
+        if !id.is_empty() {
+            violations.check(&format!("{field}.{layer}"), scope.set(layer, &id));
+        }
+    }
+    Some(scope)
+}
+
+pub(super) fn layers(violations: &mut Violations, numbers: &[i32]) -> Vec<Layer> {
+    let mut layers = Vec::new();
+    for (index, number) in numbers.iter().take(64).enumerate() {
+        match Layer::from_number(*number) {
+            Some(layer) => layers.push(layer),
+            None => violations.add(&format!("layers[{index}]"), format!("is {number}, which is no layer")),
+        }
+    }
+    if numbers.len() > 64 {
+        violations.add("layers", "has more than 64 items; there are 7 layers");
+    }
+    layers
+}
+
+pub(super) fn id(violations: &mut Violations, field: &str, text: &str) -> Option<MemoryId> {
+    violations.check(field, text.parse())
+}
+
+/// Options of the contract that this version does not honour are refused, never ignored.
+pub(super) fn not_served(field: &str) -> Error {
+    let message = format!("`{field}` is not served by this version; leave it out");
+    Error::new(Reason::NotServed, message).with("field", field)
+}
+
+fn chars(violations: &mut Violations, field: &str, text: &str, most: usize) {
+    let count = text.chars().take(most + 1).count();
+    if count > most {
+        violations.add(field, format!("has more than {most} characters"));
+    }
+}
+
+fn body(violations: &mut Violations, message: wire::Memory) -> Body {
+    if message.content.is_empty() {
+        violations.add("memory.content", "is empty; send 1 to 65,536 bytes");
+    } else if message.content.len() > MAX_CONTENT_BYTES {
+        let bytes = message.content.len();
+        violations.add("memory.content", format!("has {bytes} bytes; send at most 65,536"));
+    }
+    let metadata = message
+        .metadata
+        .and_then(|metadata| from_struct(violations, "memory.metadata", metadata));
+    let mut tags = message.tags;
+    if tags.len() > MAX_TAGS {
+        violations.add("memory.tags", format!("has {} tags; send at most 64", tags.len()));
+    }
+    for (index, tag) in tags.iter().take(MAX_TAGS).enumerate() {
+        if tag.is_empty() || tag.chars().take(65).count() > 64 {
+            violations.add(&format!("memory.tags[{index}]"), "must have 1 to 64 characters");
+        }
+    }
+    tags.sort();
+    tags.dedup();
+    let importance = message.importance.unwrap_or(DEFAULT_IMPORTANCE);
+    if !(0.0..=1.0).contains(&importance) {
+        violations.add("memory.importance", format!("is {importance}; send 0 to 1"));
+    }
+    let source = message.source.unwrap_or_default();
+    for (name, text, most) in [
+        ("conversation", &source.conversation, 256),
+        ("speaker", &source.speaker, 256),
+        ("caption", &source.caption, 4096),
+        ("reference", &source.reference, 256),
+    ] {
+        chars(violations, &format!("memory.source.{name}"), text, most);
+    }
+    if source
+        .sequence
+        .is_some_and(|sequence| !(0..=i64::MAX / 2).contains(&sequence))
+    {
+        violations.add("memory.source.sequence", "must be 0 or more, and less than 2^62");
+    }
+    let event_at = time(violations, "memory.event_at", message.event_at);
+    let valid_at = time(violations, "memory.valid_at", message.valid_at);
+    let invalid_at = time(violations, "memory.invalid_at", message.invalid_at);
+    let expires_at = time(violations, "memory.expires_at", message.expires_at);
+    if valid_at.zip(invalid_at).is_some_and(|(from, to)| to <= from) {
+        violations.add("memory.invalid_at", "is not after `valid_at`");
+    }
+    let superseded_by = match message.superseded_by.as_str() {
+        "" => None,
+        text => id(violations, "memory.superseded_by", text),
+    };
+    Body {
+        content: message.content,
+        metadata: metadata.unwrap_or_default(),
+        tags,
+        importance,
+        source: Source {
+            conversation: source.conversation,
+            sequence: source.sequence,
+            speaker: source.speaker,
+            caption: source.caption,
+            reference: source.reference,
+        },
+        event_at,
+        valid_at,
+        invalid_at,
+        expires_at,
+        superseded_by,
+    }
+}
+
+/// The request id with a digest of the RPC and everything else in the request.
+fn idempotency(violations: &mut Violations, rpc: &str, request_id: &str, rest: &[u8]) -> Option<Idempotency> {
+    if request_id.is_empty() {
+        return None;
+    }
+    let request_id = violations.check("request_id", request_id.parse())?;
+    Some(Idempotency {
+        request_id,
+        digest: fingerprint([rpc.as_bytes(), rest]),
+    })
+}
+
+/// One memory to add; `prefix` is the path of the request in a batch.
+pub fn add_request(mut request: wire::AddRequest, prefix: &str) -> Result<NewMemory, Error> {
+    let mut violations = Violations::below(prefix);
+    let request_id = std::mem::take(&mut request.request_id);
+    let idempotency = idempotency(&mut violations, "Add", &request_id, &request.encode_to_vec());
+    let Some(mut memory) = request.memory else {
+        violations.add("memory", "is missing; send at least its scope and content");
+        return violations.finish(None);
+    };
+    let place = scope(&mut violations, "memory.scope", memory.scope.take()).unwrap_or_default();
+    if place.is_empty() && violations.is_empty() {
+        violations.add(
+            "memory.scope",
+            "is empty; name at least one layer, for instance `{\"user\": \"ann\"}`",
+        );
+    }
+    let body = body(&mut violations, memory);
+    violations.finish(Some(NewMemory {
+        scope: place,
+        body,
+        idempotency,
+    }))
+}
+
+/// The items of a batch, each with its own verdict.
+pub fn batch_request(request: wire::BatchAddRequest) -> Result<Vec<Result<NewMemory, Error>>, Error> {
+    if request.requests.is_empty() || request.requests.len() > MAX_BATCH {
+        let mut violations = Violations::default();
+        violations.add(
+            "requests",
+            format!("has {} items; send 1 to 1000", request.requests.len()),
+        );
+        violations.into_result()?;
+    }
+    let item = |(index, item)| add_request(item, &format!("requests[{index}]."));
+    Ok(request.requests.into_iter().enumerate().map(item).collect())
+}
+
+/// A token that a read can pass to see a write.
+pub fn consistency_token(sequence: Sequence) -> String {
+    if sequence == Sequence::default() {
+        String::new()
+    } else {
+        format!("1.{}", sequence.0)
+    }
+}
+
+/// Every read of this version sees every write that was acknowledged before it; a token is only checked.
+pub(super) fn check_token(violations: &mut Violations, token: &str) {
+    let number = token.strip_prefix("1.").map(str::parse::<u64>);
+    if !token.is_empty() && !matches!(number, Some(Ok(_))) {
+        violations.add("consistency_token", "is none; send it as a write answered it");
+    }
+}
+
+/// The answer to Add.
+pub fn add_response(written: Written) -> wire::AddResponse {
+    let outcome = match written.outcome {
+        Outcome::Created => wire::AddOutcome::Created,
+        Outcome::Merged => wire::AddOutcome::Merged,
+    };
+    wire::AddResponse {
+        consistency_token: consistency_token(written.sequence),
+        memory: Some(memory(written.memory)),
+        outcome: outcome.into(),
+        near_duplicates: Vec::new(),
+    }
+}
+
+/// The answer to BatchAdd.
+pub fn batch_response(
+    results: Vec<Result<Written, Error>>,
+    refused: impl Fn(&Error) -> ItemError,
+) -> wire::BatchAddResponse {
+    use wire::batch_add_result::Result as Item;
+    let last = results
+        .iter()
+        .flatten()
+        .map(|written| written.sequence)
+        .max()
+        .unwrap_or_default();
+    let item = |result| match result {
+        Ok(written) => Item::Added(add_response(written)),
+        Err(error) => Item::Error(refused(&error)),
+    };
+    let results = results
+        .into_iter()
+        .map(|result| wire::BatchAddResult {
+            result: Some(item(result)),
+        })
+        .collect();
+    wire::BatchAddResponse {
+        results,
+        consistency_token: consistency_token(last),
+    }
+}
+
+/// What Get asks for.
+pub fn get_request(request: wire::GetRequest) -> Result<(MemoryId, Option<Scope>, bool), Error> {
+    let mut violations = Violations::default();
+    let id = id(&mut violations, "id", &request.id);
+    let scope = scope(&mut violations, "scope", request.scope);
+    check_token(&mut violations, &request.consistency_token);
+    let id = violations.finish(id)?;
+    if request.as_of.is_some() {
+        return Err(not_served("as_of"));
+    }
+    Ok((id, scope, request.show_deleted))
+}
+
+/// What Update asks for.
+pub fn update_request(mut request: wire::UpdateRequest) -> Result<Patch, Error> {
+    let mut violations = Violations::default();
+    let request_id = std::mem::take(&mut request.request_id);
+    let idempotency = idempotency(&mut violations, "Update", &request_id, &request.encode_to_vec());
+    let fields = request.update_mask.unwrap_or_default().paths;
+    if fields.is_empty() {
+        violations.add(
+            "update_mask",
+            "is empty; name the fields to change, for instance `content`",
+        );
+    }
+    let known = crate::app::FIELDS;
+    for field in fields
+        .iter()
+        .take(64)
+        .filter(|field| !known.iter().any(|(name, _)| name == field))
+    {
+        let names: Vec<&str> = known.iter().map(|(name, _)| *name).collect();
+        let shown: String = field.chars().take(64).collect();
+        violations.add(
+            "update_mask",
+            format!("names `{shown}`; it may name {}", names.join(", ")),
+        );
+    }
+    let Some(mut memory) = request.memory else {
+        violations.add("memory", "is missing; send its id and the new values");
+        return violations.finish(None);
+    };
+    let id = id(&mut violations, "memory.id", &memory.id);
+    let etag = Some(std::mem::take(&mut memory.etag)).filter(|etag| !etag.is_empty());
+    // A value that is not to be taken need not be there.
+    if !fields.iter().any(|field| field == "content") {
+        memory.content = "-".into();
+    }
+    let values = body(&mut violations, memory);
+    violations.finish(id.map(|id| Patch {
+        id,
+        etag,
+        values,
+        fields,
+        idempotency,
+    }))
+}
+
+/// What Delete asks for.
+pub fn delete_request(
+    mut request: wire::DeleteRequest,
+) -> Result<(MemoryId, Option<String>, Option<Idempotency>), Error> {
+    let mut violations = Violations::default();
+    let request_id = std::mem::take(&mut request.request_id);
+    let idempotency = idempotency(&mut violations, "Delete", &request_id, &request.encode_to_vec());
+    let id = id(&mut violations, "id", &request.id);
+    let id = violations.finish(id)?;
+    if request.purge {
+        return Err(not_served("purge"));
+    }
+    Ok((id, Some(request.etag).filter(|etag| !etag.is_empty()), idempotency))
+}
+
+/// What List asks for, and what its page tokens are bound to.
+pub fn list_request(mut request: wire::ListRequest, tenant: &TenantId) -> Result<(ListQuery, Vec<u8>), Error> {
+    let mut violations = Violations::default();
+    let token = std::mem::take(&mut request.page_token);
+    let page_size = std::mem::take(&mut request.page_size);
+    let consistency_token = std::mem::take(&mut request.consistency_token);
+    let mut binding = tenant.as_str().as_bytes().to_vec();
+    binding.push(0);
+    binding.extend(request.encode_to_vec());
+    check_token(&mut violations, &consistency_token);
+    if !(0..=MAX_PAGE).contains(&page_size) {
+        violations.add("page_size", format!("is {page_size}; send 1 to 1000, or 0 for 50"));
+    }
+    let scope = scope(&mut violations, "scope", request.scope);
+    let layers = layers(&mut violations, &request.layers);
+    violations.into_result()?;
+    if !request.filter.is_empty() {
+        return Err(not_served("filter"));
+    }
+    if request.as_of.is_some() {
+        return Err(not_served("as_of"));
+    }
+    let before = match token.as_str() {
+        "" => None,
+        token => {
+            let refuse = || {
+                Error::new(
+                    Reason::InvalidPageToken,
+                    "`page_token` does not belong to this request; start again without it",
+                )
+            };
+            let cursor = PageToken::decode(token, &binding).map_err(|_| refuse())?;
+            Some(MemoryId::from_bytes(cursor.try_into().map_err(|_| refuse())?))
+        }
+    };
+    let limit = if page_size == 0 {
+        50
+    } else {
+        usize::try_from(page_size).unwrap_or(50)
+    };
+    Ok((
+        ListQuery {
+            scope,
+            layers,
+            limit,
+            before,
+            show_deleted: request.show_deleted,
+        },
+        binding,
+    ))
+}
+
+/// The answer to List.
+pub fn list_response(page: Page, binding: &[u8]) -> wire::ListResponse {
+    let next = page.next.map(|id| PageToken::encode(id.as_bytes(), binding));
+    wire::ListResponse {
+        memories: page.memories.into_iter().map(memory).collect(),
+        next_page_token: next.unwrap_or_default(),
+    }
+}
+
+/// One memory.
+pub fn memory(memory: Memory) -> wire::Memory {
+    let (etag, layer) = (memory.etag(), memory.layer());
+    let content_hash = memory
+        .body
+        .content_hash()
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect();
+    let get = |layer| memory.scope.get(layer).unwrap_or_default().to_owned();
+    let scope = common::Scope {
+        company: get(Layer::Company),
+        org: get(Layer::Org),
+        team: get(Layer::Team),
+        project: get(Layer::Project),
+        user: get(Layer::User),
+        session: get(Layer::Session),
+        agent: get(Layer::Agent),
+    };
+    let body = memory.body;
+    let source = (body.source != Source::default()).then_some(wire::Source {
+        conversation: body.source.conversation,
+        sequence: body.source.sequence,
+        speaker: body.source.speaker,
+        caption: body.source.caption,
+        reference: body.source.reference,
+    });
+    wire::Memory {
+        id: memory.id.to_string(),
+        scope: Some(scope),
+        layer: layer.map_or(0, Layer::number),
+        content: body.content,
+        metadata: (!body.metadata.is_empty()).then(|| to_struct(body.metadata)),
+        tags: body.tags,
+        importance: Some(body.importance),
+        source,
+        created_at: Some(timestamp(memory.created_at)),
+        updated_at: Some(timestamp(memory.updated_at)),
+        event_at: body.event_at.map(timestamp),
+        valid_at: body.valid_at.map(timestamp),
+        invalid_at: body.invalid_at.map(timestamp),
+        expires_at: body.expires_at.map(timestamp),
+        deleted_at: memory.deleted_at.map(timestamp),
+        superseded_by: body.superseded_by.map(|id| id.to_string()).unwrap_or_default(),
+        version: memory.version,
+        etag,
+        content_hash,
+        // The revision behind `@` is of no use to a caller.
+        embedding_model: memory.embedding_model.split('@').next().unwrap_or_default().to_owned(),
+    }
+}

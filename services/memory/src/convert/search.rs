@@ -1,0 +1,171 @@
+//! Search on the wire.
+
+use aeterna_error::{Error, Violations};
+use aeterna_proto::memory::v1 as wire;
+
+use super::{check_token, id, layers, memory, not_served, scope};
+use crate::app::{Arms, Breakdown, Found, Fusion, Model, SearchQuery, SearchStats, Weights};
+
+const MAX_QUERY_BYTES: usize = 8192;
+const MAX_RESULTS: i32 = 1000;
+const MAX_EXCLUDED: usize = 10_000;
+
+/// What Search asks for, and whether it should explain itself.
+pub fn search_request(request: wire::SearchRequest) -> Result<(SearchQuery, bool), Error> {
+    let mut violations = Violations::default();
+    if request.query.trim().is_empty() || request.query.len() > MAX_QUERY_BYTES {
+        violations.add(
+            "query",
+            format!("has {} bytes; send 1 to 8192, not only blanks", request.query.len()),
+        );
+    }
+    if !(0..=MAX_RESULTS).contains(&request.top_k) {
+        violations.add("top_k", format!("is {}; send 1 to 1000, or 0 for 10", request.top_k));
+    }
+    let scope = scope(&mut violations, "scope", request.scope);
+    let layers = layers(&mut violations, &request.layers);
+    let arms = match wire::SearchMode::try_from(request.mode) {
+        Ok(wire::SearchMode::Unspecified | wire::SearchMode::Hybrid) => Arms::Hybrid,
+        Ok(wire::SearchMode::Lexical) => Arms::Lexical,
+        Ok(wire::SearchMode::Dense) => Arms::Dense,
+        Err(_) => {
+            violations.add("mode", format!("is {}, which is no mode", request.mode));
+            Arms::Hybrid
+        }
+    };
+    let fusion = match wire::Fusion::try_from(request.fusion) {
+        Ok(wire::Fusion::Unspecified | wire::Fusion::Convex) => Fusion::Convex,
+        Ok(wire::Fusion::Rrf) => Fusion::Rrf,
+        Err(_) => {
+            violations.add("fusion", format!("is {}, which is no fusion", request.fusion));
+            Fusion::Convex
+        }
+    };
+    let asked = request.weights.unwrap_or_default();
+    let weights = weights(&mut violations, &asked);
+    if request.threshold.is_some_and(|threshold| !threshold.is_finite()) {
+        violations.add("threshold", "is not a finite number");
+    }
+    if request.exclude_ids.len() > MAX_EXCLUDED {
+        let count = request.exclude_ids.len();
+        violations.add("exclude_ids", format!("has {count} ids; send at most 10,000"));
+    }
+    let excluded = request.exclude_ids.iter().take(MAX_EXCLUDED).enumerate();
+    let exclude = excluded
+        .filter_map(|(i, text)| id(&mut violations, &format!("exclude_ids[{i}]"), text))
+        .collect();
+    check_token(&mut violations, &request.consistency_token);
+    if request.dimension < 0 {
+        violations.add("dimension", format!("is {}; leave it out", request.dimension));
+    }
+    violations.into_result()?;
+    let later = [
+        ("filter", !request.filter.is_empty()),
+        ("as_of", request.as_of.is_some()),
+        ("rerank", request.rerank),
+        ("dimension", request.dimension > 0),
+        (
+            "weights.confidence",
+            asked.confidence.is_some_and(|weight| weight > 0.0),
+        ),
+        ("weights.mmr_lambda", asked.mmr_lambda.is_some()),
+    ];
+    if let Some((field, _)) = later.into_iter().find(|(_, asked)| *asked) {
+        return Err(not_served(field));
+    }
+    let top_k = if request.top_k == 0 {
+        10
+    } else {
+        usize::try_from(request.top_k).unwrap_or(10)
+    };
+    let query = SearchQuery {
+        scope,
+        text: request.query,
+        top_k,
+        layers,
+        arms,
+        fusion,
+        weights,
+        threshold: request.threshold,
+        exclude,
+    };
+    Ok((query, request.explain))
+}
+
+fn weights(violations: &mut Violations, asked: &wire::SearchWeights) -> Weights {
+    let default = Weights::default();
+    let mut within = |name: &str, value: Option<f64>, default: f64, low: f64, high: f64| match value {
+        None => default,
+        Some(value) if (low..=high).contains(&value) => value,
+        Some(value) => {
+            violations.add(&format!("weights.{name}"), format!("is {value}; send {low} to {high}"));
+            default
+        }
+    };
+    within("confidence", asked.confidence, 0.0, 0.0, 1.0);
+    within("mmr_lambda", asked.mmr_lambda, 0.0, 0.0, 1.0);
+    Weights {
+        dense: within("dense", asked.dense, default.dense, 0.0, 1.0),
+        rrf_k: within("rrf_k", asked.rrf_k, default.rrf_k, 1.0, 1000.0),
+        neighbour: within("neighbour", asked.neighbour, default.neighbour, 0.0, 1.0),
+        recency: within("recency", asked.recency, default.recency, 0.0, 1.0),
+        importance: within("importance", asked.importance, default.importance, 0.0, 1.0),
+        tie_band: within("tie_band", asked.tie_band, default.tie_band, 0.0, 0.1),
+    }
+}
+
+fn int(number: usize) -> i32 {
+    i32::try_from(number).unwrap_or(i32::MAX)
+}
+
+/// The answer to Search.
+pub fn search_response(found: Found, explain: bool, model: &Model) -> wire::SearchResponse {
+    let results = found.hits.into_iter().map(|hit| wire::SearchResult {
+        score: hit.score,
+        breakdown: explain.then(|| breakdown(hit.breakdown)),
+        memory: Some(memory(hit.memory)),
+    });
+    wire::SearchResponse {
+        results: results.collect(),
+        degraded: !found.degraded.is_empty(),
+        degraded_reasons: found.degraded,
+        model: if found.dense_used {
+            model.name.clone()
+        } else {
+            String::new()
+        },
+        dimension: if found.dense_used { int(model.dimension) } else { 0 },
+        stats: explain.then(|| stats(found.stats)),
+    }
+}
+
+fn breakdown(parts: Breakdown) -> wire::ScoreBreakdown {
+    wire::ScoreBreakdown {
+        cosine: parts.cosine,
+        bm25: parts.bm25,
+        dense_rank: int(parts.dense_rank),
+        lexical_rank: int(parts.lexical_rank),
+        dense_part: parts.dense_part,
+        lexical_part: parts.lexical_part,
+        neighbour_part: parts.neighbour_part,
+        recency_part: parts.recency_part,
+        importance_part: parts.importance_part,
+        confidence_part: 0.0,
+        layer_part: parts.layer_part,
+        rerank: None,
+        matched_terms: parts.matched_terms,
+    }
+}
+
+fn stats(stats: SearchStats) -> wire::SearchStats {
+    wire::SearchStats {
+        dense_candidates: int(stats.dense_candidates),
+        lexical_candidates: int(stats.lexical_candidates),
+        vectors_scanned: i64::try_from(stats.scanned).unwrap_or(i64::MAX),
+        embed_ms: stats.embed_ms,
+        dense_ms: stats.dense_ms,
+        lexical_ms: stats.lexical_ms,
+        total_ms: stats.total_ms,
+        terms: stats.terms,
+    }
+}

@@ -1,0 +1,82 @@
+//! Decode, call, encode.
+
+use std::sync::Arc;
+
+use aeterna_error::{Error, item_error};
+use aeterna_proto::memory::v1 as wire;
+use aeterna_proto::memory::v1::memory_service_server::MemoryService;
+use aeterna_rpc::RequestContext;
+use tonic::{Request, Response, Status};
+
+use crate::app::App;
+use crate::convert;
+
+/// The contract, served.
+pub struct Memories(pub Arc<App>);
+
+type Answer<T> = Result<Response<T>, Status>;
+
+#[tonic::async_trait]
+impl MemoryService for Memories {
+    async fn add(&self, request: Request<wire::AddRequest>) -> Answer<wire::AddResponse> {
+        let context = RequestContext::of(&request)?;
+        let item = convert::add_request(request.into_inner(), "")?;
+        let written = self.0.add(&context, vec![Ok(item)]).await?.pop();
+        let written = written.ok_or_else(|| Error::internal("an addition has no result"))??;
+        Ok(Response::new(convert::add_response(written)))
+    }
+
+    async fn batch_add(&self, request: Request<wire::BatchAddRequest>) -> Answer<wire::BatchAddResponse> {
+        let context = RequestContext::of(&request)?;
+        let items = convert::batch_request(request.into_inner())?;
+        let written = self.0.add(&context, items).await?;
+        Ok(Response::new(convert::batch_response(written, item_error)))
+    }
+
+    async fn get(&self, request: Request<wire::GetRequest>) -> Answer<wire::GetResponse> {
+        let context = RequestContext::of(&request)?;
+        let (id, scope, show_deleted) = convert::get_request(request.into_inner())?;
+        let memory = self.0.get(&context, id, scope.as_ref(), show_deleted).await?;
+        Ok(Response::new(wire::GetResponse {
+            memory: Some(convert::memory(memory)),
+        }))
+    }
+
+    async fn update(&self, request: Request<wire::UpdateRequest>) -> Answer<wire::UpdateResponse> {
+        let context = RequestContext::of(&request)?;
+        let written = self
+            .0
+            .update(&context, convert::update_request(request.into_inner())?)
+            .await?;
+        let consistency_token = convert::consistency_token(written.sequence);
+        Ok(Response::new(wire::UpdateResponse {
+            memory: Some(convert::memory(written.memory)),
+            consistency_token,
+        }))
+    }
+
+    async fn delete(&self, request: Request<wire::DeleteRequest>) -> Answer<wire::DeleteResponse> {
+        let context = RequestContext::of(&request)?;
+        let (id, etag, idempotency) = convert::delete_request(request.into_inner())?;
+        let written = self.0.delete(&context, id, etag.as_deref(), idempotency).await?;
+        let consistency_token = convert::consistency_token(written.sequence);
+        Ok(Response::new(wire::DeleteResponse {
+            memory: Some(convert::memory(written.memory)),
+            consistency_token,
+        }))
+    }
+
+    async fn list(&self, request: Request<wire::ListRequest>) -> Answer<wire::ListResponse> {
+        let context = RequestContext::of(&request)?;
+        let (query, binding) = convert::list_request(request.into_inner(), &context.principal().tenant)?;
+        let page = self.0.list(&context, query).await?;
+        Ok(Response::new(convert::list_response(page, &binding)))
+    }
+
+    async fn search(&self, request: Request<wire::SearchRequest>) -> Answer<wire::SearchResponse> {
+        let context = RequestContext::of(&request)?;
+        let (query, explain) = convert::search_request(request.into_inner())?;
+        let found = self.0.search(&context, query).await?;
+        Ok(Response::new(convert::search_response(found, explain, &self.0.model)))
+    }
+}

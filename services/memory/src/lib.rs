@@ -1,0 +1,265 @@
+//! Remember and find.
+
+mod app;
+mod convert;
+mod domain;
+mod error;
+mod grpc;
+mod metrics;
+mod store;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use aeterna_config::{Reader, Setting, StoreUri};
+use aeterna_error::{Error, Reason};
+use aeterna_proto::embedding::v1 as embedding;
+use aeterna_proto::memory::v1::memory_service_server::MemoryServiceServer;
+use aeterna_rpc::{AnyChannel, Dependency, Health, RequestContext};
+use aeterna_storage::{DirectoryLock, Sqlite, SqliteOptions};
+use aeterna_types::{SystemClock, TenantId};
+use opentelemetry::metrics::Meter;
+use tokio::sync::{Notify, watch};
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+use tonic::service::Routes;
+
+use app::{App, Indexer, Model};
+use store::flat::{FlatIndex, Opened};
+use store::sqlite::{MIGRATIONS, SqliteStore};
+use store::{Relational, VectorIndex as _};
+
+/// The service's name in its contract.
+pub const SERVICE: &str = "aeterna.memory.v1.MemoryService";
+
+/// The settings of this service.
+pub const SETTINGS: &[Setting] = &[
+    Setting::new(
+        "memory.store",
+        "sqlite:memory.db",
+        "The relational store: `sqlite:FILE`, relative to the data directory.",
+    ),
+    Setting::new(
+        "memory.index",
+        "flat:vectors",
+        "The vector index: `flat:DIRECTORY`, relative to the data directory.",
+    ),
+    Setting::new(
+        "memory.embedding",
+        "local",
+        "Where the embedding service is: `local` (this process) or `http://host:port`.",
+    ),
+    Setting::new(
+        "memory.busy_timeout",
+        "5s",
+        "How long a statement waits for a lock that another program holds.",
+    ),
+    Setting::new("memory.readers", "4", "Connections for reading, 1 to 64."),
+];
+
+/// How the service is set up.
+#[derive(Clone, Debug)]
+pub struct Config {
+    store: PathBuf,
+    index: PathBuf,
+    /// `local` or a URL.
+    pub embedding: String,
+    busy_timeout: Duration,
+    readers: u32,
+}
+
+impl Config {
+    /// Reads the settings; `None` after noting problems.
+    pub fn read(reader: &mut Reader<'_>) -> Option<Self> {
+        let store = port(reader, "memory.store", "sqlite");
+        let index = port(reader, "memory.index", "flat");
+        let embedding = reader.text("memory.embedding");
+        let busy_timeout = reader.duration("memory.busy_timeout");
+        let readers = reader.within("memory.readers", 1..=64);
+        Some(Self {
+            store: store?,
+            index: index?,
+            embedding: embedding?,
+            busy_timeout: busy_timeout?,
+            readers: readers?,
+        })
+    }
+}
+
+fn port(reader: &mut Reader<'_>, key: &str, scheme: &str) -> Option<PathBuf> {
+    let uri: StoreUri = reader.get(key)?;
+    if uri.scheme != scheme || uri.rest.is_empty() {
+        reader.problem(key, format!("this version knows `{scheme}:PATH`"));
+        return None;
+    }
+    Some(uri.rest.into())
+}
+
+/// What the service needs from the process it runs in.
+#[derive(Clone, Debug)]
+pub struct Deps {
+    /// For its instruments.
+    pub meter: Meter,
+    /// For its health.
+    pub health: Health,
+    /// Largest message, in bytes.
+    pub message_bytes: usize,
+    /// Where it keeps things.
+    pub data_dir: PathBuf,
+    /// The embedding service.
+    pub embedder: AnyChannel,
+    /// Ends its background work.
+    pub stop: CancellationToken,
+}
+
+impl Deps {
+    /// Taken from the process, with the embedding service's channel.
+    pub fn of(host: &aeterna_rpc::Host, embedder: AnyChannel) -> Self {
+        Self {
+            meter: host.telemetry.meter("aeterna_memory"),
+            health: host.health.clone(),
+            message_bytes: host.stack.limits().message_bytes,
+            data_dir: host.config.data_dir.clone(),
+            embedder,
+            stop: host.stop.clone(),
+        }
+    }
+}
+
+/// The running service.
+pub struct Service {
+    /// Its routes.
+    pub routes: Routes,
+    /// Its background work, which ends after `stop` and then lets go of the data directory.
+    pub background: JoinHandle<()>,
+}
+
+/// Opens the stores, brings the index in step and makes the service's routes.
+///
+/// # Errors
+/// When the data directory is taken or a store can't be opened.
+pub async fn build(config: Config, deps: Deps) -> Result<Service, Error> {
+    deps.health
+        .report(SERVICE, "store", Dependency::Down("opening".into()))
+        .await;
+    let lock = lock(&deps.data_dir)?;
+    let options = SqliteOptions {
+        path: deps.data_dir.join(&config.store),
+        busy_timeout: config.busy_timeout,
+        readers: config.readers,
+    };
+    let sqlite = Sqlite::open(&options, MIGRATIONS).await?;
+    let store: Arc<dyn Relational> = Arc::new(SqliteStore(sqlite));
+    deps.health.report(SERVICE, "store", Dependency::Up).await;
+
+    let model = model(&deps).await?;
+    let directory = deps.data_dir.join(&config.index).join(file_name(&model.identity));
+    let opened = FlatIndex::open(&directory, &model.identity, model.dimension, model.prefix);
+    let unusable = |error: std::io::Error| {
+        Error::new(
+            Reason::NotConfigured,
+            format!("the vector index `{}` can't be used: {error}", directory.display()),
+        )
+    };
+    let (index, fresh) = match opened.map_err(unusable)? {
+        Opened::Intact(index) => (index, None),
+        Opened::Fresh(index, why) => (index, Some(why)),
+    };
+    let app = Arc::new(App {
+        indexed: watch::Sender::new(index.watermark()),
+        store,
+        index: Arc::new(index),
+        model,
+        embedder: deps.embedder,
+        clock: Arc::new(SystemClock),
+        metrics: metrics::Metrics::new(&deps.meter),
+        message_bytes: deps.message_bytes,
+        written: Notify::new(),
+    });
+    let indexer = Indexer::new(Arc::clone(&app));
+    if let Some(why) = fresh {
+        let count = indexer.rebuild().await?;
+        tracing::info!(
+            vectors = count,
+            why,
+            "rebuilt the vector index from the relational store"
+        );
+    }
+    deps.health.report(SERVICE, "index", Dependency::Up).await;
+    let (stop, store) = (deps.stop, Arc::clone(&app.store));
+    let background = tokio::spawn(async move {
+        indexer.run(stop).await;
+        store.close().await;
+        drop(lock);
+    });
+    let server = MemoryServiceServer::new(grpc::Memories(app))
+        .max_decoding_message_size(deps.message_bytes)
+        .max_encoding_message_size(deps.message_bytes);
+    Ok(Service {
+        routes: Routes::new(server),
+        background,
+    })
+}
+
+fn lock(directory: &Path) -> Result<DirectoryLock, Error> {
+    DirectoryLock::take(directory).map_err(|error| {
+        let shown = directory.display();
+        let message = match error.kind() {
+            std::io::ErrorKind::WouldBlock => format!(
+                "another process uses the data directory `{shown}`; stop it, or set `server.data_dir` to another one"
+            ),
+            _ => format!("the data directory `{shown}` (`server.data_dir`) can't be used: {error}"),
+        };
+        Error::new(Reason::NotConfigured, message)
+    })
+}
+
+/// The embedding service's default model.
+async fn model(deps: &Deps) -> Result<Model, Error> {
+    let context = RequestContext::background(TenantId::local(), None);
+    let mut client = embedding::embedding_service_client::EmbeddingServiceClient::new(deps.embedder.clone());
+    let listed = client
+        .list_models(context.request(embedding::ListModelsRequest {}))
+        .await;
+    let models = listed
+        .map_err(|status| aeterna_error::from_status(&status))?
+        .into_inner()
+        .models;
+    let model = models.into_iter().find(|model| model.default);
+    let model = model.ok_or_else(|| Error::unavailable("the embedding service has no model"))?;
+    let dimension = usize::try_from(model.dimension).unwrap_or(0);
+    let prefix = if model.matryoshka {
+        dimension.min(256)
+    } else {
+        dimension
+    };
+    if dimension == 0 || !dimension.is_multiple_of(store::code::BLOCK) {
+        let message = format!(
+            "the model `{}` has {dimension} dimensions; a multiple of 64 is needed",
+            model.name
+        );
+        return Err(Error::new(Reason::NotConfigured, message));
+    }
+    let identity = format!("{}@{}", model.name, model.revision);
+    Ok(Model {
+        name: model.name,
+        identity,
+        dimension,
+        prefix,
+    })
+}
+
+/// A name for a directory.
+fn file_name(identity: &str) -> String {
+    identity
+        .chars()
+        .map(|c| {
+            if c.is_ascii_alphanumeric() || "-@.".contains(c) {
+                c
+            } else {
+                '_'
+            }
+        })
+        .collect()
+}

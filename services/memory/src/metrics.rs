@@ -1,0 +1,32 @@
+//! Instruments of the memory service.
+
+use opentelemetry::metrics::{Counter, Gauge, Meter};
+
+/// Counts of what is written and found, and how far the index is behind.
+#[derive(Clone, Debug)]
+pub struct Metrics {
+    /// Memories added or merged.
+    pub added: Counter<u64>,
+    /// Searches that had to do without an arm.
+    pub degraded: Counter<u64>,
+    /// Outbox events that the vector index has not applied.
+    pub index_lag: Gauge<u64>,
+}
+
+impl Metrics {
+    /// Registers the instruments.
+    pub fn new(meter: &Meter) -> Self {
+        let counter = |name: &'static str, help: &'static str| meter.u64_counter(name).with_description(help).build();
+        Self {
+            added: counter("aeterna_memory_adds", "Memories added or merged."),
+            degraded: counter(
+                "aeterna_memory_degraded_searches",
+                "Searches without one of their arms.",
+            ),
+            index_lag: meter
+                .u64_gauge("aeterna_memory_index_lag_events")
+                .with_description("Outbox events that the vector index has not applied.")
+                .build(),
+        }
+    }
+}

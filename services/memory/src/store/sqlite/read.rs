@@ -1,0 +1,243 @@
+//! Reads.
+
+use aeterna_types::{Layer, MemoryId, TenantId, Timestamp};
+use sqlx::sqlite::{SqliteArguments, SqliteRow};
+use sqlx::{AssertSqlSafe, Row as _};
+
+use super::{SqliteStore, damaged, marks, storage, stored};
+use crate::domain::{Key, Memory, ScopeKey, Sequence, View};
+use crate::error::MemoryError;
+use crate::store::code::Code;
+use crate::store::{IndexEvent, IndexState, Listing, Stored};
+
+/// Bindings per statement; SQLite allows 32,766.
+const CHUNK: usize = 10_000;
+
+type Query<'q> = sqlx::query::Query<'q, sqlx::Sqlite, SqliteArguments>;
+
+/// A query whose text is ours and whose values are all bound.
+fn sql<'q>(text: String) -> Query<'q> {
+    sqlx::query(AssertSqlSafe(text))
+}
+
+/// Runs a query once per chunk of keys; `text` gets the question marks of its `IN (…)`.
+async fn by_keys(
+    store: &SqliteStore,
+    keys: &[Key],
+    text: impl Fn(&str) -> String,
+    first: Option<&str>,
+) -> Result<Vec<SqliteRow>, MemoryError> {
+    let mut rows = Vec::new();
+    for chunk in keys.chunks(CHUNK) {
+        let mut query = sql(text(&marks(chunk.len())));
+        if let Some(first) = first {
+            query = query.bind(first.to_owned());
+        }
+        for key in chunk {
+            query = query.bind(key.0);
+        }
+        rows.extend(query.fetch_all(store.0.readers()).await.map_err(storage)?);
+    }
+    Ok(rows)
+}
+
+fn key(row: &SqliteRow, column: &str) -> Result<Key, MemoryError> {
+    row.try_get(column).map(Key).map_err(storage)
+}
+
+fn code(bytes: Vec<u8>) -> Result<Code, MemoryError> {
+    Code::from_bytes(bytes).ok_or_else(|| damaged("vector"))
+}
+
+pub async fn get(store: &SqliteStore, tenant: &TenantId, id: MemoryId) -> Result<Option<Stored>, MemoryError> {
+    let row = sqlx::query("SELECT key, record FROM memories WHERE id = ? AND tenant = ?")
+        .bind(id.as_bytes().as_slice())
+        .bind(tenant.as_str())
+        .fetch_optional(store.0.readers())
+        .await
+        .map_err(storage)?;
+    row.as_ref().map(stored).transpose()
+}
+
+pub async fn visible(
+    store: &SqliteStore,
+    tenant: &TenantId,
+    view: &View,
+    layers: &[Layer],
+) -> Result<Vec<ScopeKey>, MemoryError> {
+    let mut text = String::from("SELECT key FROM scopes WHERE tenant = ?");
+    // A fixed identifier shows its own value and what names none; an open layer shows everything, or only what names none.
+    let rule = |layer: &Layer| match (view.scope.get(*layer), view.exact) {
+        (Some(_), _) => format!(" AND ({0} IS NULL OR {0} = ?)", layer.name()),
+        (None, true) => format!(" AND {} IS NULL", layer.name()),
+        (None, false) => String::new(),
+    };
+    Layer::ALL.iter().for_each(|layer| text.push_str(&rule(layer)));
+    if !layers.is_empty() {
+        text.push_str(&format!(" AND layer IN ({})", marks(layers.len())));
+    }
+    let mut query = sql(text).bind(tenant.as_str().to_owned());
+    for (_, id) in view.scope.layers() {
+        query = query.bind(id.to_owned());
+    }
+    for layer in layers {
+        query = query.bind(layer.number());
+    }
+    let rows = query.fetch_all(store.0.readers()).await.map_err(storage)?;
+    rows.iter()
+        .map(|row| row.try_get("key").map(ScopeKey).map_err(storage))
+        .collect()
+}
+
+pub async fn list(store: &SqliteStore, listing: &Listing) -> Result<Vec<Stored>, MemoryError> {
+    let scopes = serde_json::to_string(&listing.scopes.iter().map(|s| s.0).collect::<Vec<_>>()).unwrap_or_default();
+    let mut text = String::from("SELECT key, record FROM memories WHERE scope IN (SELECT value FROM json_each(?))");
+    if listing.before.is_some() {
+        text.push_str(" AND id < ?");
+    }
+    if !listing.show_deleted {
+        text.push_str(" AND deleted_at IS NULL AND (expires_at IS NULL OR expires_at > ?)");
+    }
+    text.push_str(" ORDER BY id DESC LIMIT ?");
+    let mut query = sql(text).bind(scopes);
+    if let Some(before) = listing.before {
+        query = query.bind(before.as_bytes().to_vec());
+    }
+    if !listing.show_deleted {
+        query = query.bind(listing.now.micros());
+    }
+    let rows = query
+        .bind(i64::try_from(listing.limit).unwrap_or(i64::MAX))
+        .fetch_all(store.0.readers())
+        .await
+        .map_err(storage)?;
+    rows.iter().map(stored).collect()
+}
+
+/// Terms are quoted, so that no text of a caller is ever read as query syntax.
+pub async fn lexical(
+    store: &SqliteStore,
+    scopes: &[ScopeKey],
+    terms: &[String],
+    limit: usize,
+) -> Result<Vec<(Key, f64)>, MemoryError> {
+    if scopes.is_empty() || terms.is_empty() {
+        return Ok(Vec::new());
+    }
+    let quoted = |term: &String| format!("\"{}\"", term.replace('"', "\"\""));
+    let scopes: Vec<String> = scopes.iter().map(|scope| format!("\"s{}\"", scope.0)).collect();
+    let terms: Vec<String> = terms.iter().map(quoted).collect();
+    let query = format!("scope : ({}) AND body : ({})", scopes.join(" OR "), terms.join(" OR "));
+    let rows = sqlx::query(
+        "SELECT rowid AS key, -bm25(lexical, 0.0, 1.0) AS score FROM lexical WHERE lexical MATCH ? \
+         ORDER BY score DESC, rowid DESC LIMIT ?",
+    )
+    .bind(query)
+    .bind(i64::try_from(limit).unwrap_or(i64::MAX))
+    .fetch_all(store.0.readers())
+    .await
+    .map_err(storage)?;
+    rows.iter()
+        .map(|row| Ok((key(row, "key")?, row.try_get("score").map_err(storage)?)))
+        .collect()
+}
+
+pub async fn fetch(store: &SqliteStore, keys: &[Key], now: Timestamp) -> Result<Vec<Stored>, MemoryError> {
+    let text = |marks: &str| format!("SELECT key, record FROM memories WHERE key IN ({marks})");
+    let rows = by_keys(store, keys, text, None).await?;
+    let all: Result<Vec<_>, _> = rows.iter().map(stored).collect();
+    Ok(all?.into_iter().filter(|stored| stored.memory.is_live(now)).collect())
+}
+
+pub async fn neighbours(store: &SqliteStore, keys: &[Key]) -> Result<Vec<(Key, Key)>, MemoryError> {
+    let text = |marks: &str| {
+        format!(
+            "SELECT a.key AS turn, b.key AS neighbour FROM memories a JOIN memories b \
+             ON b.scope = a.scope AND b.conversation = a.conversation AND b.sequence IN (a.sequence - 1, a.sequence + 1) \
+             WHERE a.key IN ({marks}) AND b.deleted_at IS NULL"
+        )
+    };
+    let rows = by_keys(store, keys, text, None).await?;
+    rows.iter()
+        .map(|row| Ok((key(row, "turn")?, key(row, "neighbour")?)))
+        .collect()
+}
+
+pub async fn codes(store: &SqliteStore, model: &str, keys: &[Key]) -> Result<Vec<(Key, Code)>, MemoryError> {
+    let text = |marks: &str| format!("SELECT memory, code FROM embeddings WHERE model = ? AND memory IN ({marks})");
+    let rows = by_keys(store, keys, text, Some(model)).await?;
+    rows.iter()
+        .map(|row| Ok((key(row, "memory")?, code(row.try_get("code").map_err(storage)?)?)))
+        .collect()
+}
+
+pub async fn events(store: &SqliteStore, after: Sequence, limit: usize) -> Result<Vec<IndexEvent>, MemoryError> {
+    let rows = sqlx::query("SELECT sequence, memory FROM outbox WHERE sequence > ? ORDER BY sequence LIMIT ?")
+        .bind(after.0)
+        .bind(i64::try_from(limit).unwrap_or(i64::MAX))
+        .fetch_all(store.0.readers())
+        .await
+        .map_err(storage)?;
+    let event = |row: &SqliteRow| {
+        let sequence = row.try_get("sequence").map(Sequence).map_err(storage)?;
+        Ok(IndexEvent {
+            sequence,
+            key: key(row, "memory")?,
+        })
+    };
+    rows.iter().map(event).collect()
+}
+
+pub async fn last_sequence(store: &SqliteStore) -> Result<Sequence, MemoryError> {
+    let last: Option<i64> = sqlx::query_scalar("SELECT max(sequence) FROM outbox")
+        .fetch_one(store.0.readers())
+        .await
+        .map_err(storage)?;
+    Ok(Sequence(last.unwrap_or(0)))
+}
+
+const STATE: &str = "SELECT m.key, m.scope, m.tenant, m.record, e.code FROM memories m \
+                     LEFT JOIN embeddings e ON e.memory = m.key AND e.model = ? WHERE m.deleted_at IS NULL";
+
+fn state(row: &SqliteRow) -> Result<IndexState, MemoryError> {
+    let record: &str = row.try_get("record").map_err(storage)?;
+    let memory: Memory = serde_json::from_str(record).map_err(|_| damaged("memory"))?;
+    let bytes: Option<Vec<u8>> = row.try_get("code").map_err(storage)?;
+    let tenant: &str = row.try_get("tenant").map_err(storage)?;
+    Ok(IndexState {
+        key: key(row, "key")?,
+        scope: row.try_get("scope").map(ScopeKey).map_err(storage)?,
+        tenant: tenant.parse().map_err(|_| damaged("tenant"))?,
+        code: bytes.map(code).transpose()?,
+        text: memory.body.dense_text(),
+    })
+}
+
+pub async fn states(store: &SqliteStore, model: &str, keys: &[Key]) -> Result<Vec<IndexState>, MemoryError> {
+    let rows = by_keys(
+        store,
+        keys,
+        |marks| format!("{STATE} AND m.key IN ({marks})"),
+        Some(model),
+    )
+    .await?;
+    rows.iter().map(state).collect()
+}
+
+pub async fn scan(
+    store: &SqliteStore,
+    model: &str,
+    after: Key,
+    limit: usize,
+    pending: bool,
+) -> Result<Vec<IndexState>, MemoryError> {
+    let only = if pending { " AND e.code IS NULL" } else { "" };
+    let rows = sql(format!("{STATE}{only} AND m.key > ? ORDER BY m.key LIMIT ?"))
+        .bind(model.to_owned())
+        .bind(after.0)
+        .bind(i64::try_from(limit).unwrap_or(i64::MAX))
+        .fetch_all(store.0.readers())
+        .await
+        .map_err(storage)?;
+    rows.iter().map(state).collect()
+}

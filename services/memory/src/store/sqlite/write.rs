@@ -1,0 +1,380 @@
+//! Writes: row, history, outbox event, lexical text, vector and request id in one transaction.
+
+use aeterna_types::{Layer, MemoryId, Scope};
+use sqlx::{Row as _, SqliteConnection};
+
+use super::{SqliteStore, damaged, encode, storage, stored};
+use crate::domain::{Body, Idempotency, Key, Memory, Outcome, ScopeKey, Sequence, Writer, Written};
+use crate::error::MemoryError;
+use crate::store::code::Code;
+use crate::store::{Addition, Change, StoredVector};
+
+pub async fn add(
+    store: &SqliteStore,
+    writer: &Writer,
+    items: Vec<Addition>,
+) -> Result<Vec<Result<Written, MemoryError>>, MemoryError> {
+    let mut transaction = store.0.begin().await?;
+    let mut results = Vec::with_capacity(items.len());
+    for item in items {
+        match add_one(&mut transaction, writer, item).await {
+            // The store itself failed: nothing of the batch is kept.
+            Err(error @ MemoryError::Other(_)) => return Err(error),
+            result => results.push(result),
+        }
+    }
+    transaction.commit().await.map_err(storage)?;
+    Ok(results)
+}
+
+async fn add_one(connection: &mut SqliteConnection, writer: &Writer, item: Addition) -> Result<Written, MemoryError> {
+    if let Some(idempotency) = &item.idempotency
+        && let Some(earlier) = replay(connection, writer, idempotency).await?
+    {
+        return Ok(earlier);
+    }
+    let scope = scope_key(connection, writer, &item.scope).await?;
+    let identity = item.body.identity();
+    let there = sqlx::query("SELECT key, record FROM memories WHERE scope = ? AND identity = ? AND deleted_at IS NULL")
+        .bind(scope.0)
+        .bind(identity.as_slice())
+        .fetch_optional(&mut *connection)
+        .await
+        .map_err(storage)?;
+    let written = match there.as_ref().map(stored).transpose()? {
+        Some(existing) => merge(connection, writer, existing.key, existing.memory, item.body).await?,
+        None => {
+            let memory = Memory {
+                id: MemoryId::new(writer.now),
+                scope: item.scope,
+                body: item.body,
+                created_at: writer.now,
+                updated_at: writer.now,
+                deleted_at: None,
+                version: 1,
+                embedding_model: item.vector.as_ref().map(|v| v.model.clone()).unwrap_or_default(),
+            };
+            let key = insert(connection, writer, scope, &memory).await?;
+            put_vector(connection, key, item.vector.as_ref()).await?;
+            let sequence = record(connection, writer, key, &memory, "added").await?;
+            Written {
+                memory,
+                outcome: Outcome::Created,
+                sequence,
+            }
+        }
+    };
+    remember(connection, writer, item.idempotency.as_ref(), &written).await?;
+    Ok(written)
+}
+
+/// Unites the tags and keeps the higher importance.
+async fn merge(
+    connection: &mut SqliteConnection,
+    writer: &Writer,
+    key: Key,
+    mut memory: Memory,
+    body: Body,
+) -> Result<Written, MemoryError> {
+    let mut tags = [memory.body.tags.clone(), body.tags].concat();
+    tags.sort();
+    tags.dedup();
+    let importance = memory.body.importance.max(body.importance);
+    let changed = tags != memory.body.tags || importance > memory.body.importance;
+    if changed {
+        memory.body.tags = tags;
+        memory.body.importance = importance;
+        memory.version += 1;
+        memory.updated_at = writer.now;
+        update(connection, key, &memory).await?;
+        let sequence = record(connection, writer, key, &memory, "updated").await?;
+        return Ok(Written {
+            memory,
+            outcome: Outcome::Merged,
+            sequence,
+        });
+    }
+    Ok(Written {
+        memory,
+        outcome: Outcome::Merged,
+        sequence: Sequence::default(),
+    })
+}
+
+pub async fn change(
+    store: &SqliteStore,
+    writer: &Writer,
+    id: MemoryId,
+    etag: Option<&str>,
+    change: Change,
+    idempotency: Option<Idempotency>,
+) -> Result<Written, MemoryError> {
+    let mut transaction = store.0.begin().await?;
+    let connection = &mut *transaction;
+    if let Some(idempotency) = &idempotency
+        && let Some(earlier) = replay(connection, writer, idempotency).await?
+    {
+        return Ok(earlier);
+    }
+    let row = sqlx::query("SELECT key, record FROM memories WHERE id = ? AND tenant = ?")
+        .bind(id.as_bytes().as_slice())
+        .bind(writer.tenant.as_str())
+        .fetch_optional(&mut *connection)
+        .await
+        .map_err(storage)?;
+    let existing = row
+        .as_ref()
+        .map(stored)
+        .transpose()?
+        .ok_or_else(|| MemoryError::NotFound(id.to_string()))?;
+    let (key, mut memory) = (existing.key, existing.memory);
+    if etag.is_some_and(|etag| etag != memory.etag()) {
+        return Err(MemoryError::EtagMismatch);
+    }
+    if memory.deleted_at.is_some() {
+        return Err(MemoryError::Deleted);
+    }
+    memory.version += 1;
+    memory.updated_at = writer.now;
+    let kind = match change {
+        Change::Delete => {
+            memory.deleted_at = Some(writer.now);
+            "deleted"
+        }
+        Change::Replace { body, vector, reindex } => {
+            memory.body = *body;
+            if reindex {
+                sqlx::query("DELETE FROM embeddings WHERE memory = ?")
+                    .bind(key.0)
+                    .execute(&mut *connection)
+                    .await
+                    .map_err(storage)?;
+                memory.embedding_model = vector.as_ref().map(|v| v.model.clone()).unwrap_or_default();
+                put_vector(connection, key, vector.as_ref()).await?;
+            }
+            "updated"
+        }
+    };
+    update(connection, key, &memory).await?;
+    let sequence = record(connection, writer, key, &memory, kind).await?;
+    let written = Written {
+        memory,
+        outcome: Outcome::Merged,
+        sequence,
+    };
+    remember(connection, writer, idempotency.as_ref(), &written).await?;
+    transaction.commit().await.map_err(storage)?;
+    Ok(written)
+}
+
+/// What an earlier write with this request id answered.
+pub async fn replay(
+    connection: &mut SqliteConnection,
+    writer: &Writer,
+    idempotency: &Idempotency,
+) -> Result<Option<Written>, MemoryError> {
+    let row = sqlx::query("SELECT digest, answer FROM requests WHERE tenant = ? AND subject = ? AND request_id = ?")
+        .bind(writer.tenant.as_str())
+        .bind(&writer.subject)
+        .bind(idempotency.request_id.as_str())
+        .fetch_optional(connection)
+        .await
+        .map_err(storage)?;
+    let Some(row) = row else { return Ok(None) };
+    let digest: &[u8] = row.try_get("digest").map_err(storage)?;
+    if digest != idempotency.digest {
+        return Err(MemoryError::RequestIdReused);
+    }
+    let answer: &str = row.try_get("answer").map_err(storage)?;
+    serde_json::from_str(answer).map(Some).map_err(|_| damaged("answer"))
+}
+
+async fn remember(
+    connection: &mut SqliteConnection,
+    writer: &Writer,
+    idempotency: Option<&Idempotency>,
+    written: &Written,
+) -> Result<(), MemoryError> {
+    let Some(idempotency) = idempotency else { return Ok(()) };
+    sqlx::query("INSERT INTO requests (tenant, subject, request_id, digest, answer, at) VALUES (?, ?, ?, ?, ?, ?)")
+        .bind(writer.tenant.as_str())
+        .bind(&writer.subject)
+        .bind(idempotency.request_id.as_str())
+        .bind(idempotency.digest.as_slice())
+        .bind(encode(written)?)
+        .bind(writer.now.micros())
+        .execute(connection)
+        .await
+        .map_err(storage)?;
+    Ok(())
+}
+
+async fn scope_key(connection: &mut SqliteConnection, writer: &Writer, scope: &Scope) -> Result<ScopeKey, MemoryError> {
+    let path = encode(scope)?;
+    let find = "SELECT key FROM scopes WHERE tenant = ? AND path = ?";
+    let found: Option<i64> = sqlx::query_scalar(find)
+        .bind(writer.tenant.as_str())
+        .bind(&path)
+        .fetch_optional(&mut *connection)
+        .await
+        .map_err(storage)?;
+    if let Some(key) = found {
+        return Ok(ScopeKey(key));
+    }
+    let mut query = sqlx::query(
+        "INSERT INTO scopes (tenant, path, layer, company, org, team, project, user, session, agent) \
+         VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+    )
+    .bind(writer.tenant.as_str().to_owned())
+    .bind(path)
+    .bind(scope.layer().map_or(0, Layer::number));
+    for layer in Layer::ALL {
+        query = query.bind(scope.get(layer).map(str::to_owned));
+    }
+    Ok(ScopeKey(
+        query.execute(connection).await.map_err(storage)?.last_insert_rowid(),
+    ))
+}
+
+async fn insert(
+    connection: &mut SqliteConnection,
+    writer: &Writer,
+    scope: ScopeKey,
+    memory: &Memory,
+) -> Result<Key, MemoryError> {
+    let source = &memory.body.source;
+    let inserted = sqlx::query(
+        "INSERT INTO memories (id, tenant, scope, identity, record, conversation, sequence, expires_at, version) \
+         VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+    )
+    .bind(memory.id.as_bytes().as_slice())
+    .bind(writer.tenant.as_str())
+    .bind(scope.0)
+    .bind(memory.body.identity().as_slice())
+    .bind(encode(memory)?)
+    .bind((!source.conversation.is_empty()).then_some(source.conversation.as_str()))
+    .bind(source.sequence)
+    .bind(memory.body.expires_at.map(|t| t.micros()))
+    .bind(memory.version)
+    .execute(&mut *connection)
+    .await
+    .map_err(storage)?;
+    let key = Key(inserted.last_insert_rowid());
+    put_lexical(connection, key, scope, memory).await?;
+    Ok(key)
+}
+
+async fn update(connection: &mut SqliteConnection, key: Key, memory: &Memory) -> Result<(), MemoryError> {
+    let updated = sqlx::query(
+        "UPDATE memories SET record = ?, identity = ?, expires_at = ?, deleted_at = ?, version = ? WHERE key = ? \
+         RETURNING scope",
+    )
+    .bind(encode(memory)?)
+    .bind(memory.body.identity().as_slice())
+    .bind(memory.body.expires_at.map(|t| t.micros()))
+    .bind(memory.deleted_at.map(|t| t.micros()))
+    .bind(memory.version)
+    .bind(key.0)
+    .fetch_one(&mut *connection)
+    .await
+    .map_err(
+        |error| match error.as_database_error().is_some_and(|e| e.is_unique_violation()) {
+            true => MemoryError::Duplicate,
+            false => storage(error),
+        },
+    )?;
+    let scope = ScopeKey(updated.try_get("scope").map_err(storage)?);
+    sqlx::query("DELETE FROM lexical WHERE rowid = ?")
+        .bind(key.0)
+        .execute(&mut *connection)
+        .await
+        .map_err(storage)?;
+    if memory.deleted_at.is_none() {
+        put_lexical(connection, key, scope, memory).await?;
+    }
+    Ok(())
+}
+
+async fn put_lexical(
+    connection: &mut SqliteConnection,
+    key: Key,
+    scope: ScopeKey,
+    memory: &Memory,
+) -> Result<(), MemoryError> {
+    sqlx::query("INSERT INTO lexical (rowid, scope, body) VALUES (?, ?, ?)")
+        .bind(key.0)
+        .bind(format!("s{}", scope.0))
+        .bind(aeterna_text::analyse(&memory.body.lexical_text()).join(" "))
+        .execute(connection)
+        .await
+        .map_err(storage)?;
+    Ok(())
+}
+
+async fn put_vector(
+    connection: &mut SqliteConnection,
+    key: Key,
+    vector: Option<&StoredVector>,
+) -> Result<(), MemoryError> {
+    let Some(vector) = vector else { return Ok(()) };
+    sqlx::query("INSERT OR REPLACE INTO embeddings (memory, model, code) VALUES (?, ?, ?)")
+        .bind(key.0)
+        .bind(&vector.model)
+        .bind(vector.code.as_bytes())
+        .execute(connection)
+        .await
+        .map_err(storage)?;
+    Ok(())
+}
+
+/// Stores vectors that were pending; the memory says then which model has it.
+pub async fn put_codes(store: &SqliteStore, model: &str, codes: &[(Key, Code)]) -> Result<(), MemoryError> {
+    let mut transaction = store.0.begin().await?;
+    for (key, code) in codes {
+        let vector = StoredVector {
+            model: model.into(),
+            code: code.clone(),
+        };
+        put_vector(&mut transaction, *key, Some(&vector)).await?;
+        sqlx::query("UPDATE memories SET record = json_set(record, '$.embedding_model', ?) WHERE key = ?")
+            .bind(model)
+            .bind(key.0)
+            .execute(&mut *transaction)
+            .await
+            .map_err(storage)?;
+    }
+    transaction.commit().await.map_err(storage)?;
+    Ok(())
+}
+
+/// History and outbox; the outbox row's number orders all changes.
+async fn record(
+    connection: &mut SqliteConnection,
+    writer: &Writer,
+    key: Key,
+    memory: &Memory,
+    kind: &'static str,
+) -> Result<Sequence, MemoryError> {
+    sqlx::query(
+        "INSERT INTO history (memory, version, kind, changed_at, changed_by, record) VALUES (?, ?, ?, ?, ?, ?)",
+    )
+    .bind(memory.id.as_bytes().as_slice())
+    .bind(memory.version)
+    .bind(kind)
+    .bind(writer.now.micros())
+    .bind(&writer.subject)
+    .bind(encode(memory)?)
+    .execute(&mut *connection)
+    .await
+    .map_err(storage)?;
+    let event = sqlx::query("INSERT INTO outbox (tenant, memory, kind, version, committed_at) VALUES (?, ?, ?, ?, ?)")
+        .bind(writer.tenant.as_str())
+        .bind(key.0)
+        .bind(kind)
+        .bind(memory.version)
+        .bind(writer.now.micros())
+        .execute(connection)
+        .await
+        .map_err(storage)?;
+    Ok(Sequence(event.last_insert_rowid()))
+}
