@@ -2,9 +2,12 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help run test check fmt lint-proto breaking proto-landed audit tools docs-update clean
+.PHONY: help run test check fmt lint-proto breaking proto-landed audit tools docs-update bench-retrieval bench-memory clean
 
+CACHE := $(or $(AETERNA_CACHE),$(HOME)/.cache/aeterna)
 BUILD := $(or $(CARGO_TARGET_DIR),target)/release
+# `make run ARGS="--data-dir DIR"` has its models there, too.
+DATA_DIR = $(shell echo '$(ARGS)' | grep -oE -- '--(data-dir|server\.data_dir)[= ][^ ]+' || true)
 export PATH := $(shell scripts/tools.sh --path):$(PATH)
 
 help: ## list the targets
@@ -12,10 +15,11 @@ help: ## list the targets
 
 run: ## build and start every service in one process (ARGS="--listen 127.0.0.1:7800")
 	cargo build --release --locked -p aeterna
-	@exec $(BUILD)/aeterna $(ARGS)
+	@$(BUILD)/aeterna models fetch $(DATA_DIR) || echo "make run: going on without it: the \`hash\` model compares words only" >&2
+	@exec $(BUILD)/aeterna serve $(ARGS)
 
 test: ## run every test (ARGS="--no-fail-fast" goes to cargo test)
-	@scripts/tools.sh grpcurl buf
+	@scripts/tools.sh grpcurl pip
 	cargo test --workspace --locked $(ARGS)
 
 check: lint-proto breaking ## check format, lints, contracts, licences, docs and scripts: what CI asks beside the tests
@@ -59,7 +63,19 @@ tools: ## install the pinned tools that the other targets need
 	scripts/tools.sh buf grpcurl cargo-deny
 
 docs-update: ## rewrite the documentation pages that are generated from the code
-	UPDATE_DOCS=1 cargo test --locked -p aeterna-it docs
+	@scripts/tools.sh grpcurl
+	UPDATE_DOCS=1 cargo test --workspace --locked --test it -- docs readme
+
+bench-retrieval: ## evidence recall on LoCoMo-form conversations (DATA=<json>, MODEL_DIR=<dir> instead of all-MiniLM-L6-v2)
+	@[[ -n "$(DATA)" ]] || { echo "bench-retrieval: pass the conversations: DATA=<LoCoMo-form json>" >&2; exit 2; }
+	cargo build --release --locked -p aeterna -p aeterna-bench
+	@$(BUILD)/aeterna models fetch --data-dir "$(CACHE)" >&2
+	@$(BUILD)/aeterna-bench retrieval --data "$(DATA)" --server $(BUILD)/aeterna \
+	  --model-dir "$(or $(MODEL_DIR),$(CACHE)/models/all-MiniLM-L6-v2)"
+
+bench-memory: ## add and search end to end over gRPC (N=100000, CONCURRENCY=16)
+	cargo build --release --locked -p aeterna -p aeterna-bench
+	@$(BUILD)/aeterna-bench memory --n "$(or $(N),100000)" --concurrency "$(or $(CONCURRENCY),16)" --server $(BUILD)/aeterna
 
 clean: ## remove what was built (installed tools and data stay)
 	cargo clean

@@ -10,8 +10,9 @@ GRPCURL=1.9.3
 GO=1.27.3 # builds grpcurl where no go is installed
 GO_OLDEST_MINOR=21
 
-tools=${AETERNA_TOOLS:-$HOME/.cache/aeterna/tools}
-[[ $tools == /* ]] || tools=$PWD/$tools
+cache=${AETERNA_CACHE:-$HOME/.cache/aeterna}
+[[ $cache == /* ]] || cache=$PWD/$cache
+tools=$cache/tools
 bin=$tools/bin
 
 die() {
@@ -20,7 +21,7 @@ die() {
 }
 
 # Debian keeps ensurepip in a package of its own; without it `python3 -m venv` can't install pip.
-new_venv() {
+need_venv() {
   command -v python3 >/dev/null || die "python3 is not on PATH: install python3 and python3-venv"
   if ! python3 -c 'import ensurepip' 2>/dev/null; then
     [[ $(id -u) == 0 ]] && command -v apt-get >/dev/null ||
@@ -28,6 +29,10 @@ new_venv() {
     { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends python3-venv; } >&2 ||
       die "python3 can't create a virtual environment, and apt-get could not install python3-venv (see above)"
   fi
+}
+
+new_venv() {
+  need_venv
   rm -rf "$1"
   python3 -m venv "$1"
 }
@@ -74,7 +79,7 @@ if [[ $1 == --path ]]; then
   exit
 fi
 
-mkdir -p "$bin" "$tools/stamps" || die "can't create $tools: set AETERNA_TOOLS to a directory you can write"
+mkdir -p "$bin" "$tools/stamps" || die "can't create $tools: set AETERNA_CACHE to a directory you can write"
 exec 9>"$tools/.lock" # two runs at once would build into the same directories
 flock 9 || die "can't lock $tools/.lock"
 
@@ -83,6 +88,7 @@ for name in "$@"; do
     buf) ensure buf $BUF ;;
     grpcurl) ensure grpcurl $GRPCURL ;;
     cargo-deny) ensure cargo-deny $CARGO_DENY ;;
-    *) die "\`$name\` is not a tool of this project: buf, grpcurl, cargo-deny" ;;
+    pip) python3 -m pip --version >/dev/null 2>&1 || need_venv ;;
+    *) die "\`$name\` is not a tool of this project: buf, grpcurl, cargo-deny, pip" ;;
   esac
 done

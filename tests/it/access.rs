@@ -1,36 +1,17 @@
 //! Tokens, limits, deadlines, health, reflection and plain HTTP: what stands in front of every service.
 
-use std::collections::BTreeMap;
 use std::time::Duration;
 
-use aeterna_auth::{Claims, Role, mint};
+use aeterna_auth::Role;
 use aeterna_proto::embedding::v1::embedding_service_client::EmbeddingServiceClient;
 use aeterna_proto::embedding::v1::{BatchEmbedRequest, EmbedRequest, ListModelsRequest};
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use aeterna_testkit::{SECRET, bearing, http, refusal};
 use tonic::{Code, Request};
 
-use crate::sandbox::{SECRET, Sandbox, refusal};
+use crate::sandbox::Sandbox;
 
 fn token(exp: u64) -> String {
-    let claims = Claims {
-        sub: "ann".into(),
-        exp,
-        nbf: None,
-        iss: None,
-        aud: None,
-        tenant: "acme".into(),
-        role: Role::Reader,
-        within: BTreeMap::new(),
-    };
-    mint(SECRET, &claims).unwrap()
-}
-
-fn bearing<T>(message: T, token: &str) -> Request<T> {
-    let mut request = Request::new(message);
-    request
-        .metadata_mut()
-        .insert("authorization", format!("Bearer {token}").parse().unwrap());
-    request
+    aeterna_testkit::token("acme", Role::Reader, &[], exp)
 }
 
 #[tokio::test]
@@ -102,7 +83,8 @@ async fn a_deadline_that_passed_is_deadline_exceeded_both_ways() {
         sandbox.address,
         &grpc_web("ListModels", "grpc-timeout: 1n\r\n", "\0\0\0\0\0"),
     )
-    .await;
+    .await
+    .unwrap();
     assert!(answer.contains("grpc-status: 4"), "{answer}");
     for (way, channel) in sandbox.ways() {
         let mut request = Request::new(ListModelsRequest {});
@@ -150,19 +132,10 @@ async fn limits_refuse_with_the_limit_and_a_delay() {
 /// A gRPC-Web call over HTTP/1.1.
 fn grpc_web(method: &str, headers: &str, body: &str) -> String {
     format!(
-        "POST /aeterna.embedding.v1.EmbeddingService/{method} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\
+        "POST /aeterna.embedding.v1.EmbeddingService/{method} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\
          content-type: application/grpc-web+proto\r\n{headers}content-length: {}\r\n\r\n{body}",
         body.len()
     )
-}
-
-/// One plain HTTP/1.1 request; the whole answer as text.
-async fn http(address: std::net::SocketAddr, request: &str) -> String {
-    let mut stream = tokio::net::TcpStream::connect(address).await.unwrap();
-    stream.write_all(request.as_bytes()).await.unwrap();
-    let mut answer = Vec::new();
-    stream.read_to_end(&mut answer).await.unwrap();
-    String::from_utf8_lossy(&answer).into_owned()
 }
 
 #[tokio::test]
@@ -179,6 +152,7 @@ async fn plain_http_answers_health_readiness_and_metrics() {
             &format!("GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"),
         )
         .await
+        .unwrap()
     };
     assert!(get("/healthz").await.contains("200 OK"));
     let ready = get("/readyz").await;
@@ -197,7 +171,7 @@ async fn plain_http_answers_health_readiness_and_metrics() {
 async fn grpc_web_is_answered_on_the_same_port() {
     let sandbox = Sandbox::start(&[]).await;
     let head = grpc_web("ListModels", "", "\0\0\0\0\0");
-    let answer = http(sandbox.address, &head).await;
+    let answer = http(sandbox.address, &head).await.unwrap();
     assert!(
         answer.contains("200 OK") && answer.contains("grpc-status:0") && answer.contains("hash"),
         "{answer}"
@@ -206,10 +180,37 @@ async fn grpc_web_is_answered_on_the_same_port() {
 }
 
 #[tokio::test]
+async fn a_page_whose_name_was_rebound_to_loopback_is_refused() {
+    let sandbox = Sandbox::start(&[]).await;
+    let good = grpc_web("ListModels", "", "\0\0\0\0\0");
+    let bad = good.replace("host: localhost", "host: evil.example:7700");
+    let answer = http(sandbox.address, &bad).await.unwrap();
+    assert!(
+        answer.contains("grpc-status: 7") || answer.contains("grpc-status:7"),
+        "{answer}"
+    );
+    sandbox.stop().await;
+}
+
+#[tokio::test]
+async fn a_call_counts_once_however_many_services_it_passes() {
+    let sandbox = Sandbox::start(&[("limits.requests_per_second", "1"), ("limits.concurrent_requests", "1")]).await;
+    let [(_, channel), _] = sandbox.ways();
+    let mut client = aeterna_proto::memory::v1::memory_service_client::MemoryServiceClient::new(channel);
+    let request = aeterna_proto::memory::v1::SearchRequest {
+        query: "anything".into(),
+        ..Default::default()
+    };
+    let found = client.search(request).await.unwrap().into_inner();
+    assert!(!found.degraded, "{found:?}");
+    sandbox.stop().await;
+}
+
+#[tokio::test]
 async fn garbage_on_the_wire_is_refused_and_harms_nobody() {
     let sandbox = Sandbox::start(&[]).await;
     let head = grpc_web("Embed", "", "\0\0\0\0\x03\x0a\x7f\x7f");
-    let answer = http(sandbox.address, &head).await;
+    let answer = http(sandbox.address, &head).await.unwrap();
     assert!(
         answer.contains("grpc-status:3") || answer.contains("grpc-status: 3"),
         "{answer}"

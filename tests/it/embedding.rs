@@ -6,7 +6,9 @@ use aeterna_proto::embedding::v1::{
 };
 use tonic::Code;
 
-use crate::sandbox::{Sandbox, refusal};
+use aeterna_testkit::refusal;
+
+use crate::sandbox::Sandbox;
 
 fn text(text: &str) -> EmbedRequest {
     EmbedRequest {
@@ -201,4 +203,53 @@ async fn a_directory_that_is_no_model_is_refused_by_name() {
     let missing = aeterna_embedding::check_directory(&dir).unwrap_err();
     assert!(missing.contains("`config.json` is missing"), "{missing}");
     std::fs::remove_dir_all(&dir).unwrap();
+}
+
+#[tokio::test]
+async fn the_local_model_knows_meanings_and_does_not_mind_its_neighbours() {
+    let model = aeterna_testkit::minilm();
+    let sandbox = Sandbox::start(&[("embedding.model_dirs", model.to_str().unwrap())]).await;
+    for (way, channel) in sandbox.ways() {
+        let mut client = EmbeddingServiceClient::new(channel);
+        let long = "a very long text about boats ".repeat(400);
+        let texts = [
+            "a cat sleeps on the sofa",
+            "the kitten is dozing on the couch",
+            "interest rates rose again",
+            &long,
+        ];
+        let batch = BatchEmbedRequest {
+            texts: texts.map(str::to_owned).to_vec(),
+            ..Default::default()
+        };
+        let answer = client.batch_embed(batch).await.unwrap().into_inner();
+        assert_eq!(
+            (answer.model.as_str(), answer.dimension, answer.truncated),
+            ("all-MiniLM-L6-v2", 384, 1),
+            "{way}"
+        );
+        let dot = |a: usize, b: usize| {
+            let (a, b) = (&answer.vectors[a].values, &answer.vectors[b].values);
+            a.iter().zip(b).map(|(a, b)| a * b).sum::<f32>()
+        };
+        // Known of this model: a paraphrase without a common word is near, another subject is not.
+        assert!(dot(0, 1) > 0.5 && dot(0, 2) < 0.2, "{way}: {} {}", dot(0, 1), dot(0, 2));
+        // A text alone has the vector that it has beside a long one, padding or not.
+        let alone = EmbedRequest {
+            text: texts[1].to_owned(),
+            kind: 2,
+            ..Default::default()
+        };
+        let alone = client.embed(alone).await.unwrap().into_inner();
+        let values = alone.vector.unwrap().values;
+        let near = values
+            .iter()
+            .zip(&answer.vectors[1].values)
+            .all(|(a, b)| (a - b).abs() < 1e-5);
+        assert!(
+            near && (values.iter().map(|x| x * x).sum::<f32>() - 1.0).abs() < 1e-5,
+            "{way}"
+        );
+    }
+    sandbox.stop().await;
 }

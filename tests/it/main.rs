@@ -3,8 +3,14 @@
 #![allow(clippy::unwrap_used)] // helpers of tests are tests, which clippy.toml does not see
 
 mod access;
+mod cli;
+mod crash;
 mod docs;
 mod embedding;
+mod hostile;
 mod memory;
+mod readme;
 mod sandbox;
+mod tenants;
 mod tidy;
+mod traces;

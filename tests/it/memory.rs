@@ -7,7 +7,9 @@ use aeterna_proto::memory::v1::{
 };
 use tonic::Code;
 
-use crate::sandbox::{Sandbox, refusal};
+use aeterna_testkit::refusal;
+
+use crate::sandbox::Sandbox;
 
 fn user(name: &str) -> Option<Scope> {
     Some(Scope {
@@ -132,6 +134,144 @@ async fn what_is_added_is_found_changed_and_deleted() {
             .unwrap()
             .into_inner();
         assert_eq!(listed.memories.len(), 1, "{way}");
+    }
+    sandbox.stop().await;
+}
+
+#[tokio::test]
+async fn pages_end_before_a_message_is_too_large_and_go_on_where_they_ended() {
+    let sandbox = Sandbox::start(&[("limits.message_bytes", "262144")]).await;
+    for (way, channel) in sandbox.ways() {
+        let mut client = MemoryServiceClient::new(channel);
+        let large = |n: usize| add(way, &format!("{n} {}", "word ".repeat(11_000)));
+        for n in 0..9 {
+            client.add(large(n)).await.unwrap();
+        }
+        let (mut seen, mut pages, mut page_token) = (Vec::new(), 0, String::new());
+        loop {
+            let request = ListRequest {
+                scope: user(way),
+                page_token,
+                ..Default::default()
+            };
+            let page = client.list(request).await.unwrap().into_inner();
+            pages += 1;
+            seen.extend(page.memories.into_iter().map(|memory| memory.content[..1].to_owned()));
+            page_token = page.next_page_token;
+            if page_token.is_empty() {
+                break;
+            }
+        }
+        assert_eq!(seen.join(""), "876543210", "{way}");
+        assert!(pages >= 3, "{way}: {pages}");
+        let batch = aeterna_proto::memory::v1::BatchAddRequest {
+            requests: (10..14)
+                .map(|n| add(way, &format!("{n} {}", "word ".repeat(13_050))))
+                .collect(),
+        };
+        let status = client.batch_add(batch.clone()).await.unwrap_err();
+        assert_eq!(refusal(&status).0, "MESSAGE_TOO_LARGE", "{way}: {status:?}");
+        let query = SearchRequest {
+            scope: user(way),
+            query: "word".into(),
+            ..Default::default()
+        };
+        let status = client.search(query).await.unwrap_err();
+        assert_eq!(refusal(&status).0, "MESSAGE_TOO_LARGE", "{way}: {status:?}");
+        assert!(status.message().contains("lower `top_k`"), "{status:?}");
+    }
+    sandbox.stop().await;
+}
+
+#[tokio::test]
+async fn a_filter_means_the_same_in_list_and_in_every_arm_of_search() {
+    let sandbox = Sandbox::start(&[]).await;
+    for (way, channel) in sandbox.ways() {
+        let mut client = MemoryServiceClient::new(channel);
+        for n in 0..20 {
+            let mut request = add(way, &format!("note {n} about boats"));
+            let memory = request.memory.as_mut().unwrap();
+            memory.tags = vec![if n % 4 == 0 { "rare".into() } else { "common".into() }];
+            memory.importance = Some(f64::from(n) / 20.0);
+            client.add(request).await.unwrap();
+        }
+        let filter = "tags:rare AND importance >= 0.2";
+        let list = ListRequest {
+            scope: user(way),
+            filter: filter.into(),
+            ..Default::default()
+        };
+        let listed = client.list(list).await.unwrap().into_inner().memories;
+        assert_eq!(listed.len(), 4, "{way}");
+        for mode in [1, 2, 3] {
+            let query = SearchRequest {
+                scope: user(way),
+                query: "boats".into(),
+                top_k: 20,
+                filter: filter.into(),
+                mode,
+                ..Default::default()
+            };
+            let found = client.search(query).await.unwrap().into_inner().results;
+            let mut ids: Vec<_> = found.into_iter().map(|result| result.memory.unwrap().id).collect();
+            let mut wanted: Vec<_> = listed.iter().map(|memory| memory.id.clone()).collect();
+            ids.sort();
+            wanted.sort();
+            assert_eq!(ids, wanted, "{way}: mode {mode}");
+        }
+        let list = ListRequest {
+            filter: "colour = red".into(),
+            ..Default::default()
+        };
+        let status = client.list(list).await.unwrap_err();
+        assert_eq!(refusal(&status).1, ["filter"], "{way}: {status:?}");
+    }
+    sandbox.stop().await;
+}
+
+#[tokio::test]
+async fn what_has_expired_is_hidden_at_once_and_takes_nobodys_place() {
+    let sandbox = Sandbox::start(&[]).await;
+    for (way, channel) in sandbox.ways() {
+        let mut client = MemoryServiceClient::new(channel);
+        client
+            .add(add(way, "boats boats and more boats, says somebody at length"))
+            .await
+            .unwrap();
+        let now = std::time::SystemTime::now()
+            .duration_since(std::time::UNIX_EPOCH)
+            .unwrap();
+        for n in 0..5 {
+            let mut request = add(way, &format!("boats {n}"));
+            request.memory.as_mut().unwrap().expires_at = Some(prost_types::Timestamp {
+                seconds: now.as_secs() as i64 - 1,
+                nanos: 0,
+            });
+            client.add(request).await.unwrap();
+        }
+        let query = SearchRequest {
+            scope: user(way),
+            query: "boats".into(),
+            top_k: 1,
+            ..Default::default()
+        };
+        let found = client.search(query).await.unwrap().into_inner().results;
+        assert_eq!(found.len(), 1, "{way}");
+        // Said again without an end, it is there again, and the answer does not lie.
+        let again = client
+            .add(add(way, "boats 3"))
+            .await
+            .unwrap()
+            .into_inner()
+            .memory
+            .unwrap();
+        let got = client
+            .get(GetRequest {
+                id: again.id.clone(),
+                ..Default::default()
+            })
+            .await;
+        assert!(got.is_ok(), "{way}: {got:?}");
     }
     sandbox.stop().await;
 }

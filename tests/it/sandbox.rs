@@ -1,17 +1,15 @@
 //! A process's worth of services on a handed-over listener, without a process.
 
 use std::net::SocketAddr;
+use std::path::Path;
 
 use aeterna_auth::{Expected, Verifier};
-use aeterna_rpc::{AnyChannel, Host, HostConfig, Router};
+use aeterna_config::Sources;
+use aeterna_rpc::{AnyChannel, Host, Router};
 use aeterna_telemetry::Telemetry;
 use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
-use {aeterna_embedding as embedding, aeterna_memory as memory};
-
-/// A secret for tests.
-pub const SECRET: &str = "a-secret-for-tests-of-32-bytes-or-more";
 
 /// Running services; they are drained by [`Sandbox::stop`].
 pub struct Sandbox {
@@ -19,7 +17,6 @@ pub struct Sandbox {
     router: Router,
     stop: CancellationToken,
     served: JoinHandle<()>,
-    background: JoinHandle<()>,
     _data: Option<tempfile::TempDir>,
 }
 
@@ -33,53 +30,37 @@ impl Sandbox {
     }
 
     /// The same on a data directory of the caller's.
-    pub async fn start_in(data: &std::path::Path, flags: &[(&str, &str)]) -> Self {
+    pub async fn start_in(data: &Path, flags: &[(&str, &str)]) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0")
+            .await
+            .expect("loopback has a free port");
         let mut flags: Vec<_> = flags
             .iter()
             .map(|(key, value)| (key.to_string(), value.to_string()))
             .collect();
         flags.push(("server.data_dir".into(), data.display().to_string()));
-        let sources = aeterna_config::Sources {
+        let sources = Sources {
             flags,
             ..Default::default()
         };
-        let settings = aeterna_rpc::load(&[embedding::SETTINGS, memory::SETTINGS], &sources);
-        let settings = settings.expect("the flags are settings");
-        let mut reader = settings.reader();
-        let config = HostConfig::read(&mut reader);
-        let config = config
-            .zip(embedding::Config::read(&mut reader))
-            .zip(memory::Config::read(&mut reader));
-        let ((host_config, embed), remember) = reader.finish(config).expect("the settings are valid");
-        let verifier = match host_config.secret() {
+        let (_, config, services) = aeterna::load(&sources, &aeterna::Role::ALL).expect("the settings are valid");
+        let verifier = match config.secret() {
             Some(secret) => Verifier::secret(secret.expose(), Expected::default()).expect("the secret is long enough"),
             None => Verifier::Open,
         };
-        let listener = TcpListener::bind("127.0.0.1:0")
-            .await
-            .expect("loopback has a free port");
         let telemetry = Telemetry::local().expect("metrics need nothing");
-        let services = [embedding::SERVICE, memory::SERVICE];
-        let host = Host::on(listener, verifier, host_config, telemetry, &services).expect("the host starts");
-        let routes = embedding::build(embed, embedding::Deps::of(&host))
-            .await
-            .expect("the embedding service starts");
-        let embedder = host.stack.wrap(routes);
-        let deps = memory::Deps::of(&host, AnyChannel::Local(embedder.clone()));
-        let service = memory::build(remember, deps).await.expect("the memory service starts");
-        let memories = host.stack.wrap(service.routes);
-        let router = embedder
-            .clone()
-            .reset_fallback()
-            .merge(memories.clone().reset_fallback());
-        let (address, stop) = (host.address().expect("the socket is bound"), host.stop.clone());
-        let served = tokio::spawn(host.serve([embedder, memories]));
+        let host = Host::on(listener, verifier, config, telemetry, &services.names()).expect("the host starts");
+        let parts = aeterna::build(services, &host).await.expect("the services start");
+        let routers = parts.routers.iter().cloned();
+        let router = routers
+            .reduce(|all, one| all.reset_fallback().merge(one.reset_fallback()))
+            .expect("there are services");
+        let (address, stop) = (host.address(), host.stop.clone());
         Self {
             address,
             router,
             stop,
-            served,
-            background: service.background,
+            served: tokio::spawn(host.serve(parts)),
             _data: None,
         }
     }
@@ -90,21 +71,9 @@ impl Sandbox {
         [("local", AnyChannel::Local(self.router.clone())), ("loopback", remote)]
     }
 
-    /// Drains and waits until the port is free again.
+    /// Drains and waits until the port is free and the stores are closed.
     pub async fn stop(self) {
         self.stop.cancel();
         self.served.await.expect("serving does not panic");
-        self.background.await.expect("the indexer does not panic");
     }
-}
-
-/// The reason in a status's ErrorInfo and the fields in its BadRequest.
-pub fn refusal(status: &tonic::Status) -> (String, Vec<String>) {
-    use tonic_types::StatusExt as _;
-    let details = status.get_error_details();
-    let reason = details.error_info().map(|info| info.reason.clone()).unwrap_or_default();
-    let fields = details
-        .bad_request()
-        .map(|bad| bad.field_violations.iter().map(|v| v.field.clone()).collect());
-    (reason, fields.unwrap_or_default())
 }

@@ -117,7 +117,9 @@ fn production(wanted: impl Fn(&Package) -> bool) -> Vec<File> {
     packages.retain(wanted);
     let mut files = rust_files();
     files.retain(|(path, _)| {
-        let is_test = path.ends_with("/tests.rs") || path.contains("/tests/");
+        let is_test = ["/tests.rs", "/tests/", "/conformance.rs", "/conformance/"]
+            .iter()
+            .any(|name| path.contains(name));
         !is_test && packages.iter().any(|p| path.starts_with(&format!("{}/src/", p.dir)))
     });
     for (_, text) in &mut files {

@@ -93,6 +93,24 @@ impl Principal {
     }
 }
 
+impl Principal {
+    /// Refuses to change what lives outside of the scope that the token is bound to, although it may be visible from there.
+    ///
+    /// # Errors
+    /// SCOPE_DENIED, with the layer.
+    pub fn may_change(&self, scope: &Scope) -> Result<(), Error> {
+        let outside = self.within.layers().find(|(layer, id)| scope.get(*layer) != Some(id));
+        match outside {
+            None => Ok(()),
+            Some((layer, _)) => Err(Error::new(
+                Reason::ScopeDenied,
+                format!("the memory is not of the {layer} that the token is bound to; it can be read and not changed"),
+            )
+            .with("layer", layer)),
+        }
+    }
+}
+
 /// Refuses a principal whose role does not grant `permission`.
 ///
 /// # Errors
@@ -145,5 +163,11 @@ mod tests {
         let bob = Scope::default().with(Layer::User, "bob").unwrap();
         assert_eq!(principal.stand_in(&bob).unwrap_err().reason(), Reason::ScopeDenied);
         assert_eq!(principal.stand_in(&Scope::default()).unwrap(), principal.within);
+        let company = Scope::default().with(Layer::Company, "acme").unwrap();
+        assert_eq!(
+            principal.may_change(&company).unwrap_err().reason(),
+            Reason::ScopeDenied
+        );
+        assert!(principal.may_change(&company.with(Layer::User, "ann").unwrap()).is_ok());
     }
 }

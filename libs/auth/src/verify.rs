@@ -345,6 +345,79 @@ mod tests {
         }
     }
 
+    fn bearer(key: &EncodingKey, header: &Header) -> String {
+        format!("Bearer {}", encode(header, &claims(), key).unwrap())
+    }
+
+    #[test]
+    fn rs256_takes_a_public_key_or_a_key_set_that_may_change_under_it() {
+        use base64::Engine as _;
+        use rsa::pkcs1::{EncodeRsaPrivateKey as _, LineEnding};
+        use rsa::pkcs8::EncodePublicKey as _;
+        use rsa::traits::PublicKeyParts as _;
+
+        let pair = || {
+            let private = rsa::RsaPrivateKey::new(&mut rsa::rand_core::OsRng, 2048).unwrap();
+            let pem = private.to_pkcs1_pem(LineEnding::LF).unwrap();
+            (
+                EncodingKey::from_rsa_pem(pem.as_bytes()).unwrap(),
+                private.to_public_key(),
+            )
+        };
+        let (ours, public) = pair();
+        let (theirs, other) = pair();
+        let pem = public.to_public_key_pem(LineEnding::LF).unwrap();
+        let verifier = Verifier::public_key(&pem, Expected::default()).unwrap();
+        let rs256 = Header::new(Algorithm::RS256);
+        assert_eq!(
+            verifier.verify(Some(&bearer(&ours, &rs256))).unwrap().tenant.as_str(),
+            "acme"
+        );
+        // Another key, and the old trick: the public key taken as the secret of HS256.
+        let confused = bearer(
+            &EncodingKey::from_secret(pem.as_bytes()),
+            &Header::new(Algorithm::HS256),
+        );
+        for flawed in [bearer(&theirs, &rs256), confused] {
+            assert_eq!(
+                verifier.verify(Some(&flawed)).unwrap_err().reason(),
+                Reason::TokenInvalid
+            );
+        }
+
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("keys.json");
+        let number = |n: Vec<u8>| base64::engine::general_purpose::URL_SAFE_NO_PAD.encode(n);
+        let put = |kid: &str, key: &rsa::RsaPublicKey, age: u64| {
+            let (n, e) = (number(key.n().to_bytes_be()), number(key.e().to_bytes_be()));
+            let set =
+                serde_json::json!({"keys": [{"kty": "RSA", "kid": kid, "alg": "RS256", "use": "sig", "n": n, "e": e}]});
+            std::fs::write(&path, set.to_string()).unwrap();
+            let time = SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(age);
+            std::fs::File::open(&path).unwrap().set_modified(time).unwrap();
+        };
+        let named = |kid: &str| Header {
+            kid: Some(kid.into()),
+            ..Header::new(Algorithm::RS256)
+        };
+        put("a", &public, 1_000_000);
+        let verifier = Verifier::Jwks(JwksFile::open(&path).unwrap(), Expected::default());
+        assert!(verifier.verify(Some(&bearer(&ours, &named("a")))).is_ok());
+        assert!(
+            verifier.verify(Some(&bearer(&ours, &rs256))).is_ok(),
+            "a set of one key needs no name"
+        );
+        assert!(verifier.verify(Some(&bearer(&theirs, &named("a")))).is_err());
+        assert!(verifier.verify(Some(&bearer(&ours, &named("b")))).is_err());
+        put("b", &other, 2_000_000);
+        assert!(
+            verifier.verify(Some(&bearer(&theirs, &named("b")))).is_ok(),
+            "keys rotate without a restart"
+        );
+        assert!(verifier.verify(Some(&bearer(&ours, &named("a")))).is_err());
+        assert!(JwksFile::open(&dir.path().join("none.json")).is_err());
+    }
+
     #[test]
     fn a_short_secret_is_refused() {
         assert!(Verifier::secret("short", Expected::default()).is_err());

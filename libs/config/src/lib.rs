@@ -7,7 +7,7 @@ mod reader;
 mod secret;
 mod uri;
 
-pub use reader::Reader;
+pub use reader::{Reader, parse_duration};
 pub use secret::Secret;
 pub use uri::StoreUri;
 
@@ -24,8 +24,8 @@ pub struct Setting {
     pub default: &'static str,
     /// What it does, for a person.
     pub help: &'static str,
-    /// It prints as stars, and `<key>_file` reads it from a file.
-    pub secret: bool,
+    /// A secret prints as stars, and this key reads it from a file.
+    file_key: Option<&'static str>,
 }
 
 impl Setting {
@@ -35,18 +35,23 @@ impl Setting {
             key,
             default,
             help,
-            secret: false,
+            file_key: None,
         }
     }
 
-    /// A setting that prints as stars.
-    pub const fn secret(key: &'static str, help: &'static str) -> Self {
+    /// A setting that prints as stars, with the key that reads it from a file: `<key>_file`.
+    pub const fn secret(key: &'static str, file_key: &'static str, help: &'static str) -> Self {
         Self {
             key,
             default: "",
             help,
-            secret: true,
+            file_key: Some(file_key),
         }
+    }
+
+    /// The key that reads it from a file, for a secret.
+    pub fn file_key(&self) -> Option<&'static str> {
+        self.file_key
     }
 
     /// The environment variable that sets it.
@@ -91,10 +96,10 @@ pub struct Settings(BTreeMap<&'static str, Entry>);
 
 /// Variables with our prefix that are not settings.
 const OTHER_VARIABLES: [&str; 5] = [
+    "AETERNA_CACHE",
     "AETERNA_CONFIG",
     "AETERNA_TOKEN",
     "AETERNA_TOKEN_FILE",
-    "AETERNA_TOOLS",
     "AETERNA_URL",
 ];
 
@@ -151,10 +156,8 @@ impl Settings {
             .values()
             .flat_map(|entry| {
                 let (name, key) = (entry.setting.variable(), entry.setting.key.to_string());
-                let file = entry
-                    .setting
-                    .secret
-                    .then(|| (format!("{name}_FILE"), format!("{key}_file")));
+                let file = entry.setting.file_key;
+                let file = file.map(|key| (format!("{name}_FILE"), key.to_owned()));
                 [Some((name, key)), file].into_iter().flatten()
             })
             .collect();
@@ -173,9 +176,7 @@ impl Settings {
             entry.origin = origin.into();
             return;
         }
-        if let Some(entry) = key.strip_suffix("_file").and_then(|key| self.0.get_mut(key))
-            && entry.setting.secret
-        {
+        if let Some(entry) = self.0.values_mut().find(|entry| entry.setting.file_key == Some(key)) {
             match std::fs::read_to_string(&value) {
                 Ok(text) => entry.value = text.trim_end_matches(['\r', '\n']).into(),
                 Err(error) => problems.push(format!("can't read `{value}`, named by `{key}`: {error}")),
@@ -213,7 +214,7 @@ impl Settings {
                 let _ = writeln!(text, "{}[{table}]", if text.is_empty() { "" } else { "\n" });
                 section = table;
             }
-            let shown = if entry.setting.secret && !entry.value.is_empty() {
+            let shown = if entry.setting.file_key.is_some() && !entry.value.is_empty() {
                 "***"
             } else {
                 &entry.value
@@ -293,7 +294,7 @@ mod tests {
     const TABLE: &[Setting] = &[
         Setting::new("server.listen", "127.0.0.1:7700", "address"),
         Setting::new("limits.top_k", "1000", "results"),
-        Setting::secret("auth.secret", "key"),
+        Setting::secret("auth.secret", "auth.secret_file", "key"),
     ];
 
     fn sources(file: Option<&Path>, env: &[(&str, &str)], flags: &[(&str, &str)]) -> Sources {

@@ -26,7 +26,11 @@ impl<'a> Reader<'a> {
         let Some(entry) = self.settings.0.get(key) else {
             return self.problems.push(format!("`{key}` is read but not declared"));
         };
-        let shown = if entry.setting.secret { "***" } else { &entry.value };
+        let shown = if entry.setting.file_key.is_some() {
+            "***"
+        } else {
+            &entry.value
+        };
         self.problems
             .push(format!("`{key}` is `{shown}` ({}): {what}", entry.origin));
     }
@@ -97,10 +101,7 @@ impl<'a> Reader<'a> {
     pub fn duration(&mut self, key: &str) -> Option<Duration> {
         let text = self.text(key)?;
         let parsed = parse_duration(&text);
-        if parsed.is_none() {
-            self.problem(key, "write a number with a unit: `250ms`, `5s`, `2m` or `1h`");
-        }
-        parsed
+        parsed.map_err(|error| self.problem(key, error)).ok()
     }
 
     /// The value built from what was read, or every problem noted on the way.
@@ -113,17 +114,22 @@ impl<'a> Reader<'a> {
     }
 }
 
-fn parse_duration(text: &str) -> Option<Duration> {
-    let split = text.find(|c: char| !c.is_ascii_digit())?;
+/// A duration such as `250ms`, `5s`, `2m` or `1h`.
+///
+/// # Errors
+/// A sentence that says how to write one.
+pub fn parse_duration(text: &str) -> Result<Duration, String> {
+    let split = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
     let (number, unit) = text.split_at(split);
-    let number: u64 = number.parse().ok()?;
-    match unit {
+    let number = number.parse::<u64>().ok();
+    let parsed = number.and_then(|number| match unit {
         "ms" => Some(Duration::from_millis(number)),
         "s" => Some(Duration::from_secs(number)),
         "m" => number.checked_mul(60).map(Duration::from_secs),
         "h" => number.checked_mul(3600).map(Duration::from_secs),
         _ => None,
-    }
+    });
+    parsed.ok_or_else(|| "write a number with a unit: `250ms`, `5s`, `2m` or `1h`".into())
 }
 
 #[cfg(test)]
@@ -132,10 +138,10 @@ mod tests {
 
     #[test]
     fn durations_have_units() {
-        assert_eq!(parse_duration("250ms"), Some(Duration::from_millis(250)));
-        assert_eq!(parse_duration("2m"), Some(Duration::from_secs(120)));
+        assert_eq!(parse_duration("250ms"), Ok(Duration::from_millis(250)));
+        assert_eq!(parse_duration("2m"), Ok(Duration::from_secs(120)));
         for bad in ["", "5", "s", "-1s", "1 s", "1.5s", "99999999999999999999s"] {
-            assert_eq!(parse_duration(bad), None, "{bad}");
+            assert!(parse_duration(bad).is_err(), "{bad}");
         }
     }
 }

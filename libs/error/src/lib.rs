@@ -86,6 +86,17 @@ impl Error {
         &self.message
     }
 
+    /// The public text with every private cause behind it, for the log.
+    pub fn chain(&self) -> String {
+        let mut text = self.message.clone();
+        let mut cause = std::error::Error::source(self);
+        while let Some(error) = cause {
+            text = format!("{text}: {error}");
+            cause = error.source();
+        }
+        text
+    }
+
     /// The fields at fault, for bad input.
     pub fn violations(&self) -> &[Violation] {
         &self.violations
@@ -96,28 +107,34 @@ impl Error {
 #[derive(Debug, Default)]
 pub struct Violations {
     found: Vec<Violation>,
+    bytes: usize,
+    more: usize,
     prefix: String,
 }
 
-/// Violations listed at most; a hostile input could otherwise make the answer larger than itself.
-const MAX_VIOLATIONS: usize = 100;
+/// Bytes of violations listed at most. They travel in a header, of which clients take 8 to 16 KiB; the others are counted.
+const MAX_BYTES: usize = 3 << 10;
 
 impl Violations {
     /// For fields below `prefix`, for instance `requests[3].`.
     pub fn below(prefix: impl Into<String>) -> Self {
         Self {
-            found: Vec::new(),
             prefix: prefix.into(),
+            ..Self::default()
         }
     }
 
     /// Notes that `field` is wrong.
     pub fn add(&mut self, field: &str, description: impl Into<String>) {
-        if self.found.len() < MAX_VIOLATIONS {
-            self.found.push(Violation {
-                field: format!("{}{field}", self.prefix),
-                description: description.into(),
-            });
+        let violation = Violation {
+            field: format!("{}{field}", self.prefix),
+            description: description.into(),
+        };
+        self.bytes += violation.field.len() + violation.description.len();
+        if self.bytes <= MAX_BYTES || self.found.is_empty() {
+            self.found.push(violation);
+        } else {
+            self.more += 1;
         }
     }
 
@@ -134,7 +151,7 @@ impl Violations {
     /// The error that lists everything found, or nothing.
     pub fn into_result(self) -> Result<(), Error> {
         let Some(first) = self.found.first() else { return Ok(()) };
-        let more = match self.found.len() - 1 {
+        let more = match self.found.len() - 1 + self.more {
             0 => String::new(),
             n => format!(" (and {n} more)"),
         };
@@ -176,6 +193,13 @@ mod tests {
         for i in 0..10_000 {
             violations.add(&format!("f[{i}]"), "is wrong");
         }
-        assert_eq!(violations.into_result().unwrap_err().violations().len(), MAX_VIOLATIONS);
+        let error = violations.into_result().unwrap_err();
+        let bytes: usize = error
+            .violations()
+            .iter()
+            .map(|v| v.field.len() + v.description.len())
+            .sum();
+        assert!(bytes <= MAX_BYTES && error.violations().len() > 50);
+        assert!(error.to_string().ends_with("(and 9999 more)"), "{error}");
     }
 }

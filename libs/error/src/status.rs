@@ -13,8 +13,16 @@ use crate::{Error, Violation, info};
 pub const DOMAIN: &str = "aeterna";
 
 impl From<Error> for Status {
+    /// The last place where the private cause is known, so it is logged here; the span has the request id.
     fn from(error: Error) -> Self {
         let reason = info(error.reason);
+        if error.cause.is_some() {
+            let chain = error.chain();
+            match error.reason {
+                Reason::Internal => tracing::error!(reason = reason.name, error = chain, "a call failed"),
+                _ => tracing::warn!(reason = reason.name, error = chain, "a call failed"),
+            }
+        }
         let mut details = ErrorDetails::new();
         let metadata: HashMap<String, String> = error.metadata.into_iter().collect();
         details.set_error_info(reason.name, DOMAIN, metadata);

@@ -7,6 +7,7 @@ use aeterna_error::Error;
 use axum::Router;
 use tonic::body::Body;
 use tonic::transport::{Channel, Endpoint};
+use tonic::{Code, Status};
 use tower::ServiceExt as _;
 
 /// Where a generated client sends its requests. `local` and a URL behave alike, the layer stack included.
@@ -46,6 +47,19 @@ impl AnyChannel {
     }
 }
 
+/// A connection that breaks during a call is UNAVAILABLE, as a peer is that can't be reached; tonic would say UNKNOWN.
+fn broken(error: tonic::transport::Error) -> Status {
+    let status = Status::from_error(error.into());
+    match status.code() {
+        Code::Unknown => {
+            let mut unavailable = Status::unavailable("the connection broke");
+            unavailable.set_source(std::sync::Arc::new(status));
+            unavailable
+        }
+        _ => status,
+    }
+}
+
 /// What a channel's transport can fail with.
 type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
@@ -72,7 +86,7 @@ impl tower::Service<http::Request<Body>> for AnyChannel {
             }
             Self::Remote(channel) => {
                 let answer = channel.call(request);
-                Box::pin(async move { answer.await.map_err(Into::into) })
+                Box::pin(async move { answer.await.map_err(|error| broken(error).into()) })
             }
         }
     }

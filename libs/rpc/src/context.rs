@@ -10,6 +10,8 @@ use http::HeaderMap;
 use tonic::metadata::MetadataMap;
 use tracing::Span;
 
+use crate::credentials::Credentials;
+
 /// The header with the request id.
 pub(crate) const REQUEST_ID: &str = "x-request-id";
 
@@ -53,11 +55,14 @@ impl RequestContext {
             .ok_or_else(|| Error::internal("the service is mounted without its layers"))
     }
 
-    /// A context for a service's own background work on behalf of a tenant, with the token it presents to peers that
-    /// run in other processes.
-    pub fn background(tenant: TenantId, token: Option<&str>) -> Self {
+    /// A context for a service's own background work on behalf of a tenant, with what it presents to peers that run in
+    /// other processes.
+    pub fn background(tenant: TenantId, credentials: &Credentials) -> Self {
         let mut headers = HeaderMap::new();
-        if let Some(Ok(value)) = token.map(|token| format!("Bearer {token}").parse()) {
+        if let Some(Ok(value)) = credentials
+            .token(&tenant)
+            .map(|token| format!("Bearer {token}").parse())
+        {
             headers.insert(http::header::AUTHORIZATION, value);
         }
         let principal = Arc::new(Principal::service(tenant));

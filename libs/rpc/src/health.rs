@@ -27,7 +27,16 @@ pub struct Health {
 #[derive(Default)]
 struct States {
     services: BTreeMap<&'static str, BTreeMap<&'static str, Dependency>>,
+    /// Everything is mounted.
+    started: bool,
     draining: bool,
+}
+
+impl States {
+    fn serves(&self, service: &BTreeMap<&'static str, Dependency>) -> bool {
+        let up = |dependency: &Dependency| !matches!(dependency, Dependency::Down(_));
+        self.started && !self.draining && service.values().all(up)
+    }
 }
 
 impl std::fmt::Debug for Health {
@@ -60,15 +69,37 @@ impl Health {
             if before.as_ref() != Some(&state) && before.is_some() {
                 tracing::info!(service, dependency, ?state, "dependency changed");
             }
-            let down = |service: &BTreeMap<_, Dependency>| service.values().any(|d| matches!(d, Dependency::Down(_)));
-            !states.draining && !states.services.get(service).is_some_and(down)
+            states
+                .services
+                .get(service)
+                .is_some_and(|service| states.serves(service))
         };
+        self.tell(service, serving).await;
+    }
+
+    async fn tell(&self, service: &'static str, serving: bool) {
         let status = if serving {
             ServingStatus::Serving
         } else {
             ServingStatus::NotServing
         };
         self.reporter.set_service_status(service, status).await;
+    }
+
+    /// Says that everything is mounted.
+    pub async fn start(&self) {
+        let services: Vec<(&'static str, bool)> = {
+            let mut states = self.states();
+            states.started = true;
+            let serves = states
+                .services
+                .iter()
+                .map(|(name, service)| (*name, states.serves(service)));
+            serves.collect()
+        };
+        for (service, serving) in services {
+            self.tell(service, serving).await;
+        }
     }
 
     /// Says NOT_SERVING for everything, so that balancers turn away.
@@ -85,11 +116,10 @@ impl Health {
         }
     }
 
-    /// True when every service can do its work and the process is not draining.
+    /// True when every service is there and can do its work, and the process is not draining.
     pub fn is_ready(&self) -> bool {
         let states = self.states();
-        let up = |d: &Dependency| !matches!(d, Dependency::Down(_));
-        !states.draining && states.services.values().flat_map(BTreeMap::values).all(up)
+        states.started && !states.draining && states.services.values().all(|service| states.serves(service))
     }
 
     /// Everything known, as JSON.

@@ -2,17 +2,22 @@
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use aeterna_auth::{Expected, JwksFile, Verifier};
 use aeterna_config::{Problems, Reader, Secret, Setting, Settings, Sources};
 use aeterna_error::{Error, Reason};
 use aeterna_telemetry::{LogFormat, Telemetry};
+use axum::Router;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
 
+use crate::credentials::Credentials;
+use crate::flags::{sources, with_settings};
 use crate::health::Health;
 use crate::layers::Stack;
 use crate::limits::Limits;
@@ -38,12 +43,18 @@ pub const SETTINGS: &[Setting] = &[
     ),
     Setting::secret(
         "auth.hs256_secret",
+        "auth.hs256_secret_file",
         "Shared secret of at least 32 bytes; `auth.hs256_secret_file` reads it from a file.",
     ),
     Setting::new("auth.rs256_public_key_file", "", "RSA public key in PEM."),
     Setting::new("auth.jwks_file", "", "JWKS file; it is read again when it changes."),
     Setting::new("auth.issuer", "", "Issuer that tokens must name; empty: any."),
     Setting::new("auth.audience", "", "Audience that tokens must name; empty: any."),
+    Setting::secret(
+        "auth.service_token",
+        "auth.service_token_file",
+        "Token that this process presents to peers in its own background work; with `auth.hs256_secret` it signs its own.",
+    ),
     Setting::new(
         "log.filter",
         "info",
@@ -76,6 +87,7 @@ struct AuthConfig {
     secret: Option<Secret>,
     public_key: String,
     jwks: String,
+    service_token: Option<Secret>,
     expected: Expected,
 }
 
@@ -135,6 +147,11 @@ impl HostConfig {
         verifier.map_err(|error| refuse(format!("authentication can't be set up: {error}")))
     }
 
+    /// What tokens must name.
+    pub fn expected(&self) -> &Expected {
+        &self.auth.expected
+    }
+
     /// The shared secret, for signing tokens on the command line.
     pub fn secret(&self) -> Option<&Secret> {
         self.auth.secret.as_ref()
@@ -153,6 +170,7 @@ impl AuthConfig {
         let secret = reader.secret("auth.hs256_secret");
         let public_key = reader.text("auth.rs256_public_key_file");
         let jwks = reader.text("auth.jwks_file");
+        let service_token = reader.secret("auth.service_token");
         let issuer = reader.optional("auth.issuer");
         let audience = reader.optional("auth.audience");
         let expected = Expected {
@@ -164,8 +182,20 @@ impl AuthConfig {
             secret: secret?,
             public_key: public_key?,
             jwks: jwks?,
+            service_token: service_token?,
             expected,
         })
+    }
+
+    fn credentials(&self) -> Credentials {
+        match (&self.service_token, &self.secret) {
+            (Some(token), _) => Credentials::Token(token.clone()),
+            (None, Some(secret)) => Credentials::Signed {
+                secret: secret.clone(),
+                expected: self.expected.clone(),
+            },
+            (None, None) => Credentials::None,
+        }
     }
 }
 
@@ -180,9 +210,13 @@ pub struct Host {
     pub stack: Stack,
     /// Health of the services.
     pub health: Health,
-    /// Cancelled when the process should end.
+    /// Cancelled when the process should end: calls under way are still answered.
     pub stop: CancellationToken,
-    listener: TcpListener,
+    /// Cancelled when the last call was answered: background work ends and stores close.
+    pub drained: CancellationToken,
+    address: SocketAddr,
+    /// Until it is served.
+    listener: Option<TcpListener>,
     infrastructure: Routes,
 }
 
@@ -213,55 +247,118 @@ impl Host {
     ) -> Result<Self, Error> {
         let stack = Stack::new(verifier, config.limits, &telemetry.meter("aeterna_rpc"));
         let (infrastructure, health) = infrastructure(services)?;
+        let address = listener.local_addr().map_err(Error::internal)?;
         Ok(Self {
+            address,
             config,
             telemetry,
             stack,
             health,
             stop: CancellationToken::new(),
-            listener,
+            drained: CancellationToken::new(),
+            listener: Some(listener),
             infrastructure,
         })
     }
 
     /// Where it listens.
-    ///
-    /// # Errors
-    /// When the socket has no address.
-    pub fn address(&self) -> std::io::Result<SocketAddr> {
-        self.listener.local_addr()
+    pub fn address(&self) -> SocketAddr {
+        self.address
     }
 
-    /// Serves the services until `stop` is cancelled, then drains.
-    pub async fn serve(self, services: impl IntoIterator<Item = axum::Router>) {
-        let infrastructure = self.stack.wrap(self.infrastructure);
-        let unknown = self.stack.wrap(Routes::default());
-        // Each service's router answers for its own paths only; what is left goes to the stack's own refusal.
-        let router = services
+    /// What this process presents to peers in its own background work.
+    pub fn credentials(&self) -> Credentials {
+        self.config.auth.credentials()
+    }
+
+    /// Begins to serve, before there are services: health, readiness, reflection and metrics answer at once, everything else
+    /// is UNAVAILABLE.
+    pub fn open(&mut self) -> Front {
+        let (health, stop, announced) = (self.health.clone(), self.stop.clone(), CancellationToken::new());
+        let announce = announced.clone();
+        tokio::spawn(async move {
+            stop.cancelled().await;
+            health.drain().await;
+            announce.cancel();
+        });
+        let starting = Router::new().fallback(|| async {
+            let error = Error::unavailable("the services are starting; try again");
+            tonic::Status::from(error).into_http::<axum::body::Body>()
+        });
+        let front = Front {
+            router: Arc::new(RwLock::new(self.front(Vec::new(), starting))),
+            served: None,
+        };
+        let Some(listener) = self.listener.take() else {
+            return front;
+        };
+        let server = Server {
+            listener,
+            router: Arc::clone(&front.router),
+            connections: self.config.limits.connections,
+            drain: self.config.drain,
+        };
+        Front {
+            served: Some(tokio::spawn(server.run(announced))),
+            ..front
+        }
+    }
+
+    /// All routes on one port; what nobody answers for goes to `rest`.
+    fn front(&self, services: Vec<Router>, rest: Router) -> Router {
+        let infrastructure = self.stack.wrap(self.infrastructure.clone());
+        // Each service's router answers for its own paths only.
+        services
             .into_iter()
             .fold(infrastructure, |all, one| all.merge(one.reset_fallback()))
             .reset_fallback()
             // In front of RPCs only: it turns plain HTTP/1.1 requests away.
             .layer(tonic_web::GrpcWebLayer::new())
             .merge(http_routes(self.health.clone(), self.telemetry.clone()))
-            .fallback_service(unknown);
-        let (health, stop, drained) = (self.health.clone(), self.stop.clone(), CancellationToken::new());
-        let announce = drained.clone();
-        tokio::spawn(async move {
-            stop.cancelled().await;
-            health.drain().await;
-            announce.cancel();
-        });
-        let connections = self.config.limits.connections;
-        let server = Server {
-            listener: self.listener,
-            router,
-            connections,
-            drain: self.config.drain,
-        };
-        server.run(drained).await;
+            .fallback_service(rest)
+    }
+
+    /// Serves services until `stop` is cancelled, drains, and waits for the background work to end.
+    pub async fn serve(mut self, parts: Parts) {
+        let front = self.open();
+        self.finish(front, parts).await;
+    }
+
+    /// Puts services behind a front that is open, and does the rest of [`Host::serve`].
+    async fn finish(self, front: Front, parts: Parts) {
+        let unknown = self.stack.wrap(Routes::default());
+        let router = self.front(parts.routers, unknown);
+        *front.router.write().unwrap_or_else(PoisonError::into_inner) = router;
+        self.health.start().await;
+        if let Some(served) = front.served
+            && let Err(error) = served.await
+        {
+            tracing::error!(%error, "the server ended badly");
+        }
+        self.drained.cancel();
+        for task in parts.background {
+            if let Err(error) = task.await {
+                tracing::error!(%error, "background work ended badly");
+            }
+        }
         self.telemetry.shutdown();
     }
+}
+
+/// A port that is served while the services behind it start.
+#[derive(Debug)]
+pub struct Front {
+    router: Arc<RwLock<Router>>,
+    served: Option<JoinHandle<()>>,
+}
+
+/// What the services of a process bring.
+#[derive(Debug, Default)]
+pub struct Parts {
+    /// Their routes, each with the stack in front.
+    pub routers: Vec<Router>,
+    /// Their background work, which ends when the process has drained.
+    pub background: Vec<JoinHandle<()>>,
 }
 
 /// Cancels `stop` on SIGTERM or SIGINT.
@@ -281,40 +378,6 @@ pub fn stop_on_signal(stop: &CancellationToken) -> std::io::Result<()> {
     Ok(())
 }
 
-/// The sources of a process's configuration: `AETERNA_CONFIG` or `--config FILE`, the environment, and `--key value`
-/// for any setting.
-///
-/// # Errors
-/// When a flag has no value.
-pub fn sources(mut arguments: impl Iterator<Item = String>) -> Result<Sources, Problems> {
-    let environment: Vec<(String, String)> = std::env::vars().collect();
-    let file = environment
-        .iter()
-        .find(|(name, _)| name == "AETERNA_CONFIG")
-        .map(|(_, value)| value.into());
-    let mut sources = Sources {
-        file,
-        environment,
-        flags: Vec::new(),
-    };
-    while let Some(flag) = arguments.next() {
-        let name = flag.strip_prefix("--").filter(|name| !name.is_empty());
-        let name = name.ok_or_else(|| Problems(vec![format!("`{flag}` is no flag; write `--key value`")]))?;
-        let (name, value) = match name.split_once('=') {
-            Some((name, value)) => (name.to_string(), Some(value.to_string())),
-            None => (name.to_string(), arguments.next()),
-        };
-        let value = value.ok_or_else(|| Problems(vec![format!("`--{name}` needs a value")]))?;
-        match name.as_str() {
-            "config" => sources.file = Some(value.into()),
-            "listen" => sources.flags.push(("server.listen".into(), value)),
-            "data-dir" => sources.flags.push(("server.data_dir".into(), value)),
-            _ => sources.flags.push((name, value)),
-        }
-    }
-    Ok(sources)
-}
-
 /// Loads settings for a process that runs the services whose tables are given.
 ///
 /// # Errors
@@ -325,19 +388,21 @@ pub fn load(tables: &[&[Setting]], sources: &Sources) -> Result<Settings, Proble
     Settings::load(&tables, sources)
 }
 
-/// Runs a process: loads its settings from the command line and environment, builds its services, serves until it is
-/// told to stop. Problems go to standard error.
+/// Runs a process of one service: loads its settings from the command line and environment, builds its services, serves
+/// until it is told to stop. Problems go to standard error.
 pub fn run<C>(
+    command: clap::Command,
     tables: &[&[Setting]],
     services: &[&'static str],
     read: impl Fn(&mut Reader<'_>) -> Option<C>,
-    build: impl AsyncFnOnce(C, &Host) -> Result<Vec<axum::Router>, Error>,
+    build: impl AsyncFnOnce(C, &Host) -> Result<Parts, Error>,
 ) -> std::process::ExitCode {
-    let settings = sources(std::env::args().skip(1)).and_then(|sources| load(tables, &sources));
-    let config = settings.and_then(|settings| {
+    let own = [SETTINGS, crate::LIMIT_SETTINGS];
+    let all: Vec<&[Setting]> = own.into_iter().chain(tables.iter().copied()).collect();
+    let matches = with_settings(command, &all).get_matches();
+    let config = load(tables, &sources(&matches, &all)).and_then(|settings| {
         let mut reader = settings.reader();
-        let both = HostConfig::read(&mut reader);
-        let both = (both, read(&mut reader));
+        let both = (HostConfig::read(&mut reader), read(&mut reader));
         reader.finish(both.0.zip(both.1))
     });
     let outcome = config
@@ -368,21 +433,27 @@ pub async fn serve<C>(
     config: HostConfig,
     services_config: C,
     services: &[&'static str],
-    build: impl AsyncFnOnce(C, &Host) -> Result<Vec<axum::Router>, Error>,
+    build: impl AsyncFnOnce(C, &Host) -> Result<Parts, Error>,
 ) -> Result<(), String> {
     let text = |error: &dyn std::fmt::Display| error.to_string();
     let telemetry = Telemetry::from_environment("aeterna").map_err(|error| text(&error))?;
     telemetry
         .init_logs(&config.log_filter, config.log_format)
         .map_err(|error| text(&error))?;
-    let host = Host::bind(config, telemetry, services)
+    let mut host = Host::bind(config, telemetry, services)
         .await
         .map_err(|error| text(&error))?;
     stop_on_signal(&host.stop).map_err(|error| text(&error))?;
-    let address = host.address().map_err(|error| text(&error))?;
-    let routers = build(services_config, &host).await.map_err(|error| text(&error))?;
+    let front = host.open();
+    let address = host.address();
+    // A signal ends a start that waits for a peer, too.
+    let stopped = host.stop.clone();
+    let parts = tokio::select! {
+        parts = build(services_config, &host) => parts.map_err(|error| error.chain())?,
+        () = stopped.cancelled() => return Ok(()),
+    };
     tracing::info!(%address, services = services.join(" "), "serving");
-    host.serve(routers).await;
+    host.finish(front, parts).await;
     tracing::info!("stopped");
     Ok(())
 }

@@ -122,23 +122,57 @@ async fn observe(State(stack): State<Stack>, mut request: Request, next: Next) -
 
     let inner = &stack.0;
     let method = KeyValue::new("method", label);
-    inner.in_flight.add(1, std::slice::from_ref(&method));
+    let under_way = UnderWay::new(inner, &method);
     let answer = AssertUnwindSafe(next.run(request).instrument(span.clone()))
         .catch_unwind()
         .await;
     let mut response = span.in_scope(|| complete(answer.unwrap_or_else(|_| refuse(Error::internal("a panic")))));
-    inner.in_flight.add(-1, std::slice::from_ref(&method));
     let code = grpc_status(&response);
     let elapsed = started.elapsed();
     inner
         .requests
         .add(1, &[method.clone(), KeyValue::new("code", format!("{code:?}"))]);
-    inner.duration.record(elapsed.as_secs_f64(), &[method]);
+    inner
+        .duration
+        .record(elapsed.as_secs_f64(), std::slice::from_ref(&method));
+    under_way.answered();
     span.in_scope(|| tracing::debug!(?code, ms = elapsed.as_secs_f64() * 1e3, "answered"));
     if let Ok(id) = HeaderValue::from_str(&request_id) {
         response.headers_mut().insert(REQUEST_ID, id);
     }
     response
+}
+
+/// Counts a call as under way until it is answered, or given up by a caller that does not wait: then as `Cancelled`.
+struct UnderWay<'a> {
+    inner: &'a Inner,
+    method: KeyValue,
+    answered: bool,
+}
+
+impl<'a> UnderWay<'a> {
+    fn new(inner: &'a Inner, method: &KeyValue) -> Self {
+        inner.in_flight.add(1, std::slice::from_ref(method));
+        Self {
+            inner,
+            method: method.clone(),
+            answered: false,
+        }
+    }
+
+    fn answered(mut self) {
+        self.answered = true;
+    }
+}
+
+impl Drop for UnderWay<'_> {
+    fn drop(&mut self) {
+        self.inner.in_flight.add(-1, std::slice::from_ref(&self.method));
+        if !self.answered {
+            let code = KeyValue::new("code", format!("{:?}", Code::Cancelled));
+            self.inner.requests.add(1, &[self.method.clone(), code]);
+        }
+    }
 }
 
 /// The caller's request id when it is a plausible one, otherwise a new one.
@@ -199,13 +233,16 @@ async fn enforce(State(stack): State<Stack>, mut request: Request, next: Next) -
         return next.run(request).await;
     }
     let inner = &stack.0;
-    let Ok(_permit) = inner.permits.try_acquire() else {
+    // A call that another service of this process makes is a part of one that was let in already.
+    let inside = request.extensions().get::<InProcess>().is_some();
+    let permit = if inside { None } else { inner.permits.try_acquire().ok() };
+    if permit.is_none() && !inside {
         let message = format!(
             "{} requests are under way, which is the limit",
             inner.limits.concurrent_requests
         );
         return refuse(Error::new(Reason::RateLimited, message).retry_after(Duration::from_secs(1)));
-    };
+    }
     let context = match admit(inner, &request) {
         Ok(context) => context,
         Err(error) => return refuse(error),
@@ -237,6 +274,9 @@ fn admit(inner: &Inner, request: &Request) -> Result<RequestContext, Error> {
     let principal = match request.extensions().get::<InProcess>() {
         Some(InProcess(principal)) => Arc::clone(principal),
         None => {
+            if matches!(inner.verifier, Verifier::Open) {
+                refuse_rebinding(request)?;
+            }
             let authorization = headers.get(http::header::AUTHORIZATION);
             let authorization = authorization.map(|value| value.to_str().unwrap_or(""));
             Arc::new(inner.verifier.verify(authorization)?)
@@ -245,10 +285,12 @@ fn admit(inner: &Inner, request: &Request) -> Result<RequestContext, Error> {
     authorize(&principal, method.permission)?;
     let now = Instant::now();
     let who = format!("{}\0{}", principal.tenant, principal.subject);
-    inner.rates.take(&who, now).map_err(|wait| {
-        let message = format!("more than {} requests per second", inner.limits.requests_per_second);
-        Error::new(Reason::RateLimited, message).retry_after(wait)
-    })?;
+    if request.extensions().get::<InProcess>().is_none() {
+        inner.rates.take(&who, now).map_err(|wait| {
+            let message = format!("more than {} requests per second", inner.limits.requests_per_second);
+            Error::new(Reason::RateLimited, message).retry_after(wait)
+        })?;
+    }
     let timeout = match headers.get("grpc-timeout") {
         None => inner.limits.default_timeout,
         Some(value) => value.to_str().ok().and_then(parse_timeout).ok_or_else(|| {
@@ -279,6 +321,30 @@ fn admit(inner: &Inner, request: &Request) -> Result<RequestContext, Error> {
         Some(deadline),
         carried.collect(),
     ))
+}
+
+/// Without tokens, loopback is the only wall, and a web page whose name was rebound to loopback stands behind it: it is
+/// told by the name that it calls.
+fn refuse_rebinding(request: &Request) -> Result<(), Error> {
+    let header = request
+        .headers()
+        .get(http::header::HOST)
+        .and_then(|host| host.to_str().ok());
+    let Some(authority) = request.uri().authority().map(http::uri::Authority::as_str).or(header) else {
+        return Ok(());
+    };
+    let host = authority.parse::<http::uri::Authority>();
+    let host = host.as_ref().map_or("", |authority| authority.host());
+    let address = host
+        .trim_start_matches('[')
+        .trim_end_matches(']')
+        .parse::<std::net::IpAddr>();
+    if host == "localhost" || address.is_ok_and(|address| address.is_loopback()) {
+        return Ok(());
+    }
+    let message =
+        "without tokens only calls to localhost, 127.0.0.1 or [::1] are answered; set up authentication for others";
+    Err(Error::new(Reason::PermissionDenied, message).with("host", host))
 }
 
 /// The value of `grpc-timeout`, as the gRPC over HTTP/2 protocol defines it.

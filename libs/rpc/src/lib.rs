@@ -4,6 +4,8 @@
 
 mod channel;
 mod context;
+mod credentials;
+mod flags;
 mod health;
 mod host;
 mod layers;
@@ -12,8 +14,10 @@ mod serve;
 
 pub use channel::AnyChannel;
 pub use context::RequestContext;
+pub use credentials::Credentials;
+pub use flags::{sources, with_settings};
 pub use health::{Dependency, Health};
-pub use host::{Host, HostConfig, SETTINGS as HOST_SETTINGS, load, run, serve, sources, stop_on_signal};
+pub use host::{Front, Host, HostConfig, Parts, SETTINGS as HOST_SETTINGS, load, run, serve, stop_on_signal};
 pub use layers::{Stack, grpc_status};
 pub use limits::{Limits, SETTINGS as LIMIT_SETTINGS};
 pub use serve::{Server, http_routes, infrastructure};
@@ -22,3 +26,5 @@ pub use serve::{Server, http_routes, infrastructure};
 pub use aeterna_config::Reader;
 /// A router with services mounted and the stack in front.
 pub use axum::Router;
+/// A process's command line.
+pub use clap::Command;

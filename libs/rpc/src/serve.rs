@@ -1,6 +1,6 @@
 //! One listener for gRPC, gRPC-Web and plain HTTP; drained on request.
 
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use aeterna_error::Error;
@@ -10,6 +10,7 @@ use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use http::{StatusCode, header};
+use hyper::body::Incoming;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto::Builder;
 use hyper_util::server::graceful::GracefulShutdown;
@@ -18,6 +19,7 @@ use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
+use tower::ServiceExt as _;
 
 use crate::health::Health;
 
@@ -78,8 +80,8 @@ async fn metrics(State(telemetry): State<Telemetry>) -> Response {
 pub struct Server {
     /// Bound before any heavy work began.
     pub listener: TcpListener,
-    /// gRPC services behind the stack, and the plain HTTP routes.
-    pub router: Router,
+    /// gRPC services behind the stack, and the plain HTTP routes; each new request takes the router that is there then.
+    pub router: Arc<RwLock<Router>>,
     /// Connections open at once.
     pub connections: usize,
     /// How long open calls may go on after the drain began.
@@ -108,7 +110,12 @@ impl Server {
                 accepted = accept(&self.listener, &connections) => accepted,
             };
             let Some((stream, permit)) = accepted else { continue };
-            let service = TowerToHyperService::new(self.router.clone());
+            let router = Arc::clone(&self.router);
+            let service = tower::service_fn(move |request: http::Request<Incoming>| {
+                let current = router.read().unwrap_or_else(PoisonError::into_inner).clone();
+                current.oneshot(request)
+            });
+            let service = TowerToHyperService::new(service);
             let connection = builder
                 .serve_connection_with_upgrades(TokioIo::new(stream), service)
                 .into_owned();

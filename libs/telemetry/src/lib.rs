@@ -117,7 +117,10 @@ impl Telemetry {
     pub fn init_logs(&self, filter: &str, format: LogFormat) -> Result<(), Error> {
         let setup = |error: &dyn std::fmt::Display| Error::Setup(error.to_string());
         let filter = EnvFilter::try_new(filter).map_err(|error| setup(&format!("log filter `{filter}`: {error}")))?;
-        let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
+        let colours = std::io::IsTerminal::is_terminal(&std::io::stderr());
+        let lines = tracing_subscriber::fmt::layer()
+            .with_writer(std::io::stderr)
+            .with_ansi(colours);
         let lines = match format {
             LogFormat::Pretty => lines.with_target(false).boxed(),
             LogFormat::Json => lines.json().flatten_event(true).boxed(),

@@ -1,6 +1,7 @@
 //! Time as a dependency, so that tests own it.
 
 use std::fmt;
+use std::str::FromStr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
 
@@ -55,6 +56,28 @@ impl fmt::Display for Timestamp {
     }
 }
 
+/// A text that is no time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("is no time; write `2024-01-31T10:30:00Z`, or `2024-01-31` for the start of that day in UTC")]
+pub struct TimeError;
+
+impl FromStr for Timestamp {
+    type Err = TimeError;
+
+    /// RFC 3339, or a date.
+    fn from_str(text: &str) -> Result<Self, TimeError> {
+        // A date alone; the parser of dates would also take, and drop, a time behind it.
+        let moment = if text.len() == "2024-01-31".len() {
+            let date = text.parse::<jiff::civil::Date>().map_err(|_| TimeError)?;
+            date.to_zoned(jiff::tz::TimeZone::UTC).map(|time| time.timestamp())
+        } else {
+            text.parse::<jiff::Timestamp>()
+        };
+        let moment = moment.map_err(|_| TimeError)?;
+        Self::from_micros(moment.as_microsecond()).ok_or(TimeError)
+    }
+}
+
 /// Where the time comes from.
 pub trait Clock: Send + Sync + 'static {
     /// The time now.
@@ -103,6 +126,19 @@ mod tests {
             let time = Timestamp::from_micros(micros).unwrap();
             let (seconds, nanos) = time.parts();
             assert_eq!(Timestamp::from_parts(seconds, nanos), Some(time));
+        }
+    }
+
+    #[test]
+    fn times_are_read_as_they_are_printed() {
+        let time: Timestamp = "2023-05-08T13:56:00.25+02:00".parse().unwrap();
+        assert_eq!(time.to_string().parse(), Ok(time));
+        assert_eq!(
+            "2023-05-08".parse::<Timestamp>().map(Timestamp::micros),
+            Ok(1_683_504_000_000_000)
+        );
+        for bad in ["", "yesterday", "2023-13-01", "2023-05-08 13:56"] {
+            assert_eq!(bad.parse::<Timestamp>(), Err(TimeError), "{bad}");
         }
     }
 

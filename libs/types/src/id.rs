@@ -1,10 +1,12 @@
 //! Identifiers, parsed once at the door.
 
 use std::fmt;
+use std::panic::AssertUnwindSafe;
 use std::str::FromStr;
+use std::sync::Mutex;
 
 use serde::{Deserialize, Serialize};
-use uuid::Uuid;
+use uuid::{ContextV7, Uuid};
 
 use crate::Timestamp;
 
@@ -27,11 +29,13 @@ pub enum IdError {
 pub struct MemoryId(Uuid);
 
 impl MemoryId {
-    /// A new id that carries `now` with millisecond precision.
+    /// A new id that carries `now` with millisecond precision. Ids that one process makes ascend, within a millisecond
+    /// and when the clock goes backwards, too.
     pub fn new(now: Timestamp) -> Self {
+        static COUNTER: Mutex<AssertUnwindSafe<ContextV7>> = Mutex::new(AssertUnwindSafe(ContextV7::new()));
         let (seconds, nanos) = now.parts();
         let time = uuid::Timestamp::from_unix(
-            uuid::NoContext,
+            &COUNTER,
             u64::try_from(seconds).unwrap_or(0),
             u32::try_from(nanos).unwrap_or(0),
         );
@@ -144,6 +148,13 @@ mod tests {
         let late = MemoryId::new(Timestamp::from_micros(1_700_000_000_001_000).unwrap());
         assert!(early < late);
         assert_eq!(early.to_string().parse(), Ok(early));
+    }
+
+    #[test]
+    fn ids_of_one_moment_ascend() {
+        let now = Timestamp::from_micros(1_700_000_000_000_000).unwrap();
+        let ids: Vec<MemoryId> = (0..10_000).map(|_| MemoryId::new(now)).collect();
+        assert!(ids.is_sorted_by(|a, b| a < b));
     }
 
     #[test]

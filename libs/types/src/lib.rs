@@ -6,7 +6,7 @@ mod page;
 mod scope;
 mod seal;
 
-pub use clock::{Clock, ManualClock, SystemClock, Timestamp};
+pub use clock::{Clock, ManualClock, SystemClock, TimeError, Timestamp};
 pub use id::{IdError, MemoryId, RequestId, TenantId};
 pub use page::{PageToken, PageTokenError};
 pub use scope::{Layer, MAX_SCOPE_ID_CHARS, Scope, ScopeError};

@@ -1,6 +1,6 @@
 //! Wire types to domain types and back; refusals name the field.
 
-use aeterna_error::{Error, Violations};
+use aeterna_error::{Error, Reason, Violations};
 use aeterna_proto::embedding::v1 as wire;
 
 use crate::app::{Batch, Listed, Selection, SelectionRequest, Wanted};
@@ -20,6 +20,7 @@ fn text(violations: &mut Violations, field: &str, text: &str) {
 
 fn use_case(violations: &mut Violations, field: &str, number: i32) -> Option<usize> {
     match wire::UseCase::try_from(number) {
+        // `not_auto` has refused the last one.
         Ok(wire::UseCase::Unspecified | wire::UseCase::Auto) => None,
         Ok(wire::UseCase::FastSearch) => Some(256),
         Ok(wire::UseCase::Clustering) => Some(384),
@@ -29,6 +30,22 @@ fn use_case(violations: &mut Violations, field: &str, number: i32) -> Option<usi
             violations.add(field, format!("is {number}, which is no use case"));
             None
         }
+    }
+}
+
+/// Options of the contract that this version does not honour are refused, never ignored.
+fn not_auto(field: &str, number: i32) -> Result<(), Error> {
+    if number == i32::from(wire::UseCase::Auto) {
+        let message = format!("`{field}` AUTO is not served by this version; name a use case, or leave it out");
+        return Err(Error::new(Reason::NotServed, message).with("field", field));
+    }
+    Ok(())
+}
+
+fn size_not_auto(size: Option<&wire::Size>) -> Result<(), Error> {
+    match size.and_then(|size| size.by.as_ref()) {
+        Some(wire::size::By::UseCase(number)) => not_auto("size.use_case", *number),
+        _ => Ok(()),
     }
 }
 
@@ -65,6 +82,7 @@ fn wanted(violations: &mut Violations, model: String, size: Option<wire::Size>, 
 /// The text and what is wanted of it.
 pub fn embed_request(request: wire::EmbedRequest) -> Result<(String, Wanted), Error> {
     let mut violations = Violations::default();
+    size_not_auto(request.size.as_ref())?;
     text(&mut violations, "text", &request.text);
     let wanted = wanted(&mut violations, request.model, request.size, request.kind);
     violations.into_result()?;
@@ -80,6 +98,7 @@ pub fn batch_request(request: wire::BatchEmbedRequest) -> Result<(Vec<String>, W
     for (index, item) in request.texts.iter().enumerate() {
         text(&mut violations, &format!("texts[{index}]"), item);
     }
+    size_not_auto(request.size.as_ref())?;
     let wanted = wanted(&mut violations, request.model, request.size, request.kind);
     violations.into_result()?;
     Ok((request.texts, wanted))
@@ -138,6 +157,7 @@ pub fn model(listed: Listed) -> wire::Model {
 /// What is known about a search.
 pub fn select_request(request: wire::SelectDimensionRequest) -> Result<SelectionRequest, Error> {
     let mut violations = Violations::default();
+    not_auto("use_case", request.use_case)?;
     model_name(&mut violations, &request.model);
     let size = use_case(&mut violations, "use_case", request.use_case);
     let mut known = |field: &str, number: i32| match usize::try_from(number) {

@@ -7,7 +7,7 @@ mod grpc;
 mod metrics;
 mod store;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use aeterna_config::{Reader, Setting};
@@ -28,7 +28,7 @@ pub const SETTINGS: &[Setting] = &[
     Setting::new(
         "embedding.model_dirs",
         "",
-        "Model directories (config.json, tokenizer.json, model.safetensors), separated by commas; the first is the default model.",
+        "Model directories (config.json, tokenizer.json, model.safetensors), separated by commas; the first is the default model. Empty: those under `models` in the data directory.",
     ),
     Setting::new(
         "embedding.default_model",
@@ -85,6 +85,8 @@ pub struct Deps {
     pub health: Health,
     /// Largest message, in bytes.
     pub message_bytes: usize,
+    /// Where fetched models are.
+    pub data_dir: PathBuf,
 }
 
 impl Deps {
@@ -94,8 +96,25 @@ impl Deps {
             meter: host.telemetry.meter("aeterna_embedding"),
             health: host.health.clone(),
             message_bytes: host.stack.limits().message_bytes,
+            data_dir: host.config.data_dir.clone(),
         }
     }
+}
+
+/// Where models are installed.
+pub fn models_dir(data_dir: &Path) -> PathBuf {
+    data_dir.join("models")
+}
+
+/// The model directories in a data directory, sorted by name.
+pub fn installed(data_dir: &Path) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(models_dir(data_dir)).into_iter().flatten().flatten();
+    let mut dirs: Vec<PathBuf> = entries
+        .map(|entry| entry.path())
+        .filter(|dir| check_directory(dir).is_ok())
+        .collect();
+    dirs.sort();
+    dirs
 }
 
 /// Loads the models and makes the service's routes.
@@ -111,7 +130,16 @@ pub async fn build(config: Config, deps: Deps) -> Result<Routes, Error> {
         threads => threads,
     };
     let mut models: Vec<Arc<dyn store::Model>> = Vec::new();
-    for dir in config.model_dirs {
+    let mut dirs = config.model_dirs;
+    if dirs.is_empty() {
+        dirs = installed(&deps.data_dir);
+    }
+    if dirs.is_empty() {
+        tracing::warn!(
+            "no embedding model is installed, so `hash` compares words and not meanings; `aeterna models fetch` installs one"
+        );
+    }
+    for dir in dirs {
         let loaded = tokio::task::spawn_blocking(move || store::local::LocalModel::load(&dir, threads)).await;
         models.push(Arc::new(loaded.map_err(Error::internal)??));
     }

@@ -12,12 +12,12 @@ use std::sync::Arc;
 
 use aeterna_error::Error;
 use aeterna_proto::embedding::v1 as embedding;
-use aeterna_rpc::{AnyChannel, RequestContext};
+use aeterna_rpc::{AnyChannel, Credentials, RequestContext};
 use aeterna_types::{Clock, TenantId};
 use tokio::sync::{Notify, watch};
 
 pub use add::NewMemory;
-pub use index::Indexer;
+pub use index::Background;
 pub use list::{ListQuery, Page};
 pub use search::{Arms, Breakdown, Found, Fusion, SearchQuery, SearchStats, Weights};
 pub use update::{FIELDS, Patch};
@@ -25,7 +25,7 @@ pub use update::{FIELDS, Patch};
 use crate::domain::{Sequence, Writer};
 use crate::metrics::Metrics;
 use crate::store::code::Code;
-use crate::store::{Relational, VectorIndex};
+use crate::store::{Relational, StoredVector, VectorIndex};
 
 /// The model that this service keeps vectors of.
 #[derive(Clone, Debug)]
@@ -40,12 +40,16 @@ pub struct Model {
     pub prefix: usize,
 }
 
+/// How long a call waits for the index to follow.
+const INDEX_PATIENCE: std::time::Duration = std::time::Duration::from_secs(2);
+
 /// The service's domain.
 pub struct App {
     pub(crate) store: Arc<dyn Relational>,
     pub(crate) index: Arc<dyn VectorIndex>,
     pub(crate) model: Model,
     pub(crate) embedder: AnyChannel,
+    pub(crate) credentials: Credentials,
     pub(crate) clock: Arc<dyn Clock>,
     pub(crate) metrics: Metrics,
     pub(crate) message_bytes: usize,
@@ -62,6 +66,14 @@ impl App {
             tenant: principal.tenant.clone(),
             subject: principal.subject.clone(),
             now: self.clock.now(),
+        }
+    }
+
+    /// A vector as the store keeps it.
+    fn stored_vector(&self, code: Code) -> StoredVector {
+        StoredVector {
+            model: self.model.identity.clone(),
+            code,
         }
     }
 
@@ -113,13 +125,7 @@ impl App {
 
     /// Waits a moment until the index has a change, so that the writer finds what it wrote.
     async fn await_index(&self, sequence: Sequence) {
-        self.written.notify_one();
-        let mut indexed = self.indexed.subscribe();
-        let reached = indexed.wait_for(|watermark| *watermark >= sequence);
-        if tokio::time::timeout(std::time::Duration::from_secs(2), reached)
-            .await
-            .is_err()
-        {
+        if !self.reached(sequence).await {
             tracing::debug!(
                 sequence = sequence.0,
                 "the index is behind; the outbox will catch it up"
@@ -127,9 +133,22 @@ impl App {
         }
     }
 
+    /// Waits until the index has what a token stands for; false when it does not in time.
+    async fn reached(&self, sequence: Sequence) -> bool {
+        self.written.notify_one();
+        let mut indexed = self.indexed.subscribe();
+        let reached = indexed.wait_for(|watermark| *watermark >= sequence);
+        tokio::time::timeout(INDEX_PATIENCE, reached).await.is_ok()
+    }
+
+    /// Bytes after which a page ends: what a client takes that nobody told a limit, and what a message may have.
+    pub fn page_bytes(&self) -> usize {
+        (self.message_bytes - self.message_bytes / 8).min(3 << 20)
+    }
+
     /// A context for background work of a tenant.
-    fn background(tenant: TenantId) -> RequestContext {
-        RequestContext::background(tenant, None)
+    fn background(&self, tenant: TenantId) -> RequestContext {
+        RequestContext::background(tenant, &self.credentials)
     }
 }
 

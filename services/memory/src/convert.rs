@@ -14,12 +14,15 @@ pub use search::{search_request, search_response};
 
 use crate::app::{ListQuery, NewMemory, Page, Patch};
 use crate::domain::{Body, DEFAULT_IMPORTANCE, Idempotency, Memory, Outcome, Sequence, Source, Written};
+use crate::filter::Filter;
 use value::{from_struct, time, timestamp, to_struct};
 
 const MAX_CONTENT_BYTES: usize = 65_536;
 const MAX_BATCH: usize = 1000;
 const MAX_TAGS: usize = 64;
 const MAX_PAGE: i32 = 1000;
+/// What an answer says of a memory beyond what its writer sent, at most, in bytes.
+const ECHO_BYTES: usize = 512;
 
 /// Notes every layer whose identifier is malformed.
 pub(super) fn scope(violations: &mut Violations, field: &str, message: Option<common::Scope>) -> Option<Scope> {
@@ -58,6 +61,10 @@ pub(super) fn layers(violations: &mut Violations, numbers: &[i32]) -> Vec<Layer>
 
 pub(super) fn id(violations: &mut Violations, field: &str, text: &str) -> Option<MemoryId> {
     violations.check(field, text.parse())
+}
+
+pub(super) fn filter(violations: &mut Violations, text: &str) -> Option<Filter> {
+    violations.check("filter", crate::filter::parse(text)).flatten()
 }
 
 /// Options of the contract that this version does not honour are refused, never ignored.
@@ -181,7 +188,17 @@ pub fn add_request(mut request: wire::AddRequest, prefix: &str) -> Result<NewMem
 }
 
 /// The items of a batch, each with its own verdict.
-pub fn batch_request(request: wire::BatchAddRequest) -> Result<Vec<Result<NewMemory, Error>>, Error> {
+pub fn batch_request(
+    request: wire::BatchAddRequest,
+    message_bytes: usize,
+) -> Result<Vec<Result<NewMemory, Error>>, Error> {
+    // The answer repeats every memory, with what the server adds to it; what could not be answered is not begun.
+    let answer = request.encoded_len() + request.requests.len() * ECHO_BYTES;
+    if answer > message_bytes {
+        let message =
+            format!("the answer to these `requests` would be larger than {message_bytes} bytes; send fewer at once");
+        return Err(Error::new(Reason::MessageTooLarge, message).with("limit", message_bytes));
+    }
     if request.requests.is_empty() || request.requests.len() > MAX_BATCH {
         let mut violations = Violations::default();
         violations.add(
@@ -203,12 +220,16 @@ pub fn consistency_token(sequence: Sequence) -> String {
     }
 }
 
-/// Every read of this version sees every write that was acknowledged before it; a token is only checked.
-pub(super) fn check_token(violations: &mut Violations, token: &str) {
-    let number = token.strip_prefix("1.").map(str::parse::<u64>);
-    if !token.is_empty() && !matches!(number, Some(Ok(_))) {
-        violations.add("consistency_token", "is none; send it as a write answered it");
+/// The write that a token stands for. Reads of the relational store see every acknowledged write; Search waits for the
+/// index.
+pub(super) fn check_token(violations: &mut Violations, token: &str) -> Sequence {
+    let number = token.strip_prefix("1.").map(str::parse::<i64>);
+    match number {
+        Some(Ok(number)) if number >= 0 => return Sequence(number),
+        _ if token.is_empty() => {}
+        _ => violations.add("consistency_token", "is none; send it as a write answered it"),
     }
+    Sequence::default()
 }
 
 /// The answer to Add.
@@ -281,7 +302,6 @@ pub fn update_request(mut request: wire::UpdateRequest) -> Result<Patch, Error> 
     let known = crate::app::FIELDS;
     for field in fields
         .iter()
-        .take(64)
         .filter(|field| !known.iter().any(|(name, _)| name == field))
     {
         let names: Vec<&str> = known.iter().map(|(name, _)| *name).collect();
@@ -341,10 +361,8 @@ pub fn list_request(mut request: wire::ListRequest, tenant: &TenantId) -> Result
     }
     let scope = scope(&mut violations, "scope", request.scope);
     let layers = layers(&mut violations, &request.layers);
+    let filter = filter(&mut violations, &request.filter);
     violations.into_result()?;
-    if !request.filter.is_empty() {
-        return Err(not_served("filter"));
-    }
     if request.as_of.is_some() {
         return Err(not_served("as_of"));
     }
@@ -372,17 +390,32 @@ pub fn list_request(mut request: wire::ListRequest, tenant: &TenantId) -> Result
             layers,
             limit,
             before,
+            filter,
             show_deleted: request.show_deleted,
         },
         binding,
     ))
 }
 
-/// The answer to List.
-pub fn list_response(page: Page, binding: &[u8]) -> wire::ListResponse {
-    let next = page.next.map(|id| PageToken::encode(id.as_bytes(), binding));
+/// The answer to List; a page ends early when it has so many bytes (AIP-158), and never before its first memory.
+pub fn list_response(page: Page, binding: &[u8], budget: usize) -> wire::ListResponse {
+    let mut next = page.next;
+    let (mut memories, mut bytes) = (Vec::with_capacity(page.memories.len()), 0);
+    let mut last = None;
+    for one in page.memories {
+        let id = one.id;
+        let message = memory(one);
+        bytes += message.encoded_len();
+        if bytes > budget && last.is_some() {
+            next = last;
+            break;
+        }
+        last = Some(id);
+        memories.push(message);
+    }
+    let next = next.map(|id| PageToken::encode(id.as_bytes(), binding));
     wire::ListResponse {
-        memories: page.memories.into_iter().map(memory).collect(),
+        memories,
         next_page_token: next.unwrap_or_default(),
     }
 }

@@ -72,6 +72,8 @@ impl Body {
             self.source.conversation.as_bytes(),
             sequence.as_ref().map_or(&[][..], |s| s.as_slice()),
             self.source.speaker.as_bytes(),
+            self.source.caption.as_bytes(),
+            self.source.reference.as_bytes(),
         ])
     }
 

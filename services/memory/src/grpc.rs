@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use aeterna_error::{Error, item_error};
+use aeterna_error::{Error, Reason, item_error};
 use aeterna_proto::memory::v1 as wire;
 use aeterna_proto::memory::v1::memory_service_server::MemoryService;
 use aeterna_rpc::RequestContext;
@@ -16,6 +16,18 @@ pub struct Memories(pub Arc<App>);
 
 type Answer<T> = Result<Response<T>, Status>;
 
+impl Memories {
+    /// An answer that is larger than a message may be is refused with the limit, and what to do.
+    fn fitting<T: prost::Message>(&self, answer: T, advice: &str) -> Answer<T> {
+        let (bytes, limit) = (answer.encoded_len(), self.0.message_bytes);
+        if bytes <= limit {
+            return Ok(Response::new(answer));
+        }
+        let message = format!("the answer has {bytes} bytes, and `limits.message_bytes` is {limit}; {advice}");
+        Err(Error::new(Reason::MessageTooLarge, message).with("limit", limit).into())
+    }
+}
+
 #[tonic::async_trait]
 impl MemoryService for Memories {
     async fn add(&self, request: Request<wire::AddRequest>) -> Answer<wire::AddResponse> {
@@ -28,9 +40,9 @@ impl MemoryService for Memories {
 
     async fn batch_add(&self, request: Request<wire::BatchAddRequest>) -> Answer<wire::BatchAddResponse> {
         let context = RequestContext::of(&request)?;
-        let items = convert::batch_request(request.into_inner())?;
+        let items = convert::batch_request(request.into_inner(), self.0.message_bytes)?;
         let written = self.0.add(&context, items).await?;
-        Ok(Response::new(convert::batch_response(written, item_error)))
+        self.fitting(convert::batch_response(written, item_error), "everything was stored")
     }
 
     async fn get(&self, request: Request<wire::GetRequest>) -> Answer<wire::GetResponse> {
@@ -70,13 +82,15 @@ impl MemoryService for Memories {
         let context = RequestContext::of(&request)?;
         let (query, binding) = convert::list_request(request.into_inner(), &context.principal().tenant)?;
         let page = self.0.list(&context, query).await?;
-        Ok(Response::new(convert::list_response(page, &binding)))
+        let budget = self.0.page_bytes();
+        self.fitting(convert::list_response(page, &binding, budget), "lower `page_size`")
     }
 
     async fn search(&self, request: Request<wire::SearchRequest>) -> Answer<wire::SearchResponse> {
         let context = RequestContext::of(&request)?;
         let (query, explain) = convert::search_request(request.into_inner())?;
         let found = self.0.search(&context, query).await?;
-        Ok(Response::new(convert::search_response(found, explain, &self.0.model)))
+        let answer = convert::search_response(found, explain, &self.0.model);
+        self.fitting(answer, "lower `top_k`")
     }
 }

@@ -4,6 +4,7 @@ mod app;
 mod convert;
 mod domain;
 mod error;
+mod filter;
 mod grpc;
 mod metrics;
 mod store;
@@ -16,8 +17,8 @@ use aeterna_config::{Reader, Setting, StoreUri};
 use aeterna_error::{Error, Reason};
 use aeterna_proto::embedding::v1 as embedding;
 use aeterna_proto::memory::v1::memory_service_server::MemoryServiceServer;
-use aeterna_rpc::{AnyChannel, Dependency, Health, RequestContext};
-use aeterna_storage::{DirectoryLock, Sqlite, SqliteOptions};
+use aeterna_rpc::{AnyChannel, Credentials, Dependency, Health, RequestContext};
+use aeterna_storage::{DirectoryLock, SqliteOptions};
 use aeterna_types::{SystemClock, TenantId};
 use opentelemetry::metrics::Meter;
 use tokio::sync::{Notify, watch};
@@ -25,9 +26,9 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
 
-use app::{App, Indexer, Model};
-use store::flat::{FlatIndex, Opened};
-use store::sqlite::{MIGRATIONS, SqliteStore};
+use app::{App, Background, Model};
+use store::flat::{FlatIndex, Layout, Opened};
+use store::sqlite::SqliteStore;
 use store::{Relational, VectorIndex as _};
 
 /// The service's name in its contract.
@@ -109,8 +110,10 @@ pub struct Deps {
     pub data_dir: PathBuf,
     /// The embedding service.
     pub embedder: AnyChannel,
-    /// Ends its background work.
-    pub stop: CancellationToken,
+    /// What its background work presents to the embedding service.
+    pub credentials: Credentials,
+    /// Ends its background work, once no call is under way any more.
+    pub drained: CancellationToken,
 }
 
 impl Deps {
@@ -122,7 +125,8 @@ impl Deps {
             message_bytes: host.stack.limits().message_bytes,
             data_dir: host.config.data_dir.clone(),
             embedder,
-            stop: host.stop.clone(),
+            credentials: host.credentials(),
+            drained: host.drained.clone(),
         }
     }
 }
@@ -131,7 +135,7 @@ impl Deps {
 pub struct Service {
     /// Its routes.
     pub routes: Routes,
-    /// Its background work, which ends after `stop` and then lets go of the data directory.
+    /// Its background work, which ends after `drained` and then lets go of the data directory.
     pub background: JoinHandle<()>,
 }
 
@@ -149,13 +153,18 @@ pub async fn build(config: Config, deps: Deps) -> Result<Service, Error> {
         busy_timeout: config.busy_timeout,
         readers: config.readers,
     };
-    let sqlite = Sqlite::open(&options, MIGRATIONS).await?;
-    let store: Arc<dyn Relational> = Arc::new(SqliteStore(sqlite));
+    let store: Arc<dyn Relational> = Arc::new(SqliteStore::open(&options).await?);
     deps.health.report(SERVICE, "store", Dependency::Up).await;
 
     let model = model(&deps).await?;
     let directory = deps.data_dir.join(&config.index).join(file_name(&model.identity));
-    let opened = FlatIndex::open(&directory, &model.identity, model.dimension, model.prefix);
+    let layout = Layout {
+        store: store.identity().await?,
+        model: model.identity.clone(),
+        dimension: model.dimension,
+        prefix: model.prefix,
+    };
+    let opened = FlatIndex::open(&directory, layout, store.last_sequence().await?);
     let unusable = |error: std::io::Error| {
         Error::new(
             Reason::NotConfigured,
@@ -172,24 +181,28 @@ pub async fn build(config: Config, deps: Deps) -> Result<Service, Error> {
         index: Arc::new(index),
         model,
         embedder: deps.embedder,
+        credentials: deps.credentials,
         clock: Arc::new(SystemClock),
         metrics: metrics::Metrics::new(&deps.meter),
         message_bytes: deps.message_bytes,
         written: Notify::new(),
     });
-    let indexer = Indexer::new(Arc::clone(&app));
+    let work = Background::new(Arc::clone(&app), deps.health.clone(), SERVICE);
     if let Some(why) = fresh {
-        let count = indexer.rebuild().await?;
-        tracing::info!(
-            vectors = count,
-            why,
-            "rebuilt the vector index from the relational store"
-        );
+        let count = work.rebuild().await?;
+        // A new installation has nothing to rebuild, and nobody to tell.
+        if count > 0 {
+            tracing::info!(
+                vectors = count,
+                why,
+                "rebuilt the vector index from the relational store"
+            );
+        }
     }
     deps.health.report(SERVICE, "index", Dependency::Up).await;
-    let (stop, store) = (deps.stop, Arc::clone(&app.store));
+    let (drained, store) = (deps.drained, Arc::clone(&app.store));
     let background = tokio::spawn(async move {
-        indexer.run(stop).await;
+        work.run(drained).await;
         store.close().await;
         drop(lock);
     });
@@ -215,17 +228,32 @@ fn lock(directory: &Path) -> Result<DirectoryLock, Error> {
     })
 }
 
+/// The models of the embedding service; waits for it when it is away, since services start in any order.
+async fn models(deps: &Deps) -> Result<Vec<embedding::Model>, Error> {
+    let mut client = embedding::embedding_service_client::EmbeddingServiceClient::new(deps.embedder.clone());
+    let mut delay = Duration::from_millis(100);
+    loop {
+        let context = RequestContext::background(TenantId::local(), &deps.credentials);
+        let listed = client
+            .list_models(context.request(embedding::ListModelsRequest {}))
+            .await;
+        let error = match listed {
+            Ok(listed) => return Ok(listed.into_inner().models),
+            Err(status) => aeterna_error::from_status(&status),
+        };
+        if error.reason() != Reason::DependencyUnavailable {
+            let message = format!("the embedding service refuses this process: {error}");
+            return Err(Error::new(Reason::NotConfigured, message));
+        }
+        tracing::warn!(%error, "waiting for the embedding service (`memory.embedding`)");
+        tokio::time::sleep(delay).await;
+        delay = (delay * 2).min(Duration::from_secs(5));
+    }
+}
+
 /// The embedding service's default model.
 async fn model(deps: &Deps) -> Result<Model, Error> {
-    let context = RequestContext::background(TenantId::local(), None);
-    let mut client = embedding::embedding_service_client::EmbeddingServiceClient::new(deps.embedder.clone());
-    let listed = client
-        .list_models(context.request(embedding::ListModelsRequest {}))
-        .await;
-    let models = listed
-        .map_err(|status| aeterna_error::from_status(&status))?
-        .into_inner()
-        .models;
+    let models = models(deps).await?;
     let model = models.into_iter().find(|model| model.default);
     let model = model.ok_or_else(|| Error::unavailable("the embedding service has no model"))?;
     let dimension = usize::try_from(model.dimension).unwrap_or(0);

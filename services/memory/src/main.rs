@@ -1,12 +1,16 @@
 //! The memory service as a process of its own.
 
 use aeterna_memory::{Config, Deps, SERVICE, SETTINGS, build};
-use aeterna_rpc::AnyChannel;
+use aeterna_rpc::{AnyChannel, Command, Parts};
 
 fn main() -> std::process::ExitCode {
-    aeterna_rpc::run(&[SETTINGS], &[SERVICE], Config::read, async |config, host| {
+    let command = Command::new("aeterna-memory").about("The memory service: remember and find");
+    aeterna_rpc::run(command, &[SETTINGS], &[SERVICE], Config::read, async |config, host| {
         let embedder = AnyChannel::remote(&config.embedding)?;
         let service = build(config, Deps::of(host, embedder)).await?;
-        Ok(vec![host.stack.wrap(service.routes)])
+        Ok(Parts {
+            routers: vec![host.stack.wrap(service.routes)],
+            background: vec![service.background],
+        })
     })
 }

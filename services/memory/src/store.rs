@@ -1,6 +1,8 @@
 //! The ports: the relational store, which is the only source of truth, and the vector index, which is rebuilt from it.
 
 pub mod code;
+#[cfg(test)]
+pub mod conformance;
 pub mod flat;
 pub mod sqlite;
 
@@ -11,6 +13,7 @@ use async_trait::async_trait;
 
 use crate::domain::{Body, Idempotency, Key, Memory, ScopeKey, Sequence, View, Writer, Written};
 use crate::error::MemoryError;
+use crate::filter::Filter;
 use code::Code;
 
 /// One memory to add, with its vector when there is one already.
@@ -60,6 +63,8 @@ pub struct Listing {
     pub before: Option<MemoryId>,
     /// At most so many.
     pub limit: usize,
+    /// Only those that satisfy it.
+    pub filter: Option<Filter>,
     /// Also deleted and expired ones.
     pub show_deleted: bool,
     /// The time of the call.
@@ -84,10 +89,27 @@ pub struct IndexState {
     pub scope: ScopeKey,
     /// Its tenant.
     pub tenant: TenantId,
+    /// Its version.
+    pub version: i64,
     /// Its vector by the model asked for; `None`: pending.
     pub code: Option<Code>,
     /// The text to embed when it is pending.
     pub text: String,
+}
+
+/// What the lexical arm looks for.
+#[derive(Clone, Copy, Debug)]
+pub struct LexicalSearch<'a> {
+    /// The tenant.
+    pub tenant: &'a TenantId,
+    /// Scopes of the tenant.
+    pub scopes: &'a [ScopeKey],
+    /// Analysed terms; one of them is enough.
+    pub terms: &'a [String],
+    /// Only those that satisfy it.
+    pub filter: Option<&'a Filter>,
+    /// At most so many.
+    pub limit: usize,
 }
 
 /// A memory with the numbers that a search needs.
@@ -122,6 +144,9 @@ pub trait Relational: Send + Sync {
     /// What an earlier write with this request id answered.
     async fn replay(&self, writer: &Writer, idempotency: &Idempotency) -> Result<Option<Written>, MemoryError>;
 
+    /// Which of these are there and shown: a scope with the identity of a body.
+    async fn known(&self, tenant: &TenantId, places: &[(Scope, [u8; 32])]) -> Result<Vec<bool>, MemoryError>;
+
     /// One memory of the tenant, deleted ones included.
     async fn get(&self, tenant: &TenantId, id: MemoryId) -> Result<Option<Stored>, MemoryError>;
 
@@ -131,13 +156,12 @@ pub trait Relational: Send + Sync {
     /// Memories, newest first.
     async fn list(&self, listing: &Listing) -> Result<Vec<Stored>, MemoryError>;
 
-    /// The best memories by BM25 over any of the terms, best first; scores are positive.
-    async fn lexical(
-        &self,
-        scopes: &[ScopeKey],
-        terms: &[String],
-        limit: usize,
-    ) -> Result<Vec<(Key, f64)>, MemoryError>;
+    /// The best memories by BM25 over any of the terms, best first; scores are positive, and made from the tenant's own
+    /// texts alone.
+    async fn lexical(&self, search: &LexicalSearch<'_>) -> Result<Vec<(Key, f64)>, MemoryError>;
+
+    /// The memories of the scopes that satisfy a filter, in any order.
+    async fn matching(&self, scopes: &[ScopeKey], filter: &Filter) -> Result<Vec<Key>, MemoryError>;
 
     /// Live memories by number, in any order; the others are left out.
     async fn fetch(&self, keys: &[Key], now: Timestamp) -> Result<Vec<Stored>, MemoryError>;
@@ -160,8 +184,18 @@ pub trait Relational: Send + Sync {
     /// The states of all memories after a number, in order; `pending` only those without a vector.
     async fn scan(&self, model: &str, after: Key, limit: usize, pending: bool) -> Result<Vec<IndexState>, MemoryError>;
 
-    /// Stores vectors that were pending.
-    async fn put_codes(&self, model: &str, codes: &[(Key, Code)]) -> Result<(), MemoryError>;
+    /// Stores vectors that were pending, for the versions that they were made of, each with an event in the outbox; how many
+    /// were stored.
+    async fn put_codes(&self, model: &str, codes: &[(Key, i64, Code)]) -> Result<usize, MemoryError>;
+
+    /// Memories of the scopes that have expired and are not reaped yet.
+    async fn expired(&self, scopes: &[ScopeKey], now: Timestamp) -> Result<Vec<Key>, MemoryError>;
+
+    /// Deletes what has expired, at most `limit` memories; how many there were.
+    async fn reap(&self, now: Timestamp, limit: usize) -> Result<usize, MemoryError>;
+
+    /// What tells this store from every other one.
+    async fn identity(&self) -> Result<String, MemoryError>;
 
     /// Closes the store.
     async fn close(&self);
@@ -178,6 +212,17 @@ pub struct Entry {
     pub code: Code,
 }
 
+/// Which vectors a search may find. All of it is exact.
+#[derive(Clone, Debug, Default)]
+pub struct Among {
+    /// Those of these scopes.
+    pub scopes: HashSet<ScopeKey>,
+    /// Only these, when a filter has chosen them.
+    pub only: Option<HashSet<Key>>,
+    /// Not these.
+    pub exclude: HashSet<Key>,
+}
+
 /// The vector index. Its calls block; they are made off the async threads.
 pub trait VectorIndex: Send + Sync {
     /// Applies changes and remembers that everything up to `watermark` is in.
@@ -189,9 +234,8 @@ pub trait VectorIndex: Send + Sync {
     /// The change up to which everything is in.
     fn watermark(&self) -> Sequence;
 
-    /// The nearest vectors among the scopes by the quantized prefix, best first: candidates for rescoring.
-    fn search(&self, query: &Code, scopes: &HashSet<ScopeKey>, exclude: &HashSet<Key>, limit: usize)
-    -> Vec<(Key, f32)>;
+    /// The nearest vectors by the quantized prefix, best first: candidates for rescoring.
+    fn search(&self, query: &Code, among: &Among, limit: usize) -> Vec<(Key, f32)>;
 
     /// Vectors in it.
     fn len(&self) -> usize;

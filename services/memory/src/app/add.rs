@@ -7,7 +7,7 @@ use aeterna_types::Scope;
 use super::App;
 use crate::domain::{Body, Idempotency, Sequence, Written};
 use crate::error::MemoryError;
-use crate::store::{Addition, StoredVector};
+use crate::store::Addition;
 
 /// One memory as its writer sends it.
 #[derive(Clone, Debug)]
@@ -84,21 +84,31 @@ impl App {
         if items.is_empty() {
             return Ok(Vec::new());
         }
-        let texts = items.iter().map(|item| item.body.dense_text()).collect();
-        let codes = self
-            .codes(context, texts)
-            .await
-            .unwrap_or_else(|| vec![None; items.len()]);
-        let additions = items.into_iter().zip(codes).map(|(item, code)| Addition {
+        let writer = self.writer(context);
+        // What is there already will be merged, and needs no vector: an import that is repeated costs no model.
+        let places: Vec<_> = items
+            .iter()
+            .map(|item| (item.scope.clone(), item.body.identity()))
+            .collect();
+        let known = self.store.known(&writer.tenant, &places).await?;
+        let fresh = items.iter().zip(&known).filter(|(_, known)| !**known);
+        let texts: Vec<String> = fresh.map(|(item, _)| item.body.dense_text()).collect();
+        let codes = match texts.is_empty() {
+            true => None,
+            false => self.codes(context, texts).await,
+        };
+        let mut codes = codes.into_iter().flatten();
+        let additions = items.into_iter().zip(known).map(|(item, known)| Addition {
             scope: item.scope,
             body: item.body,
-            vector: code.map(|code| StoredVector {
-                model: self.model.identity.clone(),
-                code,
-            }),
+            vector: (!known)
+                .then(|| codes.next().flatten())
+                .flatten()
+                .map(|code| self.stored_vector(code)),
             idempotency: item.idempotency,
         });
-        let written = self.store.add(&self.writer(context), additions.collect()).await?;
+        let additions = additions.collect();
+        let written = self.store.add(&writer, additions).await?;
         Ok(written.into_iter().map(|result| result.map_err(Error::from)).collect())
     }
 }

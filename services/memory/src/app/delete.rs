@@ -27,7 +27,8 @@ impl App {
         {
             return Ok(earlier);
         }
-        self.find(context, id, &view(context, None)?).await?;
+        let memory = self.find(context, id, &view(context, None)?).await?.memory;
+        context.principal().may_change(&memory.scope)?;
         let written = self
             .store
             .change(&writer, id, etag, Change::Delete, idempotency)

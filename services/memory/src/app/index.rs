@@ -1,10 +1,14 @@
-//! Keeping the vector index in step with the outbox, and making up vectors that are pending.
+//! The background work: keeping the vector index in step with the outbox, making up vectors that are pending, and reaping
+//! what has expired. Each is a task of its own; only the first one writes the index, so changes are applied in order.
 
 use std::collections::HashSet;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::{Duration, Instant};
 
-use aeterna_error::Error;
+use aeterna_error::{Error, Reason};
+use aeterna_rpc::{Dependency, Health};
+use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
 use super::App;
@@ -16,18 +20,45 @@ use crate::store::{Entry, IndexState};
 const BATCH: usize = 500;
 /// Texts embedded at a time in the background.
 const PENDING: usize = 64;
+/// Memories reaped at a time.
+const REAPED: usize = 500;
+/// How often a task looks when nobody wakes it, and tries again after a failure.
+const PAUSE: Duration = Duration::from_secs(1);
+/// How long changes of the index may wait to survive a loss of power; the outbox still has them.
+const FLUSH: Duration = Duration::from_secs(5);
+/// Nothing is pending.
+const NOTHING: i64 = i64::MAX;
 
-/// The task that follows the outbox. It alone writes the index, so changes are applied in order.
-pub struct Indexer {
+/// The background work of an app.
+#[derive(Clone)]
+pub struct Background {
     app: Arc<App>,
-    /// Where to look for pending vectors next.
-    sweep: Key,
+    health: Health,
+    service: &'static str,
+    pending: Arc<Pending>,
 }
 
-impl Indexer {
-    /// For an app.
-    pub fn new(app: Arc<App>) -> Self {
-        Self { app, sweep: Key(0) }
+/// Where pending vectors may be.
+struct Pending {
+    /// No memory with a smaller number is pending.
+    from: AtomicI64,
+    /// There is something.
+    some: Notify,
+}
+
+impl Background {
+    /// For an app, whose state it reports as that of a service.
+    pub fn new(app: Arc<App>, health: Health, service: &'static str) -> Self {
+        let pending = Arc::new(Pending {
+            from: AtomicI64::new(0),
+            some: Notify::new(),
+        });
+        Self {
+            app,
+            health,
+            service,
+            pending,
+        }
     }
 
     /// Fills an empty index from the stored vectors; no model is called.
@@ -51,45 +82,50 @@ impl Indexer {
         Ok(count)
     }
 
-    /// Follows the outbox until it is told to stop.
-    pub async fn run(mut self, stop: CancellationToken) {
+    /// Does everything until it is told to stop, and leaves the index flushed.
+    pub async fn run(self, stop: CancellationToken) {
+        tokio::join!(self.follow(&stop), self.make_up(&stop), self.reap(&stop));
+    }
+
+    /// Follows the outbox.
+    async fn follow(&self, stop: &CancellationToken) {
         let mut flushed = Instant::now();
         let mut dirty = false;
         loop {
             match self.catch_up().await {
-                Ok(changed) => dirty |= changed,
-                Err(error) => tracing::warn!(%error, "the index can't follow; trying again"),
-            }
-            match self.make_up().await {
-                Ok(true) => {
-                    dirty = true;
-                    continue;
+                Ok(changed) => {
+                    dirty |= changed;
+                    self.report("index", Dependency::Up).await;
                 }
-                Ok(false) => {}
-                Err(error) => tracing::warn!(%error, "pending vectors can't be made; trying again"),
+                Err(error) => {
+                    tracing::warn!(error = %error.chain(), "the index can't follow; trying again");
+                    self.report("index", Dependency::Degraded(error.to_string())).await;
+                }
             }
-            if dirty && flushed.elapsed() > Duration::from_secs(5) {
-                dirty = self
-                    .flush()
-                    .await
-                    .inspect_err(|error| tracing::warn!(%error, "can't flush the index"))
-                    .is_err();
+            if dirty && flushed.elapsed() > FLUSH {
+                dirty = self.try_flush().await.is_err();
                 flushed = Instant::now();
             }
             tokio::select! {
                 () = stop.cancelled() => break,
                 () = self.app.written.notified() => {}
-                () = tokio::time::sleep(Duration::from_secs(1)) => {}
+                () = tokio::time::sleep(PAUSE) => {}
             }
         }
-        if let Err(error) = self.flush().await {
-            tracing::warn!(%error, "can't flush the index");
+        // What was written until the last call was answered.
+        if let Err(error) = self.catch_up().await {
+            tracing::warn!(error = %error.chain(), "the index is left behind; it catches up at the next start");
         }
+        let _ = self.try_flush().await;
+    }
+
+    async fn report(&self, dependency: &'static str, state: Dependency) {
+        self.health.report(self.service, dependency, state).await;
     }
 
     /// Applies what is new in the outbox.
-    async fn catch_up(&mut self) -> Result<bool, Error> {
-        let app = Arc::clone(&self.app);
+    async fn catch_up(&self) -> Result<bool, Error> {
+        let app = &self.app;
         let mut changed = false;
         loop {
             let events = app.store.events(app.index.watermark(), BATCH).await?;
@@ -100,53 +136,125 @@ impl Indexer {
             let entries: Vec<Entry> = states.iter().filter_map(entry).collect();
             let present: HashSet<Key> = entries.iter().map(|entry| entry.key).collect();
             let gone = keys.into_iter().filter(|key| !present.contains(key)).collect();
-            if let Some(pending) = states
-                .iter()
-                .filter(|state| state.code.is_none())
-                .map(|state| state.key)
-                .min()
-            {
-                self.sweep = self.sweep.min(Key(pending.0 - 1));
+            let pending = states.iter().filter(|state| state.code.is_none());
+            if let Some(first) = pending.map(|state| state.key.0).min() {
+                self.pending.from.fetch_min(first, Ordering::SeqCst);
+                self.pending.some.notify_one();
             }
             self.apply(entries, gone, last.sequence).await?;
             changed = true;
+            app.indexed.send_replace(app.index.watermark());
         }
-        app.indexed.send_replace(app.index.watermark());
         let end = app.store.last_sequence().await?;
-        app.metrics
-            .index_lag
-            .record(u64::try_from(end.0 - app.index.watermark().0).unwrap_or(0), &[]);
+        let lag = u64::try_from(end.0 - app.index.watermark().0).unwrap_or(0);
+        app.metrics.index_lag.record(lag, &[]);
         Ok(changed)
     }
 
-    /// Embeds some memories whose vectors are pending; true when there may be more.
-    async fn make_up(&mut self) -> Result<bool, Error> {
-        let app = Arc::clone(&self.app);
-        let states = app.store.scan(&app.model.identity, self.sweep, PENDING, true).await?;
+    /// Embeds memories whose vectors are pending, since the embedding service was away or the model is another one now.
+    async fn make_up(&self, stop: &CancellationToken) {
+        loop {
+            let outcome = tokio::select! {
+                () = stop.cancelled() => return,
+                outcome = self.make_up_some() => outcome,
+            };
+            let pause = match outcome {
+                Ok(true) => continue,
+                Ok(false) => {
+                    self.report("embedding", Dependency::Up).await;
+                    Duration::MAX
+                }
+                Err(error) => {
+                    tracing::warn!(error = %error.chain(), "pending vectors can't be made; trying again");
+                    self.report("embedding", Dependency::Degraded(error.to_string())).await;
+                    PAUSE
+                }
+            };
+            tokio::select! {
+                () = stop.cancelled() => return,
+                () = self.pending.some.notified(), if pause == Duration::MAX => {}
+                () = tokio::time::sleep(pause), if pause != Duration::MAX => {}
+            }
+        }
+    }
+
+    /// Embeds some of them, and leaves it to the outbox to tell the index; true when there may be more.
+    async fn make_up_some(&self) -> Result<bool, Error> {
+        let app = &self.app;
+        // What is written from here on lowers the mark again.
+        let from = self.pending.from.swap(NOTHING, Ordering::SeqCst);
+        if from == NOTHING {
+            return Ok(false);
+        }
+        let looked = self.embed_after(Key(from.saturating_sub(1))).await;
+        let next = match &looked {
+            Ok(next) => *next,
+            Err(_) => from,
+        };
+        self.pending.from.fetch_min(next, Ordering::SeqCst);
+        app.written.notify_one();
+        looked.map(|next| next != NOTHING)
+    }
+
+    /// Where to go on.
+    async fn embed_after(&self, after: Key) -> Result<i64, Error> {
+        let app = &self.app;
+        let states = app.store.scan(&app.model.identity, after, PENDING, true).await?;
         let Some(last) = states.last().map(|state| state.key) else {
-            return Ok(false);
+            return Ok(NOTHING);
         };
-        let Some(tenant) = states.first().map(|state| state.tenant.clone()) else {
-            return Ok(false);
-        };
-        let texts = states.iter().map(|state| state.text.clone()).collect();
-        let vectors = app.embed(&App::background(tenant), texts, false).await?;
-        let codes: Vec<(IndexState, Code)> = states
-            .into_iter()
+        let vectors = self.embed_states(&states).await?;
+        let codes: Vec<(Key, i64, Code)> = states
+            .iter()
             .zip(&vectors)
-            .filter_map(|(state, vector)| Code::encode(vector).map(|code| (state, code)))
+            .filter_map(|(state, vector)| Some((state.key, state.version, Code::encode(vector.as_ref()?)?)))
             .collect();
-        let stored: Vec<(Key, Code)> = codes.iter().map(|(state, code)| (state.key, code.clone())).collect();
-        app.store.put_codes(&app.model.identity, &stored).await?;
-        let entries = codes.into_iter().map(|(state, code)| Entry {
-            key: state.key,
-            scope: state.scope,
-            code,
-        });
-        self.apply(entries.collect(), Vec::new(), Sequence::default()).await?;
-        tracing::info!(memories = stored.len(), "made up vectors that were pending");
-        self.sweep = last;
-        Ok(true)
+        let stored = app.store.put_codes(&app.model.identity, &codes).await?;
+        tracing::debug!(memories = stored, "made up vectors that were pending");
+        Ok(last.0 + 1)
+    }
+
+    /// The vectors of memories' texts; a text that the model refuses has none, and does not keep the others from theirs.
+    async fn embed_states(&self, states: &[IndexState]) -> Result<Vec<Option<Vec<f32>>>, Error> {
+        let app = &self.app;
+        let Some(tenant) = states.first().map(|state| state.tenant.clone()) else {
+            return Ok(Vec::new());
+        };
+        let context = app.background(tenant);
+        let texts = states.iter().map(|state| state.text.clone()).collect();
+        match app.embed(&context, texts, false).await {
+            Ok(vectors) => return Ok(vectors.into_iter().map(Some).collect()),
+            Err(error) if error.reason() == Reason::DependencyUnavailable => return Err(error),
+            Err(_) => {}
+        }
+        let mut vectors = Vec::with_capacity(states.len());
+        for state in states {
+            match app.embed(&context, vec![state.text.clone()], false).await {
+                Ok(mut one) => vectors.push(one.pop()),
+                Err(error) if error.reason() == Reason::DependencyUnavailable => return Err(error),
+                Err(error) => {
+                    tracing::warn!(key = state.key.0, error = %error.chain(), "a memory has no vector until the next start");
+                    vectors.push(None);
+                }
+            }
+        }
+        Ok(vectors)
+    }
+
+    /// Deletes what has expired; searches and lists have not shown it since.
+    async fn reap(&self, stop: &CancellationToken) {
+        loop {
+            match self.app.store.reap(self.app.clock.now(), REAPED).await {
+                Ok(REAPED) => continue,
+                Ok(0) => {}
+                Ok(_) => self.app.written.notify_one(),
+                Err(error) => tracing::warn!(%error, "what has expired can't be reaped; trying again"),
+            }
+            tokio::select! {
+                () = stop.cancelled() => return,
+                () = tokio::time::sleep(PAUSE) => {}
+            }
+        }
     }
 
     async fn apply(&self, upserts: Vec<Entry>, removals: Vec<Key>, watermark: Sequence) -> Result<(), Error> {
@@ -163,6 +271,11 @@ impl Indexer {
         flushed
             .map_err(Error::internal)?
             .map_err(|error| Error::unavailable("the index can't be flushed").caused_by(error))
+    }
+
+    async fn try_flush(&self) -> Result<(), Error> {
+        let flushed = self.flush().await;
+        flushed.inspect_err(|error| tracing::warn!(error = %error.chain(), "can't flush the index"))
     }
 }
 

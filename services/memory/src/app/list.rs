@@ -7,6 +7,7 @@ use aeterna_types::{Layer, MemoryId, Scope};
 use super::App;
 use super::get::view;
 use crate::domain::Memory;
+use crate::filter::Filter;
 use crate::store::Listing;
 
 /// What is asked for.
@@ -20,6 +21,8 @@ pub struct ListQuery {
     pub limit: usize,
     /// Continue after this one.
     pub before: Option<MemoryId>,
+    /// Only those that satisfy it.
+    pub filter: Option<Filter>,
     /// Also deleted and expired ones.
     pub show_deleted: bool,
 }
@@ -48,6 +51,7 @@ impl App {
             scopes,
             before: query.before,
             limit: query.limit + 1,
+            filter: query.filter,
             show_deleted: query.show_deleted,
             now: self.clock.now(),
         };

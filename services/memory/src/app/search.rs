@@ -10,9 +10,10 @@ use aeterna_types::{Layer, MemoryId, Scope};
 
 use super::App;
 use super::get::view;
-use crate::domain::{Key, Memory, ScopeKey};
-use crate::store::Stored;
+use crate::domain::{Key, Memory, Sequence};
+use crate::filter::Filter;
 use crate::store::code::Code;
+use crate::store::{Among, LexicalSearch, Stored};
 
 /// Candidates that each arm brings, at least.
 const CANDIDATES: usize = 200;
@@ -54,6 +55,13 @@ pub struct Weights {
     pub tie_band: f64,
 }
 
+impl Weights {
+    /// The highest sum that the parts of a score can reach.
+    fn ceiling(&self) -> f64 {
+        1.0 + self.neighbour + self.recency + self.importance + self.tie_band
+    }
+}
+
 impl Default for Weights {
     fn default() -> Self {
         Self {
@@ -88,6 +96,10 @@ pub struct SearchQuery {
     pub threshold: Option<f64>,
     /// Memories to leave out.
     pub exclude: Vec<MemoryId>,
+    /// Only memories that satisfy it.
+    pub filter: Option<Filter>,
+    /// A write that must be seen.
+    pub after: Sequence,
 }
 
 /// How a score came about; the parts add up to it.
@@ -118,6 +130,20 @@ pub struct Breakdown {
 }
 
 impl Breakdown {
+    /// Every part multiplied by the same.
+    fn scale(&mut self, factor: f64) {
+        for part in [
+            &mut self.dense_part,
+            &mut self.lexical_part,
+            &mut self.neighbour_part,
+            &mut self.recency_part,
+            &mut self.importance_part,
+            &mut self.layer_part,
+        ] {
+            *part *= factor;
+        }
+    }
+
     fn fused(&self) -> f64 {
         self.dense_part + self.lexical_part
     }
@@ -186,39 +212,64 @@ impl App {
         let view = view(context, query.scope.as_ref())?;
         let tenant = &context.principal().tenant;
         let scopes = self.store.visible(tenant, &view, &query.layers).await?;
-        let mut exclude = HashSet::new();
+        let mut degraded = Vec::new();
+        if query.after > Sequence::default() && query.arms != Arms::Lexical && !self.reached(query.after).await {
+            degraded.push("the vector index has not followed the write of `consistency_token` yet".to_owned());
+        }
+        // What has expired and is not reaped yet must not take the place of what lives.
+        let mut exclude: HashSet<Key> = self
+            .store
+            .expired(&scopes, self.clock.now())
+            .await?
+            .into_iter()
+            .collect();
         for id in &query.exclude {
             exclude.extend(self.store.get(tenant, *id).await?.map(|stored| stored.key));
         }
+        let only = match &query.filter {
+            Some(filter) => Some(self.store.matching(&scopes, filter).await?.into_iter().collect()),
+            None => None,
+        };
+        let among = Among {
+            scopes: scopes.iter().copied().collect(),
+            only,
+            exclude,
+        };
         let depth = CANDIDATES.max(4 * query.top_k);
         let mut stats = SearchStats {
             terms: aeterna_text::analyse(&query.text),
             ..SearchStats::default()
         };
-        let mut degraded = Vec::new();
-
         let mut dense = Vec::new();
         let mut dense_used = false;
         if query.arms != Arms::Lexical {
-            match self
-                .dense(context, &query.text, &scopes, &exclude, depth, &mut stats)
-                .await
-            {
+            match self.dense(context, &query.text, &among, depth, &mut stats).await {
                 Ok(found) => {
                     dense = found;
                     dense_used = true;
                 }
-                Err(error) => degraded.push(format!("no dense arm: {error}")),
+                Err(error) => {
+                    tracing::warn!(error = %error.chain(), "a search goes without its dense arm");
+                    degraded.push(format!("no dense arm: {error}"));
+                }
             }
         }
         let mut lexical = Vec::new();
-        if query.arms != Arms::Dense || !degraded.is_empty() {
+        if query.arms != Arms::Dense || !dense_used {
             let began = Instant::now();
             let mut terms = stats.terms.clone();
             terms.sort();
             terms.dedup();
-            lexical = self.store.lexical(&scopes, &terms, depth + exclude.len()).await?;
-            lexical.retain(|(key, _)| !exclude.contains(key));
+            let depth = depth + among.exclude.len();
+            let lexical_search = LexicalSearch {
+                tenant,
+                scopes: &scopes,
+                terms: &terms,
+                filter: query.filter.as_ref(),
+                limit: depth,
+            };
+            lexical = self.store.lexical(&lexical_search).await?;
+            lexical.retain(|(key, _)| !among.exclude.contains(key));
             stats.lexical_ms = ms(began);
         }
         (stats.dense_candidates, stats.lexical_candidates) = (dense.len(), lexical.len());
@@ -229,8 +280,8 @@ impl App {
             (true, Arms::Hybrid) => query.weights.dense,
         };
         let mut scores = fuse(&dense, &lexical, query.fusion, share, query.weights.rrf_k);
-        self.spread(&mut scores, query.weights.neighbour, &exclude).await?;
-        let hits = self.rank(scores, &query, &stats.terms, &scopes).await?;
+        self.spread(&mut scores, query.weights.neighbour, &among).await?;
+        let hits = self.rank(scores, &query, &stats.terms).await?;
         if !degraded.is_empty() {
             self.metrics.degraded.add(1, &[]);
         }
@@ -248,8 +299,7 @@ impl App {
         &self,
         context: &RequestContext,
         text: &str,
-        scopes: &[ScopeKey],
-        exclude: &HashSet<Key>,
+        among: &Among,
         depth: usize,
         stats: &mut SearchStats,
     ) -> Result<Vec<(Key, f64)>, Error> {
@@ -264,13 +314,9 @@ impl App {
         let Some(code) = Code::encode(&vector) else {
             return Ok(Vec::new());
         };
-        let (index, scopes, exclude) = (
-            Arc::clone(&self.index),
-            scopes.iter().copied().collect(),
-            exclude.clone(),
-        );
+        let (index, among) = (Arc::clone(&self.index), among.clone());
         stats.scanned = index.len();
-        let candidates = tokio::task::spawn_blocking(move || index.search(&code, &scopes, &exclude, depth)).await;
+        let candidates = tokio::task::spawn_blocking(move || index.search(&code, &among, depth)).await;
         let keys: Vec<Key> = candidates
             .map_err(Error::internal)?
             .into_iter()
@@ -287,12 +333,7 @@ impl App {
     }
 
     /// Gives each turn of a conversation a part of its best neighbour's score; neighbours become candidates themselves.
-    async fn spread(
-        &self,
-        scores: &mut HashMap<Key, Breakdown>,
-        part: f64,
-        exclude: &HashSet<Key>,
-    ) -> Result<(), Error> {
+    async fn spread(&self, scores: &mut HashMap<Key, Breakdown>, part: f64, among: &Among) -> Result<(), Error> {
         if part == 0.0 {
             return Ok(());
         }
@@ -302,7 +343,8 @@ impl App {
             .map(|(key, breakdown)| (*key, breakdown.fused()))
             .collect();
         for (turn, neighbour) in self.store.neighbours(&keys).await? {
-            if exclude.contains(&neighbour) {
+            let chosen = among.only.as_ref().is_none_or(|only| only.contains(&neighbour));
+            if !chosen || among.exclude.contains(&neighbour) {
                 continue;
             }
             let gift = part * fused.get(&turn).copied().unwrap_or(0.0);
@@ -318,12 +360,7 @@ impl App {
         scores: HashMap<Key, Breakdown>,
         query: &SearchQuery,
         terms: &[String],
-        scopes: &[ScopeKey],
     ) -> Result<Vec<Hit>, Error> {
-        debug_assert!(
-            !scopes.is_empty() || scores.is_empty(),
-            "nothing is found where nothing is visible"
-        );
         let now = self.clock.now();
         let weights = query.weights;
         // Recency, importance and layer add a bounded amount: what can't reach the top any more need not be read.
@@ -352,6 +389,7 @@ impl App {
                 breakdown.recency_part = weights.recency * 0.5f64.powf(days / 30.0);
                 breakdown.importance_part = weights.importance * memory.body.importance;
                 breakdown.layer_part = weights.tie_band * memory.layer().map_or(0.0, Layer::specificity);
+                breakdown.scale(1.0 / weights.ceiling());
                 let score = breakdown.total();
                 Some(Hit {
                     memory,
@@ -378,7 +416,7 @@ impl App {
 fn fuse(dense: &[(Key, f64)], lexical: &[(Key, f64)], fusion: Fusion, share: f64, k: f64) -> HashMap<Key, Breakdown> {
     let mut scores: HashMap<Key, Breakdown> = HashMap::new();
     // Two first places make 1, and so does one first place of the only arm.
-    let both = share > 0.0 && share < 1.0;
+    let both = !dense.is_empty() && !lexical.is_empty();
     let place = |rank: usize| (k + 1.0) / (k + rank as f64) * if both { 0.5 } else { 1.0 };
     let scaled = min_max(dense);
     for ((index, (key, cosine)), part) in dense.iter().enumerate().zip(scaled) {

@@ -8,7 +8,7 @@ use super::App;
 use super::get::view;
 use crate::domain::{Body, Idempotency, Written};
 use crate::error::MemoryError;
-use crate::store::{Change, StoredVector};
+use crate::store::Change;
 
 /// A change as its writer sends it.
 #[derive(Clone, Debug)]
@@ -65,6 +65,7 @@ impl App {
         let view = view(context, None)?;
         loop {
             let current = self.find(context, patch.id, &view).await?.memory;
+            context.principal().may_change(&current.scope)?;
             let etag = patch.etag.clone().unwrap_or_else(|| current.etag());
             let mut body = current.body.clone();
             let named = FIELDS
@@ -79,10 +80,7 @@ impl App {
             } else {
                 None
             };
-            let vector = vector.map(|code| StoredVector {
-                model: self.model.identity.clone(),
-                code,
-            });
+            let vector = vector.map(|code| self.stored_vector(code));
             let change = Change::Replace {
                 body: Box::new(body),
                 vector,

@@ -3,7 +3,7 @@
 use aeterna_error::{Error, Violations};
 use aeterna_proto::memory::v1 as wire;
 
-use super::{check_token, id, layers, memory, not_served, scope};
+use super::{check_token, filter, id, layers, memory, not_served, scope};
 use crate::app::{Arms, Breakdown, Found, Fusion, Model, SearchQuery, SearchStats, Weights};
 
 const MAX_QUERY_BYTES: usize = 8192;
@@ -43,8 +43,8 @@ pub fn search_request(request: wire::SearchRequest) -> Result<(SearchQuery, bool
     };
     let asked = request.weights.unwrap_or_default();
     let weights = weights(&mut violations, &asked);
-    if request.threshold.is_some_and(|threshold| !threshold.is_finite()) {
-        violations.add("threshold", "is not a finite number");
+    if let Some(threshold) = request.threshold.filter(|threshold| !(0.0..=1.0).contains(threshold)) {
+        violations.add("threshold", format!("is {threshold}; scores lie between 0 and 1"));
     }
     if request.exclude_ids.len() > MAX_EXCLUDED {
         let count = request.exclude_ids.len();
@@ -54,13 +54,13 @@ pub fn search_request(request: wire::SearchRequest) -> Result<(SearchQuery, bool
     let exclude = excluded
         .filter_map(|(i, text)| id(&mut violations, &format!("exclude_ids[{i}]"), text))
         .collect();
-    check_token(&mut violations, &request.consistency_token);
+    let after = check_token(&mut violations, &request.consistency_token);
+    let filter = filter(&mut violations, &request.filter);
     if request.dimension < 0 {
         violations.add("dimension", format!("is {}; leave it out", request.dimension));
     }
     violations.into_result()?;
     let later = [
-        ("filter", !request.filter.is_empty()),
         ("as_of", request.as_of.is_some()),
         ("rerank", request.rerank),
         ("dimension", request.dimension > 0),
@@ -88,6 +88,8 @@ pub fn search_request(request: wire::SearchRequest) -> Result<(SearchQuery, bool
         weights,
         threshold: request.threshold,
         exclude,
+        filter,
+        after,
     };
     Ok((query, request.explain))
 }

@@ -78,6 +78,7 @@ impl Code {
     }
 
     /// The vector, with an error of at most half a step per value.
+    #[cfg(test)]
     pub fn decode(&self) -> Vec<f32> {
         let high = self.high();
         let low = &self.0[self.0.len() - self.dimension() / 2..];
@@ -93,10 +94,21 @@ impl Code {
 
     /// Cosine with a unit vector of the same size.
     pub fn cosine(&self, query: &[f32]) -> f32 {
-        let vector = self.decode();
-        let dot: f32 = vector.iter().zip(query).map(|(a, b)| a * b).sum();
-        let norm = vector.iter().map(|a| a * a).sum::<f32>().sqrt();
-        if norm > 0.0 { dot / norm } else { 0.0 }
+        let low = &self.0[self.0.len() - self.dimension() / 2..];
+        let blocks = self.high().chunks_exact(BLOCK).zip(low.chunks_exact(BLOCK / 2));
+        let (mut dot, mut norm) = (0f32, 0f32);
+        for (((high, low), query), scale) in blocks.zip(query.chunks_exact(BLOCK)).zip(self.scales()) {
+            let (mut part, mut square) = (0f32, 0f32);
+            for ((high, low), query) in high.chunks_exact(2).zip(low).zip(query.chunks_exact(2)) {
+                let first = f32::from(i16::from(high[0] as i8) * 16 + i16::from(low & 15) - 8);
+                let second = f32::from(i16::from(high[1] as i8) * 16 + i16::from(low >> 4) - 8);
+                part += first * query[0] + second * query[1];
+                square += first * first + second * second;
+            }
+            dot += part * scale;
+            norm += square * scale * scale;
+        }
+        if norm > 0.0 { dot / norm.sqrt() } else { 0.0 }
     }
 }
 
@@ -127,6 +139,13 @@ mod tests {
                 assert!((a - b).abs() <= top / TOP * 0.51, "{a} {b}");
             }
             assert!(code.cosine(&vector) > 0.99999);
+            let plain: f32 = code
+                .decode()
+                .iter()
+                .zip(self::vector(9, dimension))
+                .map(|(a, b)| a * b)
+                .sum();
+            assert!((code.cosine(&self::vector(9, dimension)) - plain).abs() < 1e-4);
             assert!(code.as_bytes().len() * 100 <= dimension * 4 * 40 + 300);
             assert_eq!(Code::from_bytes(code.as_bytes().to_vec()), Some(code));
         }

@@ -1,58 +1,50 @@
-//! The embedded vector index: an exact scan of int8 prefixes in a memory-mapped file.
+//! The embedded vector index: a Matryoshka funnel over one memory-mapped file, with exact filters.
 //!
-//! The file is an array of fixed-size records; each carries a checksum. A small file beside it says up to which change of
-//! the outbox everything is in and how many records that were. Both are rebuilt from the relational store when they are
-//! missing, damaged or made for another model.
+//! The file holds, per vector, its key, scope and the int8 high part of the prefix of its code, under a checksum. A search
+//! narrows down in stages: signs (1 bit a dimension, kept in memory) for many vectors, int8 for the best of them; the caller
+//! rescores what remains with the full-size codes of the relational store. A small manifest says up to which change of the
+//! outbox everything is in. Both are rebuilt from the relational store when they are missing, damaged, ahead of it, or of
+//! another store or model.
 
-use std::collections::{HashMap, HashSet};
-use std::fs::{self, File, OpenOptions};
+mod file;
+mod scan;
+
+use std::collections::HashMap;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
-use memmap2::MmapMut;
-use serde::{Deserialize, Serialize};
-use simsimd::SpatialSimilarity as _;
-
 use super::code::{BLOCK, Code};
-use super::{Entry, VectorIndex};
+use super::{Among, Entry, VectorIndex};
 use crate::domain::{Key, ScopeKey, Sequence};
-
-/// Layout of the files.
-const VERSION: u32 = 1;
-/// Checksum, state, key, scope.
-const HEAD: usize = 4 + 4 + 8 + 8;
-const LIVE: u32 = 1;
-const GROW: usize = 4096;
-
-/// What the small file says.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-struct Manifest {
-    version: u32,
-    model: String,
-    dimension: usize,
-    prefix: usize,
-    slots: usize,
-    watermark: Sequence,
-}
+pub use file::Layout;
+use file::{Files, Head};
+use scan::{Rows, Signs};
 
 /// The index of one model.
 #[derive(Debug)]
 pub struct FlatIndex {
-    directory: PathBuf,
     prefix: usize,
+    dimension: usize,
     inner: RwLock<Inner>,
 }
 
 #[derive(Debug)]
 struct Inner {
-    file: File,
-    map: MmapMut,
-    slots: usize,
+    files: Files,
+    watermark: Sequence,
     by_key: HashMap<Key, usize>,
+    keys: Vec<Key>,
+    /// Per slot, the place of its scope in `scopes`; [`FREE`] when there is no vector.
+    owners: Vec<u32>,
+    scopes: Vec<ScopeKey>,
+    by_scope: HashMap<ScopeKey, u32>,
     free: Vec<usize>,
-    manifest: Manifest,
+    signs: Signs,
 }
+
+/// The owner of a slot without a vector.
+const FREE: u32 = u32::MAX;
 
 /// An index that was opened, or begun anew because of what is said.
 pub enum Opened {
@@ -63,102 +55,29 @@ pub enum Opened {
 }
 
 impl FlatIndex {
-    /// Opens the index in `directory` for a model's vectors, of which the first `prefix` values are scanned.
+    /// Opens the index in `directory` for vectors of a layout; `end` is the last change that the store has.
     ///
     /// # Errors
     /// When the directory can't be written.
-    pub fn open(directory: &Path, model: &str, dimension: usize, prefix: usize) -> io::Result<Opened> {
-        let wanted = Manifest {
-            version: VERSION,
-            model: model.into(),
+    pub fn open(directory: &Path, layout: Layout, end: Sequence) -> io::Result<Opened> {
+        let (prefix, dimension) = (layout.prefix, layout.dimension);
+        let index = |files: Files, watermark: Sequence| Self {
+            prefix,
             dimension,
-            prefix,
-            slots: 0,
-            watermark: Sequence::default(),
+            inner: RwLock::new(Inner::new(files, watermark, prefix)),
         };
-        match Self::load(directory, &wanted) {
+        let opened = Files::open(directory, &layout, end).and_then(|(files, watermark)| {
+            let index = index(files, watermark);
+            index.write().load(prefix)?;
+            Ok(index)
+        });
+        match opened {
             Ok(index) => Ok(Opened::Intact(index)),
-            Err(why) => Self::create(directory, wanted).map(|index| Opened::Fresh(index, why)),
-        }
-    }
-
-    fn load(directory: &Path, wanted: &Manifest) -> Result<Self, String> {
-        let text = fs::read(directory.join("manifest.json")).map_err(|_| "there was none".to_string())?;
-        let manifest: Manifest = serde_json::from_slice(&text).map_err(|_| "its manifest is damaged".to_string())?;
-        let same = Manifest {
-            slots: manifest.slots,
-            watermark: manifest.watermark,
-            ..wanted.clone()
-        };
-        if manifest != same {
-            return Err(format!(
-                "it was made for the model {} or by another version",
-                manifest.model
-            ));
-        }
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .open(directory.join("vectors.bin"));
-        let file = file.map_err(|error| format!("its vectors can't be read: {error}"))?;
-        let map = map(&file).map_err(|error| format!("its vectors can't be mapped: {error}"))?;
-        let size = record_size(manifest.prefix);
-        if map.len() < manifest.slots * size {
-            return Err("its vectors are cut off".into());
-        }
-        let mut inner = Inner {
-            file,
-            map,
-            slots: manifest.slots,
-            by_key: HashMap::new(),
-            free: Vec::new(),
-            manifest,
-        };
-        for slot in 0..inner.slots {
-            let record = inner.record(slot, size);
-            if u32_at(record, 0) != crc32fast::hash(&record[4..]) {
-                return Err(format!("the checksum of vector {slot} does not fit"));
-            }
-            let key = Key(i64_at(record, 8));
-            if u32_at(record, 4) != LIVE {
-                inner.free.push(slot);
-            } else if inner.by_key.insert(key, slot).is_some() {
-                return Err(format!("vector {slot} is there twice"));
+            Err(why) => {
+                let files = Files::create(directory, layout)?;
+                Ok(Opened::Fresh(index(files, Sequence::default()), why))
             }
         }
-        Ok(Self {
-            directory: directory.into(),
-            prefix: wanted.prefix,
-            inner: RwLock::new(inner),
-        })
-    }
-
-    fn create(directory: &Path, manifest: Manifest) -> io::Result<Self> {
-        fs::create_dir_all(directory)?;
-        let _ = fs::remove_file(directory.join("manifest.json"));
-        let path = directory.join("vectors.bin");
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .open(path)?;
-        file.set_len((GROW * record_size(manifest.prefix)) as u64)?;
-        let map = map(&file)?;
-        let prefix = manifest.prefix;
-        let inner = Inner {
-            file,
-            map,
-            slots: 0,
-            by_key: HashMap::new(),
-            free: Vec::new(),
-            manifest,
-        };
-        Ok(Self {
-            directory: directory.into(),
-            prefix,
-            inner: RwLock::new(inner),
-        })
     }
 
     fn read(&self) -> RwLockReadGuard<'_, Inner> {
@@ -170,154 +89,151 @@ impl FlatIndex {
     }
 }
 
-fn record_size(prefix: usize) -> usize {
-    HEAD + prefix / BLOCK * 4 + prefix
-}
-
-fn u32_at(bytes: &[u8], at: usize) -> u32 {
-    u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
-}
-
-fn i64_at(bytes: &[u8], at: usize) -> i64 {
-    let mut word = [0; 8];
-    word.copy_from_slice(&bytes[at..at + 8]);
-    i64::from_le_bytes(word)
-}
-
-fn map(file: &File) -> io::Result<MmapMut> {
-    // SAFETY: the data directory is locked by this process, so nobody else changes or truncates the file; every record is
-    // read as plain bytes, for which any content is valid.
-    unsafe { MmapMut::map_mut(file) }
-}
-
 impl Inner {
-    fn record(&self, slot: usize, size: usize) -> &[u8] {
-        &self.map[slot * size..(slot + 1) * size]
+    fn new(files: Files, watermark: Sequence, prefix: usize) -> Self {
+        Self {
+            files,
+            watermark,
+            by_key: HashMap::new(),
+            keys: Vec::new(),
+            owners: Vec::new(),
+            scopes: Vec::new(),
+            by_scope: HashMap::new(),
+            free: Vec::new(),
+            signs: Signs::new(prefix),
+        }
     }
 
-    fn put(&mut self, slot: usize, size: usize, state: u32, key: Key, scope: ScopeKey, code: Option<(&Code, usize)>) {
-        let record = &mut self.map[slot * size..(slot + 1) * size];
-        record[4..8].copy_from_slice(&state.to_le_bytes());
-        record[8..16].copy_from_slice(&key.0.to_le_bytes());
-        record[16..24].copy_from_slice(&scope.0.to_le_bytes());
-        if let Some((code, prefix)) = code {
-            let blocks = prefix / BLOCK;
-            for (bytes, scale) in record[HEAD..HEAD + blocks * 4].chunks_exact_mut(4).zip(code.scales()) {
-                bytes.copy_from_slice(&scale.to_le_bytes());
+    /// Reads what the file holds.
+    fn load(&mut self, prefix: usize) -> Result<(), String> {
+        for slot in 0..self.files.slots() {
+            let head = self
+                .files
+                .head(slot)
+                .ok_or_else(|| format!("the checksum of vector {slot} does not fit"))?;
+            self.keys.push(head.key);
+            self.owners.push(FREE);
+            if !head.live {
+                self.free.push(slot);
+            } else if self.by_key.insert(head.key, slot).is_some() {
+                return Err(format!("vector {slot} is there twice"));
+            } else {
+                self.owners[slot] = self.owner(head.scope);
             }
-            record[HEAD + blocks * 4..].copy_from_slice(&code.high()[..prefix]);
         }
-        let sum = crc32fast::hash(&record[4..]);
-        record[..4].copy_from_slice(&sum.to_le_bytes());
+        self.signs
+            .refresh(&Rows::new(self.files.rows(), prefix), self.keys.len());
+        Ok(())
     }
 
-    fn grow(&mut self, size: usize) -> io::Result<()> {
-        if (self.slots + 1) * size > self.map.len() {
-            let capacity = (self.map.len() / size * 2).max(GROW);
-            self.file.set_len((capacity * size) as u64)?;
-            self.map = map(&self.file)?;
+    /// The place of a scope in the list.
+    fn owner(&mut self, scope: ScopeKey) -> u32 {
+        let next = u32::try_from(self.scopes.len()).unwrap_or(FREE - 1);
+        let owner = *self.by_scope.entry(scope).or_insert(next);
+        if owner == next {
+            self.scopes.push(scope);
         }
+        owner
+    }
+
+    /// A slot that is free, at the end of the file when there is no other.
+    fn slot(&mut self) -> io::Result<usize> {
+        if let Some(slot) = self.free.pop() {
+            return Ok(slot);
+        }
+        let slot = self.files.push()?;
+        self.keys.push(Key(0));
+        self.owners.push(FREE);
+        Ok(slot)
+    }
+
+    fn remove(&mut self, key: Key) {
+        if let Some(slot) = self.by_key.remove(&key) {
+            let head = Head {
+                live: false,
+                key,
+                scope: ScopeKey(0),
+            };
+            self.files.put(slot, &head, None);
+            self.owners[slot] = FREE;
+            self.free.push(slot);
+        }
+    }
+
+    fn upsert(&mut self, entry: &Entry, prefix: usize) -> io::Result<()> {
+        let slot = match self.by_key.get(&entry.key) {
+            Some(slot) => *slot,
+            None => self.slot()?,
+        };
+        let head = Head {
+            live: true,
+            key: entry.key,
+            scope: entry.scope,
+        };
+        self.files.put(slot, &head, Some(&entry.code));
+        self.keys[slot] = entry.key;
+        self.owners[slot] = self.owner(entry.scope);
+        self.by_key.insert(entry.key, slot);
+        let rows = Rows::new(self.files.rows(), prefix);
+        self.signs.put(&rows, slot, self.keys.len());
         Ok(())
+    }
+
+    /// The slots that a search may find: those chosen by a filter when there is one, otherwise all of the scopes.
+    fn slots(&self, among: &Among) -> Vec<u32> {
+        let allowed: Vec<bool> = self.scopes.iter().map(|scope| among.scopes.contains(scope)).collect();
+        let shown = |slot: usize| allowed.get(self.owners[slot] as usize).copied().unwrap_or(false);
+        let kept = |slot: usize| among.exclude.is_empty() || !among.exclude.contains(&self.keys[slot]);
+        let slot = |slot: usize| u32::try_from(slot).ok();
+        match &among.only {
+            Some(only) => {
+                let found = only.iter().filter_map(|key| self.by_key.get(key).copied());
+                found
+                    .filter(|slot| shown(*slot) && kept(*slot))
+                    .filter_map(slot)
+                    .collect()
+            }
+            None => {
+                let all = 0..self.owners.len();
+                all.filter(|slot| shown(*slot) && kept(*slot))
+                    .filter_map(slot)
+                    .collect()
+            }
+        }
     }
 }
 
 impl VectorIndex for FlatIndex {
     fn apply(&self, upserts: &[Entry], removals: &[Key], watermark: Sequence) -> io::Result<()> {
-        let size = record_size(self.prefix);
+        if upserts.iter().any(|entry| entry.code.dimension() != self.dimension) {
+            let why = "a vector has another size than the index";
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, why));
+        }
         let mut inner = self.write();
-        for key in removals {
-            if let Some(slot) = inner.by_key.remove(key) {
-                inner.put(slot, size, 0, *key, ScopeKey(0), None);
-                inner.free.push(slot);
-            }
-        }
+        removals.iter().for_each(|key| inner.remove(*key));
         for entry in upserts {
-            if entry.code.dimension() != inner.manifest.dimension {
-                return Err(io::Error::new(
-                    io::ErrorKind::InvalidInput,
-                    "a vector has another size than the index",
-                ));
-            }
-            let slot = match (inner.by_key.get(&entry.key).copied(), inner.free.pop()) {
-                (Some(slot), free) => {
-                    inner.free.extend(free);
-                    slot
-                }
-                (None, Some(slot)) => slot,
-                (None, None) => {
-                    inner.grow(size)?;
-                    inner.slots += 1;
-                    inner.slots - 1
-                }
-            };
-            inner.put(
-                slot,
-                size,
-                LIVE,
-                entry.key,
-                entry.scope,
-                Some((&entry.code, self.prefix)),
-            );
-            inner.by_key.insert(entry.key, slot);
+            inner.upsert(entry, self.prefix)?;
         }
-        inner.manifest.watermark = inner.manifest.watermark.max(watermark);
+        inner.watermark = inner.watermark.max(watermark);
         Ok(())
     }
 
     fn watermark(&self) -> Sequence {
-        self.read().manifest.watermark
+        self.read().watermark
     }
 
-    fn search(
-        &self,
-        query: &Code,
-        scopes: &HashSet<ScopeKey>,
-        exclude: &HashSet<Key>,
-        limit: usize,
-    ) -> Vec<(Key, f32)> {
-        let size = record_size(self.prefix);
-        let blocks = self.prefix / BLOCK;
+    fn search(&self, query: &Code, among: &Among, limit: usize) -> Vec<(Key, f32)> {
         let inner = self.read();
-        if query.dimension() != inner.manifest.dimension || limit == 0 {
+        if query.dimension() != self.dimension || limit == 0 {
             return Vec::new();
         }
-        let wanted: &[i8] = bytemuck::cast_slice(&query.high()[..self.prefix]);
-        let query_scales: Vec<f32> = query.scales().take(blocks).collect();
-        let mut best: Vec<(Key, f32)> = Vec::with_capacity(inner.by_key.len().min(4 * limit));
-        let mut floor = f32::NEG_INFINITY;
-        let by_score = |a: &(Key, f32), b: &(Key, f32)| b.1.total_cmp(&a.1).then(b.0.cmp(&a.0));
-        for slot in 0..inner.slots {
-            let record = inner.record(slot, size);
-            let key = Key(i64_at(record, 8));
-            let shown = u32_at(record, 4) == LIVE && scopes.contains(&ScopeKey(i64_at(record, 16)));
-            if !shown || exclude.contains(&key) {
-                continue;
-            }
-            let values: &[i8] = bytemuck::cast_slice(&record[HEAD + blocks * 4..]);
-            let mut score = 0f32;
-            for block in 0..blocks {
-                let range = block * BLOCK..(block + 1) * BLOCK;
-                let dot = i8::dot(&values[range.clone()], &wanted[range]).unwrap_or(0.0);
-                let scale = f32::from_le_bytes([
-                    record[HEAD + block * 4],
-                    record[HEAD + block * 4 + 1],
-                    record[HEAD + block * 4 + 2],
-                    record[HEAD + block * 4 + 3],
-                ]);
-                score += dot as f32 * scale * query_scales[block] * 256.0;
-            }
-            if score > floor || best.len() < limit {
-                best.push((key, score));
-                if best.len() >= 4 * limit {
-                    best.sort_unstable_by(by_score);
-                    best.truncate(limit);
-                    floor = best.last().map_or(f32::NEG_INFINITY, |last| last.1);
-                }
-            }
-        }
-        best.sort_unstable_by(by_score);
-        best.truncate(limit);
-        best
+        let rows = Rows::new(inner.files.rows(), self.prefix);
+        let slots = inner.slots(among);
+        let slots = inner.signs.nearest(query, slots, limit);
+        let best = rows.best(query, &slots, limit);
+        best.into_iter()
+            .map(|(slot, score)| (inner.keys[slot as usize], score))
+            .collect()
     }
 
     fn len(&self) -> usize {
@@ -326,14 +242,132 @@ impl VectorIndex for FlatIndex {
 
     fn flush(&self) -> io::Result<()> {
         let mut inner = self.write();
-        inner.map.flush()?;
-        inner.manifest.slots = inner.slots;
-        let text = serde_json::to_vec(&inner.manifest)?;
-        let draft = self.directory.join("manifest.draft");
-        let file = File::create(&draft)?;
-        io::Write::write_all(&mut &file, &text)?;
-        file.sync_all()?;
-        fs::rename(draft, self.directory.join("manifest.json"))?;
-        File::open(&self.directory)?.sync_all()
+        let watermark = inner.watermark;
+        inner.files.flush(watermark)
+    }
+}
+
+/// Bytes of a row: head, scales, int8 values.
+fn row_size(prefix: usize) -> usize {
+    file::HEAD + prefix / BLOCK * 4 + prefix
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn layout(store: &str, model: &str) -> Layout {
+        Layout {
+            store: store.into(),
+            model: model.into(),
+            dimension: 128,
+            prefix: 128,
+        }
+    }
+
+    #[test]
+    fn conforms_and_is_the_same_when_it_is_opened_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let open = |store: &str, model: &str, end: i64| {
+            FlatIndex::open(dir.path(), layout(store, model), Sequence(end)).unwrap()
+        };
+        let Opened::Fresh(index, _) = open("s", "m@1", 0) else {
+            panic!("an empty directory has no index")
+        };
+        super::super::conformance::vector_index(&index);
+        drop(index);
+        let Opened::Intact(index) = open("s", "m@1", 6) else {
+            panic!("it was flushed")
+        };
+        assert_eq!((index.len(), index.watermark()), (301, Sequence(6)));
+        drop(index);
+        for (store, model, end, word) in [
+            ("s", "m@1", 5, "ahead"),
+            ("other", "m@1", 9, "another store"),
+            ("s", "n@1", 9, "m@1"),
+        ] {
+            // Each opening begins a new index, which is made whole for the next round.
+            let Opened::Fresh(index, why) = open(store, model, end) else {
+                panic!("{word}: such an index is of no use")
+            };
+            assert!(index.len() == 0 && why.contains(word), "{why}");
+            drop(index);
+            let Opened::Fresh(index, _) = open("s", "m@1", 0) else {
+                panic!("it was not flushed")
+            };
+            super::super::conformance::vector_index(&index);
+        }
+    }
+
+    #[test]
+    fn every_flipped_bit_of_the_manifest_is_noticed() {
+        let dir = tempfile::tempdir().unwrap();
+        let open = || FlatIndex::open(dir.path(), layout("s", "m@1"), Sequence(1_000_000)).unwrap();
+        let Opened::Fresh(index, _) = open() else {
+            panic!("it is new")
+        };
+        index.apply(&[], &[], Sequence(77)).unwrap();
+        index.flush().unwrap();
+        drop(index);
+        let path = dir.path().join("manifest.json");
+        let good = std::fs::read(&path).unwrap();
+        for at in 0..good.len() {
+            let mut bad = good.clone();
+            bad[at] ^= 1;
+            std::fs::write(&path, &bad).unwrap();
+            assert!(
+                matches!(open(), Opened::Fresh(..)),
+                "byte {at}: {}",
+                String::from_utf8_lossy(&bad)
+            );
+        }
+        std::fs::write(&path, &good).unwrap();
+        assert!(matches!(open(), Opened::Intact(_)));
+    }
+
+    #[test]
+    fn signs_find_what_int8_finds() {
+        // Enough vectors that the signs are used, in clusters, as texts are.
+        let dir = tempfile::tempdir().unwrap();
+        let Opened::Fresh(index, _) = FlatIndex::open(dir.path(), layout("s", "m@1"), Sequence(0)).unwrap() else {
+            panic!("it is new")
+        };
+        let near = |centre: u32, seed: u32| {
+            let (a, b) = (
+                super::super::conformance::vector(centre),
+                super::super::conformance::vector(seed),
+            );
+            let mixed: Vec<f32> = a.iter().zip(&b).map(|(a, b)| 0.7 * a + 0.7 * b).collect();
+            Code::encode(&mixed).unwrap()
+        };
+        let entry = |n: u32| Entry {
+            key: Key(i64::from(n)),
+            scope: ScopeKey(1),
+            code: near(n % 400, 1_000_000 + n),
+        };
+        let entries: Vec<Entry> = (0..20_000).map(entry).collect();
+        index.apply(&entries, &[], Sequence(1)).unwrap();
+        let among = Among {
+            scopes: [ScopeKey(1)].into(),
+            ..Among::default()
+        };
+        let mut found = 0;
+        for n in 0..50u32 {
+            let query = near(n, 9_000_000 + n);
+            let funnel: Vec<Key> = index
+                .search(&query, &among, 10)
+                .into_iter()
+                .map(|(key, _)| key)
+                .collect();
+            let inner = index.read();
+            let rows = Rows::new(inner.files.rows(), 128);
+            let all: Vec<u32> = (0..20_000).collect();
+            let exact = rows.best(&query, &all, 10);
+            found += exact
+                .iter()
+                .filter(|(slot, _)| funnel.contains(&inner.keys[*slot as usize]))
+                .count();
+        }
+        assert!(found >= 495, "{found} of 500");
     }
 }

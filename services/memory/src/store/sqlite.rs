@@ -1,26 +1,47 @@
 //! The relational port on SQLite.
 
+mod filter;
+mod lexical;
 mod read;
 mod write;
 
 use aeterna_error::Error;
-use aeterna_storage::{Sqlite, StorageError};
-use aeterna_types::{Layer, MemoryId, TenantId, Timestamp};
+use aeterna_storage::{Sqlite, SqliteOptions, StorageError};
+use aeterna_types::{Layer, MemoryId, Scope, TenantId, Timestamp};
 use async_trait::async_trait;
 use sqlx::Row as _;
 use sqlx::sqlite::SqliteRow;
 
 use super::code::Code;
-use super::{Addition, Change, IndexEvent, IndexState, Listing, Relational, Stored};
+use super::{Addition, Change, IndexEvent, IndexState, LexicalSearch, Listing, Relational, Stored};
 use crate::domain::{Idempotency, Key, Memory, ScopeKey, Sequence, View, Writer, Written};
 use crate::error::MemoryError;
+use crate::filter::Filter;
 
 /// The migrations, oldest first. Those that landed never change.
-pub const MIGRATIONS: &[(&str, &str)] = &[("memories", include_str!("sqlite/schema.sql"))];
+pub const MIGRATIONS: &[(&str, &str)] = &[
+    ("memories", include_str!("sqlite/schema.sql")),
+    ("a lexical table a tenant", include_str!("sqlite/schema_2.sql")),
+];
 
 /// The store.
 #[derive(Clone, Debug)]
-pub struct SqliteStore(pub Sqlite);
+pub struct SqliteStore(Sqlite, lexical::Frequencies);
+
+impl SqliteStore {
+    /// Opens the database, and brings its schema and its lexical tables up to date.
+    ///
+    /// # Errors
+    /// When it can't be opened, or was written by a newer version.
+    pub async fn open(options: &SqliteOptions) -> Result<Self, MemoryError> {
+        let store = Self(
+            Sqlite::open(options, MIGRATIONS).await?,
+            lexical::Frequencies::default(),
+        );
+        lexical::analyse_again(&store).await?;
+        Ok(store)
+    }
+}
 
 impl From<StorageError> for MemoryError {
     fn from(error: StorageError) -> Self {
@@ -81,6 +102,10 @@ impl Relational for SqliteStore {
         write::replay(&mut connection, writer, idempotency).await
     }
 
+    async fn known(&self, tenant: &TenantId, places: &[(Scope, [u8; 32])]) -> Result<Vec<bool>, MemoryError> {
+        read::known(self, tenant, places).await
+    }
+
     async fn get(&self, tenant: &TenantId, id: MemoryId) -> Result<Option<Stored>, MemoryError> {
         read::get(self, tenant, id).await
     }
@@ -93,13 +118,12 @@ impl Relational for SqliteStore {
         read::list(self, listing).await
     }
 
-    async fn lexical(
-        &self,
-        scopes: &[ScopeKey],
-        terms: &[String],
-        limit: usize,
-    ) -> Result<Vec<(Key, f64)>, MemoryError> {
-        read::lexical(self, scopes, terms, limit).await
+    async fn lexical(&self, search: &LexicalSearch<'_>) -> Result<Vec<(Key, f64)>, MemoryError> {
+        lexical::search(self, search).await
+    }
+
+    async fn matching(&self, scopes: &[ScopeKey], filter: &Filter) -> Result<Vec<Key>, MemoryError> {
+        read::matching(self, scopes, filter).await
     }
 
     async fn fetch(&self, keys: &[Key], now: Timestamp) -> Result<Vec<Stored>, MemoryError> {
@@ -130,11 +154,71 @@ impl Relational for SqliteStore {
         read::scan(self, model, after, limit, pending).await
     }
 
-    async fn put_codes(&self, model: &str, codes: &[(Key, Code)]) -> Result<(), MemoryError> {
+    async fn put_codes(&self, model: &str, codes: &[(Key, i64, Code)]) -> Result<usize, MemoryError> {
         write::put_codes(self, model, codes).await
+    }
+
+    async fn expired(&self, scopes: &[ScopeKey], now: Timestamp) -> Result<Vec<Key>, MemoryError> {
+        read::expired(self, scopes, now).await
+    }
+
+    async fn reap(&self, now: Timestamp, limit: usize) -> Result<usize, MemoryError> {
+        write::reap(self, now, limit).await
+    }
+
+    async fn identity(&self) -> Result<String, MemoryError> {
+        read::identity(self).await
     }
 
     async fn close(&self) {
         self.0.close().await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::time::Duration;
+
+    use aeterna_storage::SqliteOptions;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn conforms() {
+        let dir = tempfile::tempdir().unwrap();
+        let options = SqliteOptions {
+            path: dir.path().join("memory.db"),
+            busy_timeout: Duration::from_secs(5),
+            readers: 2,
+        };
+        let store = SqliteStore::open(&options).await.unwrap();
+        super::super::conformance::relational(Arc::new(store.clone())).await;
+        store.close().await;
+    }
+
+    #[tokio::test]
+    async fn texts_are_analysed_again_when_the_analysis_is_another() {
+        let dir = tempfile::tempdir().unwrap();
+        let options = SqliteOptions {
+            path: dir.path().join("memory.db"),
+            busy_timeout: Duration::from_secs(5),
+            readers: 2,
+        };
+        let store = SqliteStore::open(&options).await.unwrap();
+        super::super::conformance::one_memory(&store, "the cat sat").await;
+        let mut write = store.0.begin().await.unwrap();
+        for text in [
+            "DELETE FROM lexical_1",
+            "UPDATE meta SET value = '0' WHERE name = 'analysis'",
+        ] {
+            sqlx::query(text).execute(&mut *write).await.unwrap();
+        }
+        write.commit().await.unwrap();
+        assert_eq!(super::super::conformance::words_found(&store, "cat").await, 0);
+        store.close().await;
+        let store = SqliteStore::open(&options).await.unwrap();
+        assert_eq!(super::super::conformance::words_found(&store, "cat").await, 1);
+        store.close().await;
     }
 }

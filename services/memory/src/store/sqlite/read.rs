@@ -1,12 +1,14 @@
 //! Reads.
 
-use aeterna_types::{Layer, MemoryId, TenantId, Timestamp};
+use aeterna_types::{Layer, MemoryId, Scope, TenantId, Timestamp};
 use sqlx::sqlite::{SqliteArguments, SqliteRow};
 use sqlx::{AssertSqlSafe, Row as _};
 
-use super::{SqliteStore, damaged, marks, storage, stored};
+use super::filter::Sql;
+use super::{SqliteStore, damaged, encode, marks, storage, stored};
 use crate::domain::{Key, Memory, ScopeKey, Sequence, View};
 use crate::error::MemoryError;
+use crate::filter::Filter;
 use crate::store::code::Code;
 use crate::store::{IndexEvent, IndexState, Listing, Stored};
 
@@ -16,7 +18,7 @@ const CHUNK: usize = 10_000;
 type Query<'q> = sqlx::query::Query<'q, sqlx::Sqlite, SqliteArguments>;
 
 /// A query whose text is ours and whose values are all bound.
-fn sql<'q>(text: String) -> Query<'q> {
+pub(super) fn sql<'q>(text: String) -> Query<'q> {
     sqlx::query(AssertSqlSafe(text))
 }
 
@@ -41,12 +43,41 @@ async fn by_keys(
     Ok(rows)
 }
 
+/// A column that the query has filled with JSON.
+pub(super) fn from_json<T: serde::de::DeserializeOwned>(row: &SqliteRow, column: &str) -> Result<T, MemoryError> {
+    let text: &str = row.try_get(column).map_err(storage)?;
+    serde_json::from_str(text).map_err(|_| damaged("answer"))
+}
+
 fn key(row: &SqliteRow, column: &str) -> Result<Key, MemoryError> {
     row.try_get(column).map(Key).map_err(storage)
 }
 
 fn code(bytes: Vec<u8>) -> Result<Code, MemoryError> {
     Code::from_bytes(bytes).ok_or_else(|| damaged("vector"))
+}
+
+pub async fn known(
+    store: &SqliteStore,
+    tenant: &TenantId,
+    places: &[(Scope, [u8; 32])],
+) -> Result<Vec<bool>, MemoryError> {
+    let mut connection = store.0.readers().acquire().await.map_err(storage)?;
+    let mut known = Vec::with_capacity(places.len());
+    for (scope, identity) in places {
+        let found = sqlx::query(
+            "SELECT 1 FROM memories m JOIN scopes s ON s.key = m.scope \
+             WHERE s.tenant = ? AND s.path = ? AND m.identity = ? AND m.deleted_at IS NULL",
+        )
+        .bind(tenant.as_str())
+        .bind(encode(scope)?)
+        .bind(identity.as_slice())
+        .fetch_optional(&mut *connection)
+        .await
+        .map_err(storage)?;
+        known.push(found.is_some());
+    }
+    Ok(known)
 }
 
 pub async fn get(store: &SqliteStore, tenant: &TenantId, id: MemoryId) -> Result<Option<Stored>, MemoryError> {
@@ -89,17 +120,27 @@ pub async fn visible(
         .collect()
 }
 
+fn scopes_json(scopes: &[ScopeKey]) -> String {
+    serde_json::to_string(&scopes.iter().map(|scope| scope.0).collect::<Vec<_>>()).unwrap_or_default()
+}
+
+/// Where filters are applied; `m` and `s` are their names in conditions.
+const FILTERED: &str = "memories m JOIN scopes s ON s.key = m.scope";
+
 pub async fn list(store: &SqliteStore, listing: &Listing) -> Result<Vec<Stored>, MemoryError> {
-    let scopes = serde_json::to_string(&listing.scopes.iter().map(|s| s.0).collect::<Vec<_>>()).unwrap_or_default();
-    let mut text = String::from("SELECT key, record FROM memories WHERE scope IN (SELECT value FROM json_each(?))");
+    let filter = Sql::of(listing.filter.as_ref());
+    let mut text = format!(
+        "SELECT m.key, m.record FROM {FILTERED} WHERE m.scope IN (SELECT value FROM json_each(?)) AND {}",
+        filter.text
+    );
     if listing.before.is_some() {
-        text.push_str(" AND id < ?");
+        text.push_str(" AND m.id < ?");
     }
     if !listing.show_deleted {
-        text.push_str(" AND deleted_at IS NULL AND (expires_at IS NULL OR expires_at > ?)");
+        text.push_str(" AND m.deleted_at IS NULL AND (m.expires_at IS NULL OR m.expires_at > ?)");
     }
-    text.push_str(" ORDER BY id DESC LIMIT ?");
-    let mut query = sql(text).bind(scopes);
+    text.push_str(" ORDER BY m.id DESC LIMIT ?");
+    let mut query = filter.bind(sql(text).bind(scopes_json(&listing.scopes)));
     if let Some(before) = listing.before {
         query = query.bind(before.as_bytes().to_vec());
     }
@@ -114,32 +155,39 @@ pub async fn list(store: &SqliteStore, listing: &Listing) -> Result<Vec<Stored>,
     rows.iter().map(stored).collect()
 }
 
-/// Terms are quoted, so that no text of a caller is ever read as query syntax.
-pub async fn lexical(
-    store: &SqliteStore,
-    scopes: &[ScopeKey],
-    terms: &[String],
-    limit: usize,
-) -> Result<Vec<(Key, f64)>, MemoryError> {
-    if scopes.is_empty() || terms.is_empty() {
-        return Ok(Vec::new());
-    }
-    let quoted = |term: &String| format!("\"{}\"", term.replace('"', "\"\""));
-    let scopes: Vec<String> = scopes.iter().map(|scope| format!("\"s{}\"", scope.0)).collect();
-    let terms: Vec<String> = terms.iter().map(quoted).collect();
-    let query = format!("scope : ({}) AND body : ({})", scopes.join(" OR "), terms.join(" OR "));
+pub async fn matching(store: &SqliteStore, scopes: &[ScopeKey], filter: &Filter) -> Result<Vec<Key>, MemoryError> {
+    let filter = Sql::of(Some(filter));
+    // One row: reading each key as a row of its own costs more than finding it.
+    let text = format!(
+        "SELECT json_group_array(m.key) AS keys FROM {FILTERED} \
+         WHERE m.scope IN (SELECT value FROM json_each(?)) AND m.deleted_at IS NULL AND {}",
+        filter.text
+    );
+    let row = filter.bind(sql(text).bind(scopes_json(scopes)));
+    let row = row.fetch_one(store.0.readers()).await.map_err(storage)?;
+    let keys: Vec<i64> = from_json(&row, "keys")?;
+    Ok(keys.into_iter().map(Key).collect())
+}
+
+pub async fn expired(store: &SqliteStore, scopes: &[ScopeKey], now: Timestamp) -> Result<Vec<Key>, MemoryError> {
     let rows = sqlx::query(
-        "SELECT rowid AS key, -bm25(lexical, 0.0, 1.0) AS score FROM lexical WHERE lexical MATCH ? \
-         ORDER BY score DESC, rowid DESC LIMIT ?",
+        // Without statistics SQLite would rather read the whole scope.
+        "SELECT key FROM memories INDEXED BY memories_by_expiry WHERE expires_at <= ? AND deleted_at IS NULL \
+         AND scope IN (SELECT value FROM json_each(?))",
     )
-    .bind(query)
-    .bind(i64::try_from(limit).unwrap_or(i64::MAX))
+    .bind(now.micros())
+    .bind(scopes_json(scopes))
     .fetch_all(store.0.readers())
     .await
     .map_err(storage)?;
-    rows.iter()
-        .map(|row| Ok((key(row, "key")?, row.try_get("score").map_err(storage)?)))
-        .collect()
+    rows.iter().map(|row| key(row, "key")).collect()
+}
+
+pub async fn identity(store: &SqliteStore) -> Result<String, MemoryError> {
+    sqlx::query_scalar("SELECT value FROM meta WHERE name = 'store'")
+        .fetch_one(store.0.readers())
+        .await
+        .map_err(storage)
 }
 
 pub async fn fetch(store: &SqliteStore, keys: &[Key], now: Timestamp) -> Result<Vec<Stored>, MemoryError> {
@@ -152,15 +200,18 @@ pub async fn fetch(store: &SqliteStore, keys: &[Key], now: Timestamp) -> Result<
 pub async fn neighbours(store: &SqliteStore, keys: &[Key]) -> Result<Vec<(Key, Key)>, MemoryError> {
     let text = |marks: &str| {
         format!(
-            "SELECT a.key AS turn, b.key AS neighbour FROM memories a JOIN memories b \
+            "SELECT json_group_array(json_array(a.key, b.key)) AS pairs FROM memories a JOIN memories b \
              ON b.scope = a.scope AND b.conversation = a.conversation AND b.sequence IN (a.sequence - 1, a.sequence + 1) \
              WHERE a.key IN ({marks}) AND b.deleted_at IS NULL"
         )
     };
     let rows = by_keys(store, keys, text, None).await?;
-    rows.iter()
-        .map(|row| Ok((key(row, "turn")?, key(row, "neighbour")?)))
-        .collect()
+    let mut pairs = Vec::new();
+    for row in &rows {
+        let found: Vec<(i64, i64)> = from_json(row, "pairs")?;
+        pairs.extend(found.into_iter().map(|(turn, neighbour)| (Key(turn), Key(neighbour))));
+    }
+    Ok(pairs)
 }
 
 pub async fn codes(store: &SqliteStore, model: &str, keys: &[Key]) -> Result<Vec<(Key, Code)>, MemoryError> {
@@ -196,7 +247,7 @@ pub async fn last_sequence(store: &SqliteStore) -> Result<Sequence, MemoryError>
     Ok(Sequence(last.unwrap_or(0)))
 }
 
-const STATE: &str = "SELECT m.key, m.scope, m.tenant, m.record, e.code FROM memories m \
+const STATE: &str = "SELECT m.key, m.scope, m.tenant, m.version, m.record, e.code FROM memories m \
                      LEFT JOIN embeddings e ON e.memory = m.key AND e.model = ? WHERE m.deleted_at IS NULL";
 
 fn state(row: &SqliteRow) -> Result<IndexState, MemoryError> {
@@ -208,6 +259,7 @@ fn state(row: &SqliteRow) -> Result<IndexState, MemoryError> {
         key: key(row, "key")?,
         scope: row.try_get("scope").map(ScopeKey).map_err(storage)?,
         tenant: tenant.parse().map_err(|_| damaged("tenant"))?,
+        version: row.try_get("version").map_err(storage)?,
         code: bytes.map(code).transpose()?,
         text: memory.body.dense_text(),
     })

@@ -1,13 +1,13 @@
 //! Writes: row, history, outbox event, lexical text, vector and request id in one transaction.
 
-use aeterna_types::{Layer, MemoryId, Scope};
+use aeterna_types::{Layer, MemoryId, Scope, Timestamp};
 use sqlx::{Row as _, SqliteConnection};
 
-use super::{SqliteStore, damaged, encode, storage, stored};
+use super::{SqliteStore, damaged, encode, lexical, storage, stored};
 use crate::domain::{Body, Idempotency, Key, Memory, Outcome, ScopeKey, Sequence, Writer, Written};
 use crate::error::MemoryError;
 use crate::store::code::Code;
-use crate::store::{Addition, Change, StoredVector};
+use crate::store::{Addition, Change, Stored, StoredVector};
 
 pub async fn add(
     store: &SqliteStore,
@@ -80,13 +80,21 @@ async fn merge(
     tags.sort();
     tags.dedup();
     let importance = memory.body.importance.max(body.importance);
-    let changed = tags != memory.body.tags || importance > memory.body.importance;
+    // What is said again lives as long as the longer-lived of the two; without an expiry that is for good.
+    let expires_at = memory
+        .body
+        .expires_at
+        .zip(body.expires_at)
+        .map(|(old, new)| old.max(new));
+    let changed =
+        tags != memory.body.tags || importance > memory.body.importance || expires_at != memory.body.expires_at;
     if changed {
         memory.body.tags = tags;
         memory.body.importance = importance;
+        memory.body.expires_at = expires_at;
         memory.version += 1;
         memory.updated_at = writer.now;
-        update(connection, key, &memory).await?;
+        update(connection, writer, key, &memory).await?;
         let sequence = record(connection, writer, key, &memory, "updated").await?;
         return Ok(Written {
             memory,
@@ -155,7 +163,7 @@ pub async fn change(
             "updated"
         }
     };
-    update(connection, key, &memory).await?;
+    update(connection, writer, key, &memory).await?;
     let sequence = record(connection, writer, key, &memory, kind).await?;
     let written = Written {
         memory,
@@ -260,11 +268,17 @@ async fn insert(
     .await
     .map_err(storage)?;
     let key = Key(inserted.last_insert_rowid());
-    put_lexical(connection, key, scope, memory).await?;
+    let tenant = lexical::tenant(connection, &writer.tenant).await?;
+    lexical::put(connection, tenant, key, scope, memory).await?;
     Ok(key)
 }
 
-async fn update(connection: &mut SqliteConnection, key: Key, memory: &Memory) -> Result<(), MemoryError> {
+async fn update(
+    connection: &mut SqliteConnection,
+    writer: &Writer,
+    key: Key,
+    memory: &Memory,
+) -> Result<(), MemoryError> {
     let updated = sqlx::query(
         "UPDATE memories SET record = ?, identity = ?, expires_at = ?, deleted_at = ?, version = ? WHERE key = ? \
          RETURNING scope",
@@ -284,30 +298,11 @@ async fn update(connection: &mut SqliteConnection, key: Key, memory: &Memory) ->
         },
     )?;
     let scope = ScopeKey(updated.try_get("scope").map_err(storage)?);
-    sqlx::query("DELETE FROM lexical WHERE rowid = ?")
-        .bind(key.0)
-        .execute(&mut *connection)
-        .await
-        .map_err(storage)?;
+    let tenant = lexical::tenant(connection, &writer.tenant).await?;
+    lexical::remove(connection, tenant, key).await?;
     if memory.deleted_at.is_none() {
-        put_lexical(connection, key, scope, memory).await?;
+        lexical::put(connection, tenant, key, scope, memory).await?;
     }
-    Ok(())
-}
-
-async fn put_lexical(
-    connection: &mut SqliteConnection,
-    key: Key,
-    scope: ScopeKey,
-    memory: &Memory,
-) -> Result<(), MemoryError> {
-    sqlx::query("INSERT INTO lexical (rowid, scope, body) VALUES (?, ?, ?)")
-        .bind(key.0)
-        .bind(format!("s{}", scope.0))
-        .bind(aeterna_text::analyse(&memory.body.lexical_text()).join(" "))
-        .execute(connection)
-        .await
-        .map_err(storage)?;
     Ok(())
 }
 
@@ -327,24 +322,69 @@ async fn put_vector(
     Ok(())
 }
 
-/// Stores vectors that were pending; the memory says then which model has it.
-pub async fn put_codes(store: &SqliteStore, model: &str, codes: &[(Key, Code)]) -> Result<(), MemoryError> {
+/// Stores vectors that were pending, with an event for each; the memory says then which model has it. A memory that was
+/// changed since it was read has another text, and gets its vector another time.
+pub async fn put_codes(store: &SqliteStore, model: &str, codes: &[(Key, i64, Code)]) -> Result<usize, MemoryError> {
     let mut transaction = store.0.begin().await?;
-    for (key, code) in codes {
+    let mut stored = 0;
+    for (key, version, code) in codes {
+        let marked = sqlx::query(
+            "UPDATE memories SET record = json_set(record, '$.embedding_model', ?) \
+             WHERE key = ? AND version = ? AND deleted_at IS NULL RETURNING tenant",
+        )
+        .bind(model)
+        .bind(key.0)
+        .bind(version)
+        .fetch_optional(&mut *transaction)
+        .await
+        .map_err(storage)?;
+        let Some(marked) = marked else { continue };
         let vector = StoredVector {
             model: model.into(),
             code: code.clone(),
         };
         put_vector(&mut transaction, *key, Some(&vector)).await?;
-        sqlx::query("UPDATE memories SET record = json_set(record, '$.embedding_model', ?) WHERE key = ?")
-            .bind(model)
+        let tenant: &str = marked.try_get("tenant").map_err(storage)?;
+        sqlx::query("INSERT INTO outbox (tenant, memory, kind, version, committed_at) VALUES (?, ?, 'embedded', ?, 0)")
+            .bind(tenant)
             .bind(key.0)
+            .bind(version)
             .execute(&mut *transaction)
             .await
             .map_err(storage)?;
+        stored += 1;
     }
     transaction.commit().await.map_err(storage)?;
-    Ok(())
+    Ok(stored)
+}
+
+/// Deletes what has expired, as a write of the system's own; the number of memories, at most `limit`.
+pub async fn reap(store: &SqliteStore, now: Timestamp, limit: usize) -> Result<usize, MemoryError> {
+    let mut transaction = store.0.begin().await?;
+    let rows = sqlx::query(
+        "SELECT key, tenant, record FROM memories WHERE expires_at <= ? AND deleted_at IS NULL ORDER BY expires_at LIMIT ?",
+    )
+    .bind(now.micros())
+    .bind(i64::try_from(limit).unwrap_or(i64::MAX))
+    .fetch_all(&mut *transaction)
+    .await
+    .map_err(storage)?;
+    for row in &rows {
+        let Stored { key, mut memory } = stored(row)?;
+        let tenant: &str = row.try_get("tenant").map_err(storage)?;
+        let writer = Writer {
+            tenant: tenant.parse().map_err(|_| damaged("tenant"))?,
+            subject: "system".into(),
+            now,
+        };
+        memory.deleted_at = Some(now);
+        memory.updated_at = now;
+        memory.version += 1;
+        update(&mut transaction, &writer, key, &memory).await?;
+        record(&mut transaction, &writer, key, &memory, "expired").await?;
+    }
+    transaction.commit().await.map_err(storage)?;
+    Ok(rows.len())
 }
 
 /// History and outbox; the outbox row's number orders all changes.

@@ -1,0 +1,58 @@
+//! `aeterna get`.
+
+use aeterna_proto::memory::v1::GetRequest;
+
+use super::client::Remote;
+use super::output;
+use crate::json;
+
+/// What `get` takes.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Id of the memory
+    id: String,
+    /// Also show it when it is deleted or expired
+    #[arg(long)]
+    deleted: bool,
+    /// Print it as JSON
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    remote: Remote,
+}
+
+pub async fn run(args: Args) -> anyhow::Result<()> {
+    let client = args.remote.client()?;
+    let request = GetRequest {
+        id: args.id,
+        show_deleted: args.deleted,
+        ..Default::default()
+    };
+    let answer = client.memory().get(client.request(request)).await?.into_inner();
+    if args.json {
+        output::line(json::to_json("aeterna.memory.v1.GetResponse", &answer)?);
+        return Ok(());
+    }
+    let memory = answer.memory.unwrap_or_default();
+    output::line(output::said(&memory));
+    let mut notes = vec![
+        ("id", memory.id.clone()),
+        ("scope", output::place(&memory)),
+        ("day", output::day(&memory)),
+        ("version", memory.version.to_string()),
+        ("tags", output::clean(&memory.tags.join(", "))),
+    ];
+    if let Some(metadata) = &memory.metadata {
+        notes.push((
+            "metadata",
+            output::clean(&json::to_json("google.protobuf.Struct", metadata)?),
+        ));
+    }
+    if memory.deleted_at.is_some() {
+        notes.push(("state", "deleted".into()));
+    }
+    for (name, value) in notes.into_iter().filter(|(_, value)| !value.is_empty()) {
+        output::line(format!("  {name:<9} {value}"));
+    }
+    Ok(())
+}

@@ -1,0 +1,72 @@
+//! `aeterna list`.
+
+use aeterna_proto::common::v1::Scope;
+use aeterna_proto::memory::v1::{ListRequest, ListResponse};
+
+use super::client::Remote;
+use super::{output, scope};
+use crate::json;
+
+/// What `list` takes.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Where you stand, for instance `user=ann`; left out: everything the token allows
+    #[arg(long, value_name = "LAYER=ID,…", value_parser = scope::parse)]
+    scope: Option<Scope>,
+    /// Only memories that satisfy it, for instance `tags:travel AND importance >= 0.5`
+    #[arg(long, default_value = "")]
+    filter: String,
+    /// Memories to show at most
+    #[arg(long, default_value_t = 20)]
+    limit: usize,
+    /// Also show deleted and expired ones
+    #[arg(long)]
+    deleted: bool,
+    /// Print them as JSON
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    remote: Remote,
+}
+
+pub async fn run(args: Args) -> anyhow::Result<()> {
+    let client = args.remote.client()?;
+    let mut all = ListResponse::default();
+    loop {
+        let missing = args.limit.saturating_sub(all.memories.len());
+        let request = ListRequest {
+            scope: args.scope.clone(),
+            filter: args.filter.clone(),
+            page_size: i32::try_from(missing.clamp(1, 1000))?,
+            page_token: std::mem::take(&mut all.next_page_token),
+            show_deleted: args.deleted,
+            ..Default::default()
+        };
+        let page = client.memory().list(client.request(request)).await?.into_inner();
+        all.memories.extend(page.memories);
+        all.next_page_token = page.next_page_token;
+        // Pages of one list may have different sizes.
+        if all.memories.len() >= args.limit || all.next_page_token.is_empty() {
+            break;
+        }
+    }
+    if args.json {
+        output::line(json::to_json("aeterna.memory.v1.ListResponse", &all)?);
+        return Ok(());
+    }
+    let mut table = output::table(&["memory", "day", "scope", "id"]);
+    for memory in &all.memories {
+        let deleted = if memory.deleted_at.is_some() { "(deleted) " } else { "" };
+        table.add_row([
+            format!("{deleted}{}", output::said(memory)),
+            output::day(memory),
+            output::place(memory),
+            memory.id.clone(),
+        ]);
+    }
+    output::line(table);
+    if !all.next_page_token.is_empty() {
+        output::note(format!("there are more; --limit shows more than {}", args.limit));
+    }
+    Ok(())
+}

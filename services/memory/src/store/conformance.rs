@@ -1,0 +1,553 @@
+//! What every adapter of the ports must do. A new adapter calls these suites; they need an empty store each.
+
+mod filters;
+
+use std::collections::HashSet;
+use std::sync::Arc;
+
+use aeterna_types::{Layer, Scope, TenantId, Timestamp};
+
+use super::code::Code;
+use super::{Addition, Among, Change, Entry, LexicalSearch, Listing, Relational, StoredVector, VectorIndex};
+use crate::domain::{Body, DEFAULT_IMPORTANCE, Idempotency, Key, Outcome, ScopeKey, Sequence, Source, View, Writer};
+use crate::error::MemoryError;
+
+const MODEL: &str = "m@1";
+
+fn at(seconds: i64) -> Timestamp {
+    Timestamp::from_parts(1_700_000_000 + seconds, 0).unwrap()
+}
+
+fn writer(tenant: &str, seconds: i64) -> Writer {
+    Writer {
+        tenant: tenant.parse().unwrap(),
+        subject: "ann".into(),
+        now: at(seconds),
+    }
+}
+
+fn scope(layer: Layer, id: &str) -> Scope {
+    Scope::default().with(layer, id).unwrap()
+}
+
+pub fn body(content: &str) -> Body {
+    Body {
+        content: content.into(),
+        metadata: serde_json::Map::new(),
+        tags: Vec::new(),
+        importance: DEFAULT_IMPORTANCE,
+        source: Source::default(),
+        event_at: None,
+        valid_at: None,
+        invalid_at: None,
+        expires_at: None,
+        superseded_by: None,
+    }
+}
+
+fn turn(content: &str, sequence: i64) -> Body {
+    Body {
+        source: Source {
+            conversation: "c".into(),
+            sequence: Some(sequence),
+            ..Source::default()
+        },
+        ..body(content)
+    }
+}
+
+pub fn vector(seed: u32) -> Vec<f32> {
+    let mut state = seed;
+    let mut vector: Vec<f32> = (0..128)
+        .map(|_| {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (state >> 8) as f32 / (1 << 24) as f32 - 0.5
+        })
+        .collect();
+    let norm = vector.iter().map(|x| x * x).sum::<f32>().sqrt();
+    vector.iter_mut().for_each(|x| *x /= norm);
+    vector
+}
+
+fn code(seed: u32) -> Code {
+    Code::encode(&vector(seed)).unwrap()
+}
+
+fn addition(scope: Scope, body: Body, seed: Option<u32>) -> Addition {
+    Addition {
+        scope,
+        body,
+        vector: seed.map(|seed| StoredVector {
+            model: MODEL.into(),
+            code: code(seed),
+        }),
+        idempotency: None,
+    }
+}
+
+fn idempotency(id: &str, digest: u8) -> Idempotency {
+    Idempotency {
+        request_id: id.parse().unwrap(),
+        digest: [digest; 32],
+    }
+}
+
+fn view(scope: Scope) -> View {
+    View { scope, exact: true }
+}
+
+fn everything() -> View {
+    View {
+        scope: Scope::default(),
+        exact: false,
+    }
+}
+
+fn listing(scopes: Vec<ScopeKey>) -> Listing {
+    Listing {
+        scopes,
+        before: None,
+        limit: 100,
+        filter: None,
+        show_deleted: false,
+        now: at(100),
+    }
+}
+
+async fn add(
+    store: &dyn Relational,
+    tenant: &str,
+    items: Vec<Addition>,
+) -> Vec<Result<crate::domain::Written, MemoryError>> {
+    store.add(&writer(tenant, 0), items).await.unwrap()
+}
+
+/// The relational port.
+pub async fn relational(store: Arc<dyn Relational>) {
+    let store = store.as_ref();
+    writes_are_merged_versioned_and_replayed(store).await;
+    tenants_and_scopes_are_walls(store).await;
+    words_and_neighbours_are_found(store).await;
+    the_outbox_tells_the_index_everything(store).await;
+    filters::mean_what_the_language_says(store).await;
+    what_expires_is_told_and_reaped(store).await;
+    no_tenant_counts_in_anothers_scores(store).await;
+}
+
+async fn writes_are_merged_versioned_and_replayed(store: &dyn Relational) {
+    let ann = scope(Layer::User, "ann");
+    let tagged = Body {
+        tags: vec!["b".into()],
+        importance: 0.9,
+        ..body("one")
+    };
+    let items = vec![
+        addition(ann.clone(), body("one"), Some(1)),
+        addition(ann.clone(), tagged, None),
+        addition(ann.clone(), body("two"), None),
+    ];
+    let written: Vec<_> = add(store, "t1", items).await.into_iter().map(Result::unwrap).collect();
+    let outcomes: Vec<Outcome> = written.iter().map(|w| w.outcome).collect();
+    assert_eq!(outcomes, [Outcome::Created, Outcome::Merged, Outcome::Created]);
+    assert_eq!(written[0].memory.id, written[1].memory.id);
+    assert_eq!((written[1].memory.version, written[1].memory.body.importance), (2, 0.9));
+    assert!(written[0].sequence < written[1].sequence && written[1].sequence < written[2].sequence);
+    assert_eq!(written[0].memory.embedding_model, MODEL);
+    let tenant: TenantId = "t1".parse().unwrap();
+    let places = [
+        (ann.clone(), body("one").identity()),
+        (ann.clone(), body("nine").identity()),
+        (scope(Layer::User, "bob"), body("one").identity()),
+    ];
+    assert_eq!(store.known(&tenant, &places).await.unwrap(), [true, false, false]);
+
+    // The same request answers the same; with another body it is refused.
+    let mut item = addition(ann.clone(), body("three"), None);
+    item.idempotency = Some(idempotency("r", 1));
+    let first = add(store, "t1", vec![item.clone()]).await.remove(0).unwrap();
+    let again = add(store, "t1", vec![item.clone()]).await.remove(0).unwrap();
+    assert_eq!(first, again);
+    assert_eq!(
+        store.replay(&writer("t1", 9), &idempotency("r", 1)).await.unwrap(),
+        Some(first)
+    );
+    item.idempotency = Some(idempotency("r", 2));
+    let refused = add(store, "t1", vec![item, addition(ann.clone(), body("four"), None)]).await;
+    assert!(matches!(refused[0], Err(MemoryError::RequestIdReused)), "{refused:?}");
+    assert!(refused[1].is_ok(), "one refusal does not touch the others");
+
+    // Changes need the current etag, and leave a new one.
+    let memory = &written[2].memory;
+    let replace = |text: &str| Change::Replace {
+        body: Box::new(body(text)),
+        vector: None,
+        reindex: true,
+    };
+    let changed = store
+        .change(&writer("t1", 5), memory.id, Some(&memory.etag()), replace("2"), None)
+        .await
+        .unwrap();
+    assert_eq!((changed.memory.version, changed.memory.updated_at), (2, at(5)));
+    let stale = store
+        .change(&writer("t1", 6), memory.id, Some(&memory.etag()), replace("x"), None)
+        .await;
+    assert!(matches!(stale, Err(MemoryError::EtagMismatch)), "{stale:?}");
+    let twin = store
+        .change(&writer("t1", 6), memory.id, None, replace("one"), None)
+        .await;
+    assert!(matches!(twin, Err(MemoryError::Duplicate)), "{twin:?}");
+    let gone = idempotency("d", 1);
+    let deleted = store
+        .change(&writer("t1", 7), memory.id, None, Change::Delete, Some(gone.clone()))
+        .await
+        .unwrap();
+    let repeated = store
+        .change(&writer("t1", 8), memory.id, None, Change::Delete, Some(gone))
+        .await
+        .unwrap();
+    assert_eq!(deleted, repeated);
+    let twice = store
+        .change(&writer("t1", 8), memory.id, None, Change::Delete, None)
+        .await;
+    assert!(matches!(twice, Err(MemoryError::Deleted)), "{twice:?}");
+    // What is deleted does not stand in the way of saying it again.
+    let reborn = add(store, "t1", vec![addition(ann, body("2"), None)])
+        .await
+        .remove(0)
+        .unwrap();
+    assert_eq!(reborn.outcome, Outcome::Created);
+    assert_ne!(reborn.memory.id, memory.id);
+}
+
+async fn tenants_and_scopes_are_walls(store: &dyn Relational) {
+    let tenant: TenantId = "t2".parse().unwrap();
+    let company = scope(Layer::Company, "acme");
+    let ann = company.clone().with(Layer::User, "ann").unwrap();
+    let items = [("for all", &company), ("for ann", &ann)];
+    let items = items
+        .map(|(text, scope)| addition(scope.clone(), body(text), None))
+        .to_vec();
+    let written = add(store, "t2", items).await;
+    add(
+        store,
+        "t3",
+        vec![addition(company.clone(), body("of another tenant"), None)],
+    )
+    .await;
+
+    let contents = async |view: View, layers: &[Layer]| {
+        let scopes = store.visible(&tenant, &view, layers).await.unwrap();
+        let found = store.list(&listing(scopes)).await.unwrap();
+        found
+            .into_iter()
+            .map(|stored| stored.memory.body.content)
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(contents(view(ann.clone()), &[]).await, ["for ann", "for all"]);
+    assert_eq!(contents(view(company.clone()), &[]).await, ["for all"]);
+    assert_eq!(contents(everything(), &[]).await, ["for ann", "for all"]);
+    assert_eq!(contents(view(ann.clone()), &[Layer::Company]).await, ["for all"]);
+    assert!(contents(view(scope(Layer::User, "ann")), &[]).await.is_empty());
+
+    let id = written[0].as_ref().unwrap().memory.id;
+    assert!(store.get(&tenant, id).await.unwrap().is_some());
+    assert!(store.get(&"t3".parse().unwrap(), id).await.unwrap().is_none());
+    let foreign = store.change(&writer("t3", 1), id, None, Change::Delete, None).await;
+    assert!(matches!(foreign, Err(MemoryError::NotFound(_))), "{foreign:?}");
+
+    // Pages go on where the last one ended, and what has expired is on none.
+    let expiring = Body {
+        expires_at: Some(at(50)),
+        ..body("gone soon")
+    };
+    add(store, "t2", vec![addition(ann.clone(), expiring, None)]).await;
+    let scopes = store.visible(&tenant, &view(ann), &[]).await.unwrap();
+    let mut page = listing(scopes);
+    page.limit = 1;
+    let first = store.list(&page).await.unwrap().remove(0).memory;
+    page.before = Some(first.id);
+    let second = store.list(&page).await.unwrap().remove(0).memory;
+    assert_eq!(
+        (first.body.content.as_str(), second.body.content.as_str()),
+        ("for ann", "for all")
+    );
+    page.show_deleted = true;
+    page.before = None;
+    assert_eq!(store.list(&page).await.unwrap()[0].memory.body.content, "gone soon");
+}
+
+async fn words_and_neighbours_are_found(store: &dyn Relational) {
+    let tenant: TenantId = "t4".parse().unwrap();
+    let place = scope(Layer::Session, "s");
+    let texts = ["the cat sat", "on the mat", "cats and more cats", "of dogs"];
+    let items = texts
+        .iter()
+        .zip(0..)
+        .map(|(text, n)| addition(place.clone(), turn(text, n), None));
+    let written = add(store, "t4", items.collect()).await;
+    add(
+        store,
+        "t5",
+        vec![addition(place.clone(), body("a cat elsewhere"), None)],
+    )
+    .await;
+    let scopes = store.visible(&tenant, &view(place), &[]).await.unwrap();
+
+    let find = async |scopes: &[ScopeKey], terms: &[String], filter: Option<&crate::filter::Filter>, limit: usize| {
+        let search = LexicalSearch {
+            tenant: &tenant,
+            scopes,
+            terms,
+            filter,
+            limit,
+        };
+        store.lexical(&search).await
+    };
+    let terms = aeterna_text::analyse("a cat on a sofa");
+    let found = find(&scopes, &terms, None, 10).await.unwrap();
+    assert_eq!(found.len(), 2, "two memories of this tenant have the word: {found:?}");
+    assert!(found[0].1 >= found[1].1 && found[1].1 > 0.0);
+    assert_eq!(find(&scopes, &terms, None, 1).await.unwrap().len(), 1);
+    assert!(find(&[], &terms, None, 10).await.unwrap().is_empty());
+    assert!(find(&scopes, &[], None, 10).await.unwrap().is_empty());
+    for hostile in ["\"", "a\" OR \"b", "NEAR(", "*", "scope:", "-", "^a"] {
+        find(&scopes, &[hostile.to_owned()], None, 10).await.unwrap();
+    }
+
+    let fetched = store
+        .fetch(&found.iter().map(|(key, _)| *key).collect::<Vec<_>>(), at(0))
+        .await
+        .unwrap();
+    let key = |content: &str| fetched.iter().find(|s| s.memory.body.content == content).unwrap().key;
+    let (first, third) = (key("the cat sat"), key("cats and more cats"));
+    let mut pairs = store.neighbours(&[first, third]).await.unwrap();
+    pairs.sort();
+    assert_eq!(
+        pairs.len(),
+        3,
+        "one behind the first, one on each side of the third: {pairs:?}"
+    );
+    assert_eq!(pairs.iter().filter(|(turn, _)| *turn == third).count(), 2);
+
+    // What is deleted is neither found nor anybody's neighbour.
+    let id = written[1].as_ref().unwrap().memory.id;
+    store
+        .change(&writer("t4", 1), id, None, Change::Delete, None)
+        .await
+        .unwrap();
+    assert_eq!(store.neighbours(&[first]).await.unwrap(), []);
+    let gone = aeterna_text::analyse("mat");
+    assert!(find(&scopes, &gone, None, 10).await.unwrap().is_empty());
+}
+
+async fn the_outbox_tells_the_index_everything(store: &dyn Relational) {
+    let before = store.last_sequence().await.unwrap();
+    let place = scope(Layer::Team, "core");
+    let items = vec![
+        addition(place.clone(), body("with a vector"), Some(7)),
+        addition(place.clone(), body("without"), None),
+    ];
+    let written = add(store, "t6", items).await;
+    let events = store.events(before, 10).await.unwrap();
+    assert_eq!(events.len(), 2);
+    assert_eq!(events[1].sequence, store.last_sequence().await.unwrap());
+    assert_eq!(store.events(before, 1).await.unwrap().len(), 1);
+    let keys: Vec<Key> = events.iter().map(|event| event.key).collect();
+    let states = store.states(MODEL, &keys).await.unwrap();
+    let coded = |key: Key| states.iter().find(|state| state.key == key).unwrap().code.clone();
+    assert_eq!((coded(keys[0]), coded(keys[1])), (Some(code(7)), None));
+
+    // The pending one is found, made up, and then pending no more.
+    let last = Key(keys[0].0.min(keys[1].0) - 1);
+    let pending = store.scan(MODEL, last, 10, true).await.unwrap();
+    assert_eq!(pending.iter().map(|state| state.key).collect::<Vec<_>>(), [keys[1]]);
+    assert_eq!(pending[0].text, "without");
+    let before = store.last_sequence().await.unwrap();
+    assert_eq!(
+        store.put_codes(MODEL, &[(keys[1], 7, code(9))]).await.unwrap(),
+        0,
+        "of a version that is not current"
+    );
+    assert_eq!(
+        store
+            .put_codes(MODEL, &[(keys[1], pending[0].version, code(8))])
+            .await
+            .unwrap(),
+        1
+    );
+    let told = store.events(before, 10).await.unwrap();
+    assert_eq!(
+        told.iter().map(|event| event.key).collect::<Vec<_>>(),
+        [keys[1]],
+        "the index is told of it"
+    );
+    assert!(store.scan(MODEL, last, 10, true).await.unwrap().is_empty());
+    assert_eq!(store.codes(MODEL, &[keys[1]]).await.unwrap(), [(keys[1], code(8))]);
+    assert!(store.codes("another@1", &keys).await.unwrap().is_empty());
+    let id = written[1].as_ref().unwrap().memory.id;
+    let stored = store.get(&"t6".parse().unwrap(), id).await.unwrap().unwrap();
+    assert_eq!(stored.memory.embedding_model, MODEL);
+
+    store
+        .change(&writer("t6", 1), id, None, Change::Delete, None)
+        .await
+        .unwrap();
+    assert_eq!(
+        store.states(MODEL, &keys).await.unwrap().len(),
+        1,
+        "a deleted one has no state"
+    );
+    assert_eq!(store.events(told[0].sequence, 10).await.unwrap().len(), 1);
+}
+
+async fn what_expires_is_told_and_reaped(store: &dyn Relational) {
+    let tenant: TenantId = "t8".parse().unwrap();
+    let place = scope(Layer::User, "ann");
+    let until = |seconds: Option<i64>| Body {
+        expires_at: seconds.map(at),
+        ..body("parking on level 3")
+    };
+    let first = add(store, "t8", vec![addition(place.clone(), until(Some(10)), None)])
+        .await
+        .remove(0)
+        .unwrap();
+    let scopes = store.visible(&tenant, &everything(), &[]).await.unwrap();
+    assert!(store.expired(&scopes, at(9)).await.unwrap().is_empty());
+    assert_eq!(store.expired(&scopes, at(10)).await.unwrap().len(), 1);
+    assert!(store.expired(&[], at(10)).await.unwrap().is_empty());
+    // Said again with a later end, or without one, it lives on.
+    for (seconds, wanted) in [
+        (Some(5), Some(at(10))),
+        (Some(20), Some(at(20))),
+        (None, None),
+        (Some(9), None),
+    ] {
+        let merged = add(store, "t8", vec![addition(place.clone(), until(seconds), None)])
+            .await
+            .remove(0)
+            .unwrap();
+        assert_eq!(
+            (merged.memory.id, merged.memory.body.expires_at),
+            (first.memory.id, wanted)
+        );
+    }
+    let gone = Body {
+        expires_at: Some(at(30)),
+        ..body("gone")
+    };
+    let gone = add(store, "t8", vec![addition(place, gone, Some(3))])
+        .await
+        .remove(0)
+        .unwrap();
+    let before = store.last_sequence().await.unwrap();
+    assert_eq!(store.reap(at(29), 1000).await.unwrap(), 0);
+    assert_eq!(store.reap(at(31), 1000).await.unwrap(), 1);
+    assert_eq!(store.reap(at(31), 1000).await.unwrap(), 0);
+    let reaped = store.get(&tenant, gone.memory.id).await.unwrap().unwrap().memory;
+    assert_eq!((reaped.deleted_at, reaped.version), (Some(at(31)), 2));
+    assert!(store.last_sequence().await.unwrap() > before, "the index is told");
+}
+
+/// Adds one memory for a test of an adapter's own.
+pub async fn one_memory(store: &dyn Relational, content: &str) {
+    add(
+        store,
+        "one",
+        vec![addition(scope(Layer::User, "ann"), body(content), None)],
+    )
+    .await;
+}
+
+/// How many memories of that kind have a word.
+pub async fn words_found(store: &dyn Relational, word: &str) -> usize {
+    let tenant: TenantId = "one".parse().unwrap();
+    let scopes = store.visible(&tenant, &everything(), &[]).await.unwrap();
+    let search = LexicalSearch {
+        tenant: &tenant,
+        scopes: &scopes,
+        terms: &aeterna_text::analyse(word),
+        filter: None,
+        limit: 10,
+    };
+    store.lexical(&search).await.unwrap().len()
+}
+
+async fn no_tenant_counts_in_anothers_scores(store: &dyn Relational) {
+    let scores = async |tenant: &str| {
+        let owner: TenantId = tenant.parse().unwrap();
+        let scopes = store.visible(&owner, &everything(), &[]).await.unwrap();
+        let search = LexicalSearch {
+            tenant: &owner,
+            scopes: &scopes,
+            terms: &aeterna_text::analyse("projectx"),
+            filter: None,
+            limit: 10,
+        };
+        store
+            .lexical(&search)
+            .await
+            .unwrap()
+            .into_iter()
+            .map(|(_, score)| score)
+            .collect::<Vec<_>>()
+    };
+    let place = scope(Layer::User, "ann");
+    let items = ["projectx is late", "nothing else"].map(|text| addition(place.clone(), body(text), None));
+    add(store, "t9", items.to_vec()).await;
+    let before = scores("t9").await;
+    let items = (0..20).map(|n| addition(place.clone(), body(&format!("projectx {n}")), None));
+    add(store, "t10", items.collect()).await;
+    assert_eq!(scores("t9").await, before);
+}
+
+/// The vector index port; it takes vectors of 128 dimensions.
+pub fn vector_index(index: &dyn VectorIndex) {
+    let entry = |key: i64, scope: i64| Entry {
+        key: Key(key),
+        scope: ScopeKey(scope),
+        code: code(key as u32),
+    };
+    let entries: Vec<Entry> = (1..=300).map(|key| entry(key, key % 3)).collect();
+    index.apply(&entries, &[], Sequence(5)).unwrap();
+    assert_eq!((index.len(), index.watermark()), (300, Sequence(5)));
+    let scopes = |keys: &[i64]| keys.iter().map(|key| ScopeKey(*key)).collect::<HashSet<_>>();
+    let search = |query: u32, places: &[i64], exclude: &[i64], limit: usize| {
+        let among = Among {
+            scopes: scopes(places),
+            only: None,
+            exclude: exclude.iter().map(|key| Key(*key)).collect(),
+        };
+        let found = index.search(&code(query), &among, limit);
+        assert!(found.is_sorted_by(|a, b| a.1 >= b.1), "best first");
+        found.into_iter().map(|(key, _)| key.0).collect::<Vec<_>>()
+    };
+    assert_eq!(search(42, &[0, 1, 2], &[], 1), [42], "a vector is nearest to itself");
+    assert!(!search(42, &[1, 2], &[], 300).contains(&42), "not in its scope");
+    assert_eq!(search(42, &[0], &[], 300).len(), 100, "filters are exact");
+    assert!(!search(42, &[0], &[42], 300).contains(&42), "left out");
+    assert!(search(42, &[], &[], 10).is_empty() && search(42, &[9], &[], 10).is_empty());
+
+    let among = Among {
+        scopes: scopes(&[0, 1, 2]),
+        only: Some([Key(7), Key(42), Key(5000)].into()),
+        exclude: HashSet::new(),
+    };
+    let found = index.search(&code(42), &among, 10);
+    assert_eq!(
+        found.iter().map(|(key, _)| key.0).collect::<Vec<_>>(),
+        [42, 7],
+        "only the chosen ones"
+    );
+
+    // An upsert replaces, a removal removes, and an older watermark does not turn time back.
+    index.apply(&[entry(42, 1)], &[Key(41), Key(999)], Sequence(4)).unwrap();
+    assert_eq!((index.len(), index.watermark()), (299, Sequence(5)));
+    assert_eq!(search(42, &[1], &[], 1), [42]);
+    assert!(!search(41, &[0, 1, 2], &[], 300).contains(&41));
+    // The place of what was removed is taken again, and repeating changes nothing.
+    for _ in 0..2 {
+        index.apply(&[entry(41, 2), entry(301, 0)], &[], Sequence(6)).unwrap();
+    }
+    assert_eq!((index.len(), index.watermark()), (300 + 1, Sequence(6)));
+    index.flush().unwrap();
+}

@@ -1,0 +1,236 @@
+//! The files of the index.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write as _};
+use std::path::{Path, PathBuf};
+
+use memmap2::MmapMut;
+use serde::{Deserialize, Serialize};
+
+use super::super::code::{BLOCK, Code};
+use super::row_size;
+use crate::domain::{Key, ScopeKey, Sequence};
+
+/// Layout of the files.
+const VERSION: u32 = 2;
+/// Checksum, state, key, scope.
+pub const HEAD: usize = 4 + 4 + 8 + 8;
+const LIVE: u32 = 1;
+/// Rows that the file grows by, at least.
+const GROW: usize = 4096;
+
+/// What the index is of.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Layout {
+    /// The relational store that it follows.
+    pub store: String,
+    /// The model, with its revision.
+    pub model: String,
+    /// Dimensions of the vectors.
+    pub dimension: usize,
+    /// Dimensions that are kept here.
+    pub prefix: usize,
+}
+
+/// What the small file says.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct Manifest {
+    version: u32,
+    layout: Layout,
+    slots: usize,
+    watermark: Sequence,
+}
+
+/// A manifest with the checksum of its own text.
+#[derive(Debug, Serialize, Deserialize)]
+struct Sealed {
+    checksum: u32,
+    manifest: String,
+}
+
+/// What a row says beside its values.
+#[derive(Clone, Copy, Debug)]
+pub struct Head {
+    /// There is a vector.
+    pub live: bool,
+    /// The memory.
+    pub key: Key,
+    /// Its scope.
+    pub scope: ScopeKey,
+}
+
+/// The open files.
+#[derive(Debug)]
+pub struct Files {
+    directory: PathBuf,
+    layout: Layout,
+    file: File,
+    map: MmapMut,
+    slots: usize,
+    size: usize,
+}
+
+impl Files {
+    /// Opens what is there, with the change up to which everything is in.
+    pub fn open(directory: &Path, wanted: &Layout, end: Sequence) -> Result<(Self, Sequence), String> {
+        let text = fs::read(directory.join("manifest.json")).map_err(|_| "there was none".to_string())?;
+        let manifest = unseal(&text).ok_or("its manifest is damaged")?;
+        if manifest.version != VERSION || manifest.layout.model != wanted.model {
+            let model = manifest.layout.model;
+            return Err(format!("it was made for the model {model} or by another version"));
+        }
+        if manifest.layout != *wanted {
+            return Err("it is of another store".into());
+        }
+        if manifest.watermark > end {
+            return Err("it is ahead of the relational store, which was restored or replaced".into());
+        }
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open(directory.join("vectors.bin"));
+        let file = file.map_err(|error| format!("its vectors can't be read: {error}"))?;
+        let map = map(&file).map_err(|error| format!("its vectors can't be mapped: {error}"))?;
+        let size = row_size(wanted.prefix);
+        if manifest.slots.checked_mul(size).is_none_or(|bytes| bytes > map.len()) {
+            return Err("its vectors are cut off".into());
+        }
+        let files = Self {
+            directory: directory.into(),
+            layout: manifest.layout,
+            file,
+            map,
+            slots: manifest.slots,
+            size,
+        };
+        Ok((files, manifest.watermark))
+    }
+
+    /// Begins anew.
+    pub fn create(directory: &Path, layout: Layout) -> io::Result<Self> {
+        fs::create_dir_all(directory)?;
+        let _ = fs::remove_file(directory.join("manifest.json"));
+        let path = directory.join("vectors.bin");
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .open(path)?;
+        let size = row_size(layout.prefix);
+        extend(&file, GROW * size)?;
+        Ok(Self {
+            directory: directory.into(),
+            layout,
+            map: map(&file)?,
+            file,
+            slots: 0,
+            size,
+        })
+    }
+
+    /// Rows in use, free ones between them included.
+    pub fn slots(&self) -> usize {
+        self.slots
+    }
+
+    /// All rows.
+    pub fn rows(&self) -> &[u8] {
+        &self.map[..self.slots * self.size]
+    }
+
+    /// What a row says; `None` when its checksum does not fit.
+    pub fn head(&self, slot: usize) -> Option<Head> {
+        let row = &self.map[slot * self.size..(slot + 1) * self.size];
+        let word = |at: usize| u32::from_le_bytes([row[at], row[at + 1], row[at + 2], row[at + 3]]);
+        let long = |at: usize| (i64::from(word(at + 4)) << 32) | i64::from(word(at));
+        (word(0) == crc32fast::hash(&row[4..])).then(|| Head {
+            live: word(4) == LIVE,
+            key: Key(long(8)),
+            scope: ScopeKey(long(16)),
+        })
+    }
+
+    /// Writes a row; without a code its values stay.
+    pub fn put(&mut self, slot: usize, head: &Head, code: Option<&Code>) {
+        let prefix = self.layout.prefix;
+        let row = &mut self.map[slot * self.size..(slot + 1) * self.size];
+        row[4..8].copy_from_slice(&u32::from(head.live).to_le_bytes());
+        row[8..16].copy_from_slice(&head.key.0.to_le_bytes());
+        row[16..24].copy_from_slice(&head.scope.0.to_le_bytes());
+        if let Some(code) = code {
+            let (scales, values) = row[HEAD..].split_at_mut(prefix / BLOCK * 4);
+            for (bytes, scale) in scales.chunks_exact_mut(4).zip(code.scales()) {
+                bytes.copy_from_slice(&scale.to_le_bytes());
+            }
+            values.copy_from_slice(&code.high()[..prefix]);
+        }
+        let sum = crc32fast::hash(&row[4..]);
+        row[..4].copy_from_slice(&sum.to_le_bytes());
+    }
+
+    /// One more row at the end.
+    pub fn push(&mut self) -> io::Result<usize> {
+        if (self.slots + 1) * self.size > self.map.len() {
+            let capacity = self.map.len() / self.size;
+            extend(&self.file, (capacity + (capacity / 4).max(GROW)) * self.size)?;
+            self.map = map(&self.file)?;
+        }
+        self.slots += 1;
+        Ok(self.slots - 1)
+    }
+
+    /// Makes everything survive a loss of power: first the rows, then the manifest that counts on them.
+    pub fn flush(&mut self, watermark: Sequence) -> io::Result<()> {
+        self.map.flush()?;
+        let manifest = Manifest {
+            version: VERSION,
+            layout: self.layout.clone(),
+            slots: self.slots,
+            watermark,
+        };
+        let manifest = serde_json::to_string(&manifest)?;
+        let sealed = Sealed {
+            checksum: crc32fast::hash(manifest.as_bytes()),
+            manifest,
+        };
+        let draft = self.directory.join("manifest.draft");
+        let mut file = File::create(&draft)?;
+        file.write_all(&serde_json::to_vec(&sealed)?)?;
+        file.sync_all()?;
+        fs::rename(draft, self.directory.join("manifest.json"))?;
+        File::open(&self.directory)?.sync_all()
+    }
+}
+
+fn unseal(text: &[u8]) -> Option<Manifest> {
+    let sealed: Sealed = serde_json::from_slice(text).ok()?;
+    // What the text says in other words is no more its own.
+    let whole = serde_json::to_vec(&sealed).ok()? == text;
+    let fits = whole && sealed.checksum == crc32fast::hash(sealed.manifest.as_bytes());
+    fits.then(|| serde_json::from_str(&sealed.manifest).ok()).flatten()
+}
+
+/// Makes the file longer with zeros that are really there: a hole in a mapped file, on a full disk, would end the process.
+fn extend(file: &File, length: usize) -> io::Result<()> {
+    static ZEROS: [u8; 1 << 16] = [0; 1 << 16];
+    let before = file.metadata()?.len();
+    let length = u64::try_from(length).map_err(io::Error::other)?;
+    let mut at = before;
+    while at < length {
+        let step = (length - at).min(ZEROS.len() as u64);
+        let chunk = &ZEROS[..usize::try_from(step).unwrap_or(ZEROS.len())];
+        if let Err(error) = std::os::unix::fs::FileExt::write_all_at(file, chunk, at) {
+            file.set_len(before)?;
+            return Err(error);
+        }
+        at += step;
+    }
+    Ok(())
+}
+
+fn map(file: &File) -> io::Result<MmapMut> {
+    // SAFETY: the data directory is locked by this process, so nobody else changes or truncates the file; every row is read
+    // as plain bytes, for which any content is valid.
+    unsafe { MmapMut::map_mut(file) }
+}

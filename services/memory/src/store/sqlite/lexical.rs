@@ -1,0 +1,296 @@
+//! The lexical tables: one a tenant, so that no tenant's words count in another's scores.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use aeterna_types::TenantId;
+use sqlx::{AssertSqlSafe, Row as _, SqliteConnection};
+
+use super::filter::Sql;
+use super::read::{from_json, sql};
+use super::{SqliteStore, damaged, storage};
+use crate::domain::{Key, Memory, ScopeKey};
+use crate::error::MemoryError;
+use crate::store::LexicalSearch;
+
+/// The name of a tenant's table.
+pub fn table(tenant: i64) -> String {
+    format!("lexical_{tenant}")
+}
+
+/// The number of a tenant that is known.
+pub async fn known(connection: &mut SqliteConnection, tenant: &TenantId) -> Result<Option<i64>, MemoryError> {
+    sqlx::query_scalar("SELECT key FROM tenants WHERE name = ?")
+        .bind(tenant.as_str())
+        .fetch_optional(connection)
+        .await
+        .map_err(storage)
+}
+
+/// The number of a tenant; its table is made when it is new.
+pub async fn tenant(connection: &mut SqliteConnection, tenant: &TenantId) -> Result<i64, MemoryError> {
+    if let Some(key) = known(connection, tenant).await? {
+        return Ok(key);
+    }
+    let added = sqlx::query("INSERT INTO tenants (name) VALUES (?)")
+        .bind(tenant.as_str())
+        .execute(&mut *connection)
+        .await
+        .map_err(storage)?;
+    let key = added.last_insert_rowid();
+    create(connection, key).await?;
+    Ok(key)
+}
+
+async fn create(connection: &mut SqliteConnection, tenant: i64) -> Result<(), MemoryError> {
+    // The text is analysed by the program; the tokenizer only splits it at spaces again.
+    let text = format!(
+        "CREATE VIRTUAL TABLE {} USING fts5 (scope, body, content = '', contentless_delete = 1, tokenize = 'ascii')",
+        table(tenant)
+    );
+    execute(connection, text).await?;
+    let table = table(tenant);
+    let text = format!("CREATE VIRTUAL TABLE {table}_terms USING fts5vocab ({table}, 'col')");
+    execute(connection, text).await
+}
+
+async fn execute(connection: &mut SqliteConnection, text: String) -> Result<(), MemoryError> {
+    let done = sqlx::query(AssertSqlSafe(text)).execute(connection).await;
+    done.map(|_| ()).map_err(storage)
+}
+
+/// Indexes a memory.
+pub async fn put(
+    connection: &mut SqliteConnection,
+    tenant: i64,
+    key: Key,
+    scope: ScopeKey,
+    memory: &Memory,
+) -> Result<(), MemoryError> {
+    let text = format!("INSERT INTO {} (rowid, scope, body) VALUES (?, ?, ?)", table(tenant));
+    sqlx::query(AssertSqlSafe(text))
+        .bind(key.0)
+        .bind(scope_mark(&scope))
+        .bind(aeterna_text::analyse(&memory.body.lexical_text()).join(" "))
+        .execute(connection)
+        .await
+        .map_err(storage)?;
+    Ok(())
+}
+
+/// Takes a memory out.
+pub async fn remove(connection: &mut SqliteConnection, tenant: i64, key: Key) -> Result<(), MemoryError> {
+    let text = format!("DELETE FROM {} WHERE rowid = ?", table(tenant));
+    let removed = sqlx::query(AssertSqlSafe(text)).bind(key.0).execute(connection).await;
+    removed.map(|_| ()).map_err(storage)
+}
+
+/// Documents that the terms of one search may bring: ranking a document costs about a microsecond.
+const DOCUMENTS: i64 = 5_000;
+/// Documents that are ranked at most, the newest first, when even the rarest term is everywhere.
+const RANKED: i64 = 10_000;
+/// Frequencies kept at most.
+const KEPT: usize = 100_000;
+
+/// How many documents have a term, as it was not long ago: counting reads the whole list of them.
+#[derive(Clone, Debug, Default)]
+pub struct Frequencies(Arc<Mutex<HashMap<Counted, Count>>>);
+
+/// A tenant, a column and a term.
+type Counted = (i64, &'static str, String);
+
+#[derive(Clone, Copy, Debug)]
+struct Count {
+    documents: i64,
+    /// The newest memory then; a store that has grown by a tenth is counted anew.
+    newest: i64,
+}
+
+impl Frequencies {
+    fn cached(&self, counted: &Counted, newest: i64) -> Option<i64> {
+        let counts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let count = counts.get(counted)?;
+        (newest <= count.newest + count.newest / 10 + 100).then_some(count.documents)
+    }
+
+    fn keep(&self, counted: Counted, documents: i64, newest: i64) {
+        let mut counts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if counts.len() >= KEPT {
+            counts.clear();
+        }
+        counts.insert(counted, Count { documents, newest });
+    }
+
+    async fn of(
+        &self,
+        connection: &mut SqliteConnection,
+        tenant: i64,
+        column: &'static str,
+        term: &str,
+        newest: i64,
+    ) -> Result<i64, MemoryError> {
+        let counted = (tenant, column, term.to_owned());
+        if let Some(documents) = self.cached(&counted, newest) {
+            return Ok(documents);
+        }
+        let text = format!("SELECT doc FROM {}_terms WHERE term = ? AND col = ?", table(tenant));
+        let found: Option<i64> = sqlx::query_scalar(AssertSqlSafe(text))
+            .bind(term)
+            .bind(column)
+            .fetch_optional(connection)
+            .await
+            .map_err(storage)?;
+        let documents = found.unwrap_or(0);
+        self.keep(counted, documents, newest);
+        Ok(documents)
+    }
+}
+
+fn scope_mark(scope: &ScopeKey) -> String {
+    format!("s{}", scope.0)
+}
+
+/// Terms are quoted, so that no text of a caller is ever read as query syntax.
+fn quoted(term: &str) -> String {
+    format!("\"{}\"", term.replace('"', "\"\""))
+}
+
+/// BM25 over the visible documents. Where there are many, only as many terms count, rarest first, as bring a bounded number
+/// of documents: a term that is in most of them tells little, and costs the most.
+pub async fn search(store: &SqliteStore, search: &LexicalSearch<'_>) -> Result<Vec<(Key, f64)>, MemoryError> {
+    let mut connection = store.0.readers().acquire().await.map_err(storage)?;
+    let connection = &mut *connection;
+    let tenant = known(connection, search.tenant).await?;
+    let (Some(tenant), false, false) = (tenant, search.scopes.is_empty(), search.terms.is_empty()) else {
+        return Ok(Vec::new());
+    };
+    let (all, newest): (i64, i64) = sqlx::query_as(
+        "SELECT (SELECT count(*) FROM scopes WHERE tenant = ?), (SELECT coalesce(max(key), 0) FROM memories)",
+    )
+    .bind(search.tenant.as_str())
+    .fetch_one(&mut *connection)
+    .await
+    .map_err(storage)?;
+    let mut visible = newest;
+    let mut words = String::new();
+    // Every document of a scope has its mark, which costs as much as a word that is everywhere.
+    if search.scopes.len() as i64 != all {
+        visible = 0;
+        for scope in search.scopes {
+            visible += store
+                .1
+                .of(connection, tenant, "scope", &scope_mark(scope), newest)
+                .await?;
+        }
+        let marks: Vec<String> = search.scopes.iter().map(|scope| quoted(&scope_mark(scope))).collect();
+        words = format!("scope : ({}) AND ", marks.join(" OR "));
+    }
+    let mut terms = search.terms.to_vec();
+    if visible > RANKED {
+        let mut counted = Vec::with_capacity(terms.len());
+        for term in terms {
+            counted.push((store.1.of(connection, tenant, "body", &term, newest).await?, term));
+        }
+        counted.sort();
+        let mut documents = 0;
+        let taken = counted.into_iter().enumerate().take_while(|(place, (count, _))| {
+            documents += count;
+            *place == 0 || documents <= DOCUMENTS
+        });
+        terms = taken.map(|(_, (_, term))| term).collect();
+    }
+    let terms: Vec<String> = terms.iter().map(|term| quoted(term)).collect();
+    words.push_str(&format!("body : ({})", terms.join(" OR ")));
+    ranked(connection, tenant, search, words).await
+}
+
+async fn ranked(
+    connection: &mut SqliteConnection,
+    tenant: i64,
+    search: &LexicalSearch<'_>,
+    words: String,
+) -> Result<Vec<(Key, f64)>, MemoryError> {
+    let filter = search.filter.map(|filter| Sql::of(Some(filter)));
+    let table = table(tenant);
+    let (join, condition) = match &filter {
+        Some(filter) => (
+            format!("JOIN memories m ON m.key = {table}.rowid JOIN scopes s ON s.key = m.scope"),
+            format!(" AND {}", filter.text),
+        ),
+        None => (String::new(), String::new()),
+    };
+    // One row: handing each one over to another thread costs more than finding it.
+    let mut query = sql(format!(
+        "SELECT json_group_array(json_array(key, score)) AS found FROM (SELECT key, score FROM \
+         (SELECT {table}.rowid AS key, -bm25({table}, 0.0, 1.0) AS score FROM {table} {join} \
+         WHERE {table} MATCH ?{condition} ORDER BY {table}.rowid DESC LIMIT {RANKED}) ORDER BY score DESC, key DESC LIMIT ?)"
+    ))
+    .bind(words);
+    if let Some(filter) = &filter {
+        query = filter.bind(query);
+    }
+    let row = query
+        .bind(i64::try_from(search.limit).unwrap_or(i64::MAX))
+        .fetch_one(connection)
+        .await
+        .map_err(storage)?;
+    let found: Vec<(i64, f64)> = from_json(&row, "found")?;
+    Ok(found.into_iter().map(|(key, score)| (Key(key), score)).collect())
+}
+
+/// Makes all tables anew when they were made with another version of the analysis, in one transaction.
+pub async fn analyse_again(store: &SqliteStore) -> Result<(), MemoryError> {
+    let mut transaction = store.0.begin().await?;
+    let wanted = aeterna_text::VERSION.to_string();
+    let found: Option<String> = sqlx::query_scalar("SELECT value FROM meta WHERE name = 'analysis'")
+        .fetch_optional(&mut *transaction)
+        .await
+        .map_err(storage)?;
+    if found.as_ref() == Some(&wanted) {
+        return Ok(());
+    }
+    let tenants: Vec<(i64, String)> = sqlx::query_as("SELECT key, name FROM tenants")
+        .fetch_all(&mut *transaction)
+        .await
+        .map_err(storage)?;
+    let mut count = 0;
+    for (tenant, name) in tenants {
+        for name in [format!("{}_terms", table(tenant)), table(tenant)] {
+            execute(&mut transaction, format!("DROP TABLE IF EXISTS {name}")).await?;
+        }
+        create(&mut transaction, tenant).await?;
+        let mut after = 0;
+        loop {
+            let rows = sqlx::query(
+                "SELECT key, scope, record FROM memories \
+                 WHERE tenant = ? AND key > ? AND deleted_at IS NULL ORDER BY key LIMIT 1000",
+            )
+            .bind(&name)
+            .bind(after)
+            .fetch_all(&mut *transaction)
+            .await
+            .map_err(storage)?;
+            if rows.is_empty() {
+                break;
+            }
+            for row in rows {
+                after = row.try_get("key").map_err(storage)?;
+                let scope = ScopeKey(row.try_get("scope").map_err(storage)?);
+                let record: &str = row.try_get("record").map_err(storage)?;
+                let memory: Memory = serde_json::from_str(record).map_err(|_| damaged("memory"))?;
+                put(&mut transaction, tenant, Key(after), scope, &memory).await?;
+                count += 1;
+            }
+        }
+    }
+    sqlx::query("INSERT OR REPLACE INTO meta (name, value) VALUES ('analysis', ?)")
+        .bind(&wanted)
+        .execute(&mut *transaction)
+        .await
+        .map_err(storage)?;
+    transaction.commit().await.map_err(storage)?;
+    if count > 0 {
+        tracing::info!(memories = count, version = wanted, "analysed the texts again");
+    }
+    Ok(())
+}

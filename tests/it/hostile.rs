@@ -1,0 +1,346 @@
+//! Every field of every served RPC with hostile values: nothing panics, every refusal names the field, and the server
+//! goes on.
+
+use std::collections::BTreeMap;
+
+use aeterna_proto::common::v1::Scope;
+use aeterna_proto::embedding::v1 as embedding;
+use aeterna_proto::errors::v1::FieldViolation;
+use aeterna_proto::memory::v1 as memory;
+use aeterna_testkit::{Mutation, RawClient, mutations, refusal};
+use prost::Message;
+use prost_reflect::DynamicMessage;
+use tonic::{Code, Request, Status};
+
+use crate::sandbox::Sandbox;
+
+/// A valid request of each unary RPC that is served, as its contract's message.
+fn requests(id: &str) -> BTreeMap<&'static str, Vec<u8>> {
+    let scope = Some(Scope {
+        user: "ann".into(),
+        ..Default::default()
+    });
+    let item = |content: &str| memory::AddRequest {
+        memory: Some(memory::Memory {
+            scope: scope.clone(),
+            content: content.into(),
+            ..Default::default()
+        }),
+        request_id: String::new(),
+    };
+    let update = memory::UpdateRequest {
+        memory: Some(memory::Memory {
+            id: id.into(),
+            content: "changed".into(),
+            tags: vec!["t".into()],
+            ..Default::default()
+        }),
+        update_mask: Some(prost_types::FieldMask {
+            paths: vec!["content".into(), "tags".into()],
+        }),
+        request_id: String::new(),
+    };
+    let memory_service = [
+        ("Add", item("one").encode_to_vec()),
+        (
+            "BatchAdd",
+            memory::BatchAddRequest {
+                requests: vec![item("two"), item("three")],
+            }
+            .encode_to_vec(),
+        ),
+        (
+            "Get",
+            memory::GetRequest {
+                id: id.into(),
+                ..Default::default()
+            }
+            .encode_to_vec(),
+        ),
+        ("Update", update.encode_to_vec()),
+        (
+            "Delete",
+            memory::DeleteRequest {
+                // Nothing that is there, or the others would find it gone.
+                id: "01890000-0000-7000-8000-000000000000".into(),
+                ..Default::default()
+            }
+            .encode_to_vec(),
+        ),
+        (
+            "List",
+            memory::ListRequest {
+                scope: scope.clone(),
+                ..Default::default()
+            }
+            .encode_to_vec(),
+        ),
+        (
+            "Search",
+            memory::SearchRequest {
+                scope,
+                query: "one".into(),
+                ..Default::default()
+            }
+            .encode_to_vec(),
+        ),
+    ];
+    let text = "a text".to_string();
+    let embedding_service = [
+        (
+            "Embed",
+            embedding::EmbedRequest {
+                text: text.clone(),
+                ..Default::default()
+            }
+            .encode_to_vec(),
+        ),
+        (
+            "BatchEmbed",
+            embedding::BatchEmbedRequest {
+                texts: vec![text.clone(), text],
+                ..Default::default()
+            }
+            .encode_to_vec(),
+        ),
+        ("ListModels", Vec::new()),
+        ("SelectDimension", Vec::new()),
+    ];
+    memory_service.into_iter().chain(embedding_service).collect()
+}
+
+/// The served methods: path, and the request's message from the contract.
+fn methods(requests: &BTreeMap<&str, Vec<u8>>) -> Vec<(String, DynamicMessage)> {
+    let mut found = Vec::new();
+    for service in aeterna::json::POOL.services() {
+        if ![aeterna_memory::SERVICE, aeterna_embedding::SERVICE].contains(&service.full_name()) {
+            continue;
+        }
+        for method in service.methods().filter(|method| !method.is_client_streaming()) {
+            let Some(base) = requests.get(method.name()) else {
+                continue;
+            };
+            let message = DynamicMessage::decode(method.input(), base.as_slice()).expect("the request is of its type");
+            found.push((format!("/{}/{}", service.full_name(), method.name()), message));
+        }
+    }
+    found
+}
+
+/// Which refusals are in order, and that those of a field name it.
+fn check(path: &str, mutation: &Mutation, status: &Status) {
+    let (reason, fields) = refusal(status);
+    let told = format!("{path}: {} = {}: {status:?}", mutation.field, mutation.what);
+    assert!(
+        !matches!(
+            status.code(),
+            Code::Internal | Code::Unknown | Code::Unavailable | Code::DataLoss
+        ),
+        "{told}"
+    );
+    // In a batch, the item's own field is named within the item.
+    let named = |field: &String| field.starts_with(&mutation.field) || mutation.field.starts_with(field.as_str());
+    match reason.as_str() {
+        // Of two times that contradict each other, the later one is named.
+        "INVALID_FIELD" => assert!(
+            fields
+                .iter()
+                .any(|field| named(field) || field.ends_with("invalid_at") && mutation.field.contains("valid_at")),
+            "{told}: {fields:?}"
+        ),
+        "NOT_SERVED" => assert!(
+            mutation.field.split('.').any(|name| status.message().contains(name)),
+            "{told}"
+        ),
+        "INVALID_PAGE_TOKEN" => assert_eq!(mutation.field, "page_token", "{told}"),
+        "ETAG_MISMATCH" => assert!(mutation.field.ends_with("etag"), "{told}"),
+        "MODEL_NOT_FOUND" => assert_eq!(mutation.field, "model", "{told}"),
+        // What Add has stored with such a content already.
+        "INVALID_STATE" => assert_eq!(mutation.field, "memory.content", "{told}"),
+        "NOT_FOUND" | "REQUEST_ID_REUSED" | "MESSAGE_TOO_LARGE" => {}
+        _ => panic!("{told}"),
+    }
+}
+
+/// Values that no field of the served contracts may take, but for texts that are kept as they are.
+fn is_always_refused(mutation: &Mutation) -> bool {
+    // Update takes no scope, and of the values only what the mask names.
+    let ignored = ["memory.scope", "memory.layer"];
+    match mutation.what.as_str() {
+        "NaN" | "infinity" | "minus infinity" | "-1e308" | "1e308" => !mutation.field.contains("metadata"),
+        // `sequence` is a number of 62 bits; `nanos` and `seconds` are parts of times, and checked together.
+        "the largest number" | "the smallest number" => {
+            !["query_length", "result_count", "latency_budget_ms", "version"]
+                .iter()
+                .any(|end| mutation.field.ends_with(end))
+                && !is_output_only(&mutation.field)
+        }
+        "100,000 characters" => {
+            !mutation.field.contains("metadata")
+                && !is_output_only(&mutation.field)
+                && !ignored.iter().any(|name| mutation.field.starts_with(name))
+        }
+        _ => false,
+    }
+}
+
+/// Fields that a writer's value does not count for, and enums that are open.
+fn is_output_only(field: &str) -> bool {
+    let names = [
+        "memory.id",
+        "memory.layer",
+        "created_at",
+        "updated_at",
+        "deleted_at",
+        "memory.version",
+        "memory.etag",
+        "content_hash",
+        "embedding_model",
+    ];
+    names.iter().any(|name| field.contains(name))
+}
+
+#[tokio::test]
+async fn every_field_of_every_rpc_withstands_hostile_values() {
+    let sandbox = Sandbox::start(&[]).await;
+    let [(_, channel), _] = sandbox.ways();
+    let mut client = memory::memory_service_client::MemoryServiceClient::new(channel.clone());
+    let first = requests("")["Add"].clone();
+    let added = client
+        .add(memory::AddRequest::decode(first.as_slice()).unwrap())
+        .await
+        .unwrap()
+        .into_inner();
+    let requests = requests(&added.memory.unwrap().id);
+    let methods = methods(&requests);
+    assert_eq!(
+        methods.len(),
+        requests.len(),
+        "every request belongs to a served method"
+    );
+
+    let [(_, local), (_, loopback)] = sandbox.ways().map(|(way, channel)| (way, RawClient::new(channel)));
+    let (mut tried, mut refused) = (0, 0);
+    for (path, base) in methods {
+        for mutation in mutations(&base) {
+            tried += 1;
+            let encoded = mutation.message.encode_to_vec();
+            // Every second one over the network: the two must not differ.
+            let raw = if tried % 2 == 0 { &local } else { &loopback };
+            match raw.call(&path, Request::new(encoded)).await {
+                Ok(answer) if path.ends_with("BatchAdd") => {
+                    let answer = memory::BatchAddResponse::decode(answer).unwrap();
+                    let errors = answer.results.into_iter().filter_map(|result| match result.result {
+                        Some(memory::batch_add_result::Result::Error(error)) => Some(error),
+                        _ => None,
+                    });
+                    for error in errors {
+                        refused += 1;
+                        let named = |v: &FieldViolation| {
+                            v.field.starts_with(&mutation.field) || mutation.field.starts_with(&v.field)
+                        };
+                        // 1100 empty items are each refused for what they lack.
+                        let names = error
+                            .violations
+                            .iter()
+                            .any(|v| named(v) || mutation.field == "requests");
+                        let reused = error.reason().as_str_name().ends_with("REQUEST_ID_REUSED");
+                        assert!(names || reused, "{}: {}: {error:?}", mutation.field, mutation.what);
+                    }
+                }
+                Ok(_) => assert!(
+                    !is_always_refused(&mutation),
+                    "{path}: {} = {} was taken",
+                    mutation.field,
+                    mutation.what
+                ),
+                Err(status) => {
+                    refused += 1;
+                    check(&path, &mutation, &status);
+                }
+            }
+        }
+    }
+    assert!(tried > 1000 && refused > 300, "{tried} tried, {refused} refused");
+    // It goes on as if nothing had been.
+    let request = memory::SearchRequest::decode(requests["Search"].as_slice()).unwrap();
+    assert!(!client.search(request).await.unwrap().into_inner().results.is_empty());
+    sandbox.stop().await;
+}
+
+#[tokio::test]
+async fn metadata_without_end_is_refused_by_name() {
+    let sandbox = Sandbox::start(&[]).await;
+    let [(_, channel), _] = sandbox.ways();
+    let mut client = memory::memory_service_client::MemoryServiceClient::new(channel);
+    let nested = |depth: usize| {
+        let mut value = prost_types::Value {
+            kind: Some(prost_types::value::Kind::NumberValue(1.0)),
+        };
+        for _ in 0..depth {
+            let fields = [("k".to_string(), value)].into();
+            value = prost_types::Value {
+                kind: Some(prost_types::value::Kind::StructValue(prost_types::Struct { fields })),
+            };
+        }
+        prost_types::Struct {
+            fields: [("k".to_string(), value)].into(),
+        }
+    };
+    let wide = prost_types::Struct {
+        fields: (0..5000)
+            .map(|i| {
+                let kind = prost_types::value::Kind::StringValue("xxxxxxxxxx".into());
+                (format!("key-{i}"), prost_types::Value { kind: Some(kind) })
+            })
+            .collect(),
+    };
+    for (what, metadata) in [("deep", nested(20)), ("wide", wide)] {
+        let mut request = memory::AddRequest::decode(requests("")["Add"].as_slice()).unwrap();
+        request.memory.as_mut().unwrap().metadata = Some(metadata);
+        let status = client.add(request).await.unwrap_err();
+        assert_eq!(refusal(&status).1, ["memory.metadata"], "{what}: {status:?}");
+    }
+    // Deeper than protobuf decodes: still an answer.
+    let mut request = memory::AddRequest::decode(requests("")["Add"].as_slice()).unwrap();
+    request.memory.as_mut().unwrap().metadata = Some(nested(200));
+    let status = client.add(request).await.unwrap_err();
+    assert_eq!(status.code(), Code::InvalidArgument, "{status:?}");
+    sandbox.stop().await;
+}
+
+#[tokio::test]
+async fn bytes_that_are_no_message_are_refused() {
+    let sandbox = Sandbox::start(&[]).await;
+    for (way, channel) in sandbox.ways() {
+        let raw = RawClient::new(channel);
+        for garbage in [
+            vec![0xff; 64],
+            vec![0x0a, 0x7f, 0x01],
+            b"{\"query\": \"json\"}".to_vec(),
+        ] {
+            let status = raw
+                .call("/aeterna.memory.v1.MemoryService/Search", Request::new(garbage))
+                .await
+                .unwrap_err();
+            assert_eq!(status.code(), Code::InvalidArgument, "{way}: {status:?}");
+        }
+    }
+    // The generator is what the test above stands on: it must reach nested fields.
+    let add = aeterna::json::POOL
+        .get_message_by_name("aeterna.memory.v1.AddRequest")
+        .unwrap();
+    let fields: Vec<String> = mutations(&DynamicMessage::new(add))
+        .into_iter()
+        .map(|m| m.field)
+        .collect();
+    for field in [
+        "request_id",
+        "memory.scope.user",
+        "memory.source.sequence",
+        "memory.event_at.nanos",
+    ] {
+        assert!(fields.iter().any(|found| found == field), "{field}");
+    }
+    sandbox.stop().await;
+}
