@@ -3,7 +3,8 @@
 use aeterna_proto::common::v1::Scope;
 use aeterna_proto::memory::v1::memory_service_client::MemoryServiceClient;
 use aeterna_proto::memory::v1::{
-    AddOutcome, AddRequest, DeleteRequest, GetRequest, ListRequest, Memory, SearchRequest, UpdateRequest,
+    AddOutcome, AddRequest, BatchDeleteRequest, DeleteRequest, GetRequest, HistoryRequest, ListRequest, Memory,
+    SearchRequest, StatsRequest, UpdateRequest,
 };
 use tonic::Code;
 
@@ -272,6 +273,113 @@ async fn what_has_expired_is_hidden_at_once_and_takes_nobodys_place() {
             })
             .await;
         assert!(got.is_ok(), "{way}: {got:?}");
+    }
+    sandbox.stop().await;
+}
+
+#[tokio::test]
+async fn history_tells_every_version_and_a_purge_ends_it() {
+    let sandbox = Sandbox::start(&[]).await;
+    for (way, channel) in sandbox.ways() {
+        let mut client = MemoryServiceClient::new(channel);
+        let added = client
+            .add(add(way, "the first words"))
+            .await
+            .unwrap()
+            .into_inner()
+            .memory
+            .unwrap();
+        for n in 0..3 {
+            let update = UpdateRequest {
+                memory: Some(Memory {
+                    id: added.id.clone(),
+                    importance: Some(f64::from(n) / 10.0),
+                    ..Default::default()
+                }),
+                update_mask: Some(prost_types::FieldMask {
+                    paths: vec!["importance".into()],
+                }),
+                request_id: String::new(),
+            };
+            client.update(update).await.unwrap();
+        }
+        let history = async |client: &mut MemoryServiceClient<_>, page_token: String| {
+            let request = HistoryRequest {
+                id: added.id.clone(),
+                page_size: 3,
+                page_token,
+            };
+            client.history(request).await
+        };
+        let first = history(&mut client, String::new()).await.unwrap().into_inner();
+        let second = history(&mut client, first.next_page_token.clone())
+            .await
+            .unwrap()
+            .into_inner();
+        let versions: Vec<_> = [first.versions, second.versions].concat();
+        let told: Vec<_> = versions
+            .iter()
+            .map(|v| (v.memory.as_ref().unwrap().version, v.kind()))
+            .collect();
+        use aeterna_proto::memory::v1::ChangeKind;
+        let wanted = [
+            (4, ChangeKind::Updated),
+            (3, ChangeKind::Updated),
+            (2, ChangeKind::Updated),
+            (1, ChangeKind::Added),
+        ];
+        assert_eq!(told, wanted, "{way}");
+        assert!(
+            second.next_page_token.is_empty() && versions[0].changed_by == "local",
+            "{way}"
+        );
+        let foreign = history(&mut client, "AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA".into())
+            .await
+            .unwrap_err();
+        assert_eq!(refusal(&foreign).0, "INVALID_PAGE_TOKEN", "{way}");
+
+        let stats = StatsRequest { scope: user(way) };
+        let counted = client.stats(stats.clone()).await.unwrap().into_inner();
+        assert_eq!(
+            (
+                counted.layers[0].memories,
+                counted.layers[0].content_bytes,
+                counted.index_lag
+            ),
+            (1, 15, 0),
+            "{way}"
+        );
+
+        let item = |id: &str, purge: bool| DeleteRequest {
+            id: id.into(),
+            purge,
+            ..Default::default()
+        };
+        let batch = BatchDeleteRequest {
+            requests: vec![
+                item(&added.id, false),
+                item("nonsense", false),
+                item(&added.id, true),
+                item(&added.id, true),
+            ],
+        };
+        let results = client.batch_delete(batch).await.unwrap().into_inner().results;
+        use aeterna_proto::memory::v1::batch_delete_result::Result as Item;
+        let verdicts: Vec<_> = results
+            .into_iter()
+            .map(|result| match result.result.unwrap() {
+                Item::Deleted(deleted) => format!("deleted {}", deleted.memory.is_some()),
+                Item::Error(error) => error.message,
+            })
+            .collect();
+        assert_eq!(verdicts[0], "deleted true", "{way}: {verdicts:?}");
+        assert!(verdicts[1].contains("requests[1].id"), "{way}: {verdicts:?}");
+        assert_eq!(verdicts[2], "deleted false", "{way}: {verdicts:?}");
+        assert!(verdicts[3].contains("there is no memory"), "{way}: {verdicts:?}");
+        let gone = history(&mut client, String::new()).await.unwrap_err();
+        assert_eq!(gone.code(), Code::NotFound, "{way}");
+        let counted = client.stats(stats).await.unwrap().into_inner();
+        assert!(counted.layers.is_empty() && counted.deleted == 0, "{way}: {counted:?}");
     }
     sandbox.stop().await;
 }

@@ -4,7 +4,8 @@ use aeterna_auth::Role;
 use aeterna_proto::common::v1::Scope;
 use aeterna_proto::memory::v1::memory_service_client::MemoryServiceClient;
 use aeterna_proto::memory::v1::{
-    AddRequest, BatchAddRequest, DeleteRequest, GetRequest, ListRequest, Memory, SearchRequest, UpdateRequest,
+    AddRequest, BatchAddRequest, DeleteRequest, GetRequest, HistoryRequest, ListRequest, Memory, SearchRequest,
+    StatsRequest, UpdateRequest,
 };
 use aeterna_rpc::AnyChannel;
 use aeterna_testkit::{NEVER, SECRET, bearing, refusal};
@@ -112,6 +113,27 @@ async fn another_tenant_gets_nothing_whatever_it_knows() {
             Code::NotFound,
             "{way}"
         );
+        let purge = DeleteRequest {
+            id: secret.id.clone(),
+            purge: true,
+            ..Default::default()
+        };
+        let status = evil.client.delete(evil.bearing(purge.clone())).await.unwrap_err();
+        assert_eq!(status.code(), Code::NotFound, "{way}");
+        // Removing for good is an admin's, within the own tenant, too.
+        let status = acme.client.delete(acme.bearing(purge)).await.unwrap_err();
+        assert_eq!(refusal(&status).0, "PERMISSION_DENIED", "{way}");
+        let history = HistoryRequest {
+            id: secret.id.clone(),
+            ..Default::default()
+        };
+        let status = evil.client.history(evil.bearing(history)).await.unwrap_err();
+        assert_eq!(status.code(), Code::NotFound, "{way}");
+        let stats = StatsRequest {
+            scope: Some(user("ann")),
+        };
+        let counted = evil.client.stats(evil.bearing(stats)).await.unwrap().into_inner();
+        assert!(counted.layers.is_empty(), "{way}: {counted:?}");
         // By scope: the same names are other places.
         assert!(
             evil.search(Some(user("ann")), "launch code", Vec::new())

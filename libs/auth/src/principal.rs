@@ -94,6 +94,14 @@ impl Principal {
 }
 
 impl Principal {
+    /// Refuses what only an admin may do, where the rest of the RPC needs less.
+    ///
+    /// # Errors
+    /// PERMISSION_DENIED, with the role that is needed.
+    pub fn administers(&self) -> Result<(), Error> {
+        authorize(self, Permission::Admin)
+    }
+
     /// Refuses to change what lives outside of the scope that the token is bound to, although it may be visible from there.
     ///
     /// # Errors

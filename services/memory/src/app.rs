@@ -3,9 +3,11 @@
 mod add;
 mod delete;
 mod get;
+mod history;
 mod index;
 mod list;
 mod search;
+mod stats;
 mod update;
 
 use std::sync::Arc;
@@ -17,9 +19,12 @@ use aeterna_types::{Clock, TenantId};
 use tokio::sync::{Notify, watch};
 
 pub use add::NewMemory;
+pub use delete::Deletion;
+pub use history::Versions;
 pub use index::Background;
 pub use list::{ListQuery, Page};
 pub use search::{Arms, Breakdown, Found, Fusion, SearchQuery, SearchStats, Weights};
+pub use stats::Stats;
 pub use update::{FIELDS, Patch};
 
 use crate::domain::{Sequence, Writer};

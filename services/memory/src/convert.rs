@@ -1,5 +1,6 @@
 //! Wire types to domain types and back; refusals name the field.
 
+mod change;
 mod search;
 mod value;
 
@@ -10,6 +11,10 @@ use aeterna_proto::memory::v1 as wire;
 use aeterna_types::{Layer, MemoryId, PageToken, Scope, TenantId, fingerprint};
 use prost::Message as _;
 
+pub use change::{
+    batch_delete_request, batch_delete_response, delete_request, delete_response, history_request, history_response,
+    stats_request, stats_response,
+};
 pub use search::{search_request, search_response};
 
 use crate::app::{ListQuery, NewMemory, Page, Patch};
@@ -331,19 +336,26 @@ pub fn update_request(mut request: wire::UpdateRequest) -> Result<Patch, Error> 
     }))
 }
 
-/// What Delete asks for.
-pub fn delete_request(
-    mut request: wire::DeleteRequest,
-) -> Result<(MemoryId, Option<String>, Option<Idempotency>), Error> {
-    let mut violations = Violations::default();
-    let request_id = std::mem::take(&mut request.request_id);
-    let idempotency = idempotency(&mut violations, "Delete", &request_id, &request.encode_to_vec());
-    let id = id(&mut violations, "id", &request.id);
-    let id = violations.finish(id)?;
-    if request.purge {
-        return Err(not_served("purge"));
+/// Items on a page.
+pub(super) fn page_limit(violations: &mut Violations, page_size: i32) -> usize {
+    if !(0..=MAX_PAGE).contains(&page_size) {
+        violations.add("page_size", format!("is {page_size}; send 1 to 1000, or 0 for 50"));
     }
-    Ok((id, Some(request.etag).filter(|etag| !etag.is_empty()), idempotency))
+    usize::try_from(page_size).ok().filter(|size| *size > 0).unwrap_or(50)
+}
+
+/// Where a page begins, by its token; `N` is the size of the place.
+pub(super) fn cursor<const N: usize>(token: &str, binding: &[u8]) -> Result<Option<[u8; N]>, Error> {
+    if token.is_empty() {
+        return Ok(None);
+    }
+    let place = PageToken::decode(token, binding)
+        .ok()
+        .and_then(|place| place.try_into().ok());
+    place.map(Some).ok_or_else(|| {
+        let message = "`page_token` does not belong to this request; start again without it";
+        Error::new(Reason::InvalidPageToken, message)
+    })
 }
 
 /// What List asks for, and what its page tokens are bound to.
@@ -356,9 +368,7 @@ pub fn list_request(mut request: wire::ListRequest, tenant: &TenantId) -> Result
     binding.push(0);
     binding.extend(request.encode_to_vec());
     check_token(&mut violations, &consistency_token);
-    if !(0..=MAX_PAGE).contains(&page_size) {
-        violations.add("page_size", format!("is {page_size}; send 1 to 1000, or 0 for 50"));
-    }
+    let limit = page_limit(&mut violations, page_size);
     let scope = scope(&mut violations, "scope", request.scope);
     let layers = layers(&mut violations, &request.layers);
     let filter = filter(&mut violations, &request.filter);
@@ -366,24 +376,7 @@ pub fn list_request(mut request: wire::ListRequest, tenant: &TenantId) -> Result
     if request.as_of.is_some() {
         return Err(not_served("as_of"));
     }
-    let before = match token.as_str() {
-        "" => None,
-        token => {
-            let refuse = || {
-                Error::new(
-                    Reason::InvalidPageToken,
-                    "`page_token` does not belong to this request; start again without it",
-                )
-            };
-            let cursor = PageToken::decode(token, &binding).map_err(|_| refuse())?;
-            Some(MemoryId::from_bytes(cursor.try_into().map_err(|_| refuse())?))
-        }
-    };
-    let limit = if page_size == 0 {
-        50
-    } else {
-        usize::try_from(page_size).unwrap_or(50)
-    };
+    let before = cursor(&token, &binding)?.map(MemoryId::from_bytes);
     Ok((
         ListQuery {
             scope,

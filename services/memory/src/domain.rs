@@ -158,6 +158,23 @@ impl Memory {
         mark[..8].iter().map(|byte| format!("{byte:02x}")).collect()
     }
 
+    /// The memory without anything that its writers said: what may be kept of it after it was removed for good.
+    pub fn redacted(&self) -> Self {
+        let body = Body {
+            content: String::new(),
+            metadata: serde_json::Map::new(),
+            tags: Vec::new(),
+            importance: DEFAULT_IMPORTANCE,
+            source: Source::default(),
+            event_at: None,
+            valid_at: None,
+            invalid_at: None,
+            expires_at: None,
+            superseded_by: None,
+        };
+        Self { body, ..self.clone() }
+    }
+
     /// True when it is shown at `now`.
     pub fn is_live(&self, now: Timestamp) -> bool {
         self.deleted_at.is_none() && self.body.expires_at.is_none_or(|expiry| expiry > now)
@@ -211,6 +228,63 @@ pub enum Outcome {
     Created,
     /// It was there.
     Merged,
+}
+
+/// What a change did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// The memory was added.
+    Added,
+    /// It was changed.
+    Updated,
+    /// It was deleted.
+    Deleted,
+    /// It was removed for good.
+    Purged,
+    /// It expired.
+    Expired,
+    /// Its vector was made; nothing that a caller sees has changed.
+    Embedded,
+}
+
+impl Kind {
+    const NAMES: [(Self, &str); 6] = [
+        (Self::Added, "added"),
+        (Self::Updated, "updated"),
+        (Self::Deleted, "deleted"),
+        (Self::Purged, "purged"),
+        (Self::Expired, "expired"),
+        (Self::Embedded, "embedded"),
+    ];
+
+    /// Its name in stores.
+    pub fn name(self) -> &'static str {
+        Self::NAMES
+            .iter()
+            .find(|(kind, _)| *kind == self)
+            .map_or("", |(_, name)| name)
+    }
+
+    /// From its name in stores.
+    pub fn from_name(name: &str) -> Option<Self> {
+        Self::NAMES
+            .iter()
+            .find(|(_, known)| *known == name)
+            .map(|(kind, _)| *kind)
+    }
+}
+
+/// One version of a memory.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Version {
+    /// The memory as of then.
+    pub memory: Memory,
+    /// What was done.
+    pub kind: Kind,
+    /// When.
+    pub changed_at: Timestamp,
+    /// By whom: the subject of a token, or `system`.
+    pub changed_by: String,
 }
 
 /// What a write answered; kept with its request id.

@@ -69,13 +69,33 @@ impl MemoryService for Memories {
 
     async fn delete(&self, request: Request<wire::DeleteRequest>) -> Answer<wire::DeleteResponse> {
         let context = RequestContext::of(&request)?;
-        let (id, etag, idempotency) = convert::delete_request(request.into_inner())?;
-        let written = self.0.delete(&context, id, etag.as_deref(), idempotency).await?;
-        let consistency_token = convert::consistency_token(written.sequence);
-        Ok(Response::new(wire::DeleteResponse {
-            memory: Some(convert::memory(written.memory)),
-            consistency_token,
-        }))
+        let item = convert::delete_request(request.into_inner(), "")?;
+        let written = self.0.delete(&context, vec![Ok(item)]).await?.pop();
+        let written = written.ok_or_else(|| Error::internal("a deletion has no result"))??;
+        Ok(Response::new(convert::delete_response(written)))
+    }
+
+    async fn batch_delete(&self, request: Request<wire::BatchDeleteRequest>) -> Answer<wire::BatchDeleteResponse> {
+        let context = RequestContext::of(&request)?;
+        let items = convert::batch_delete_request(request.into_inner())?;
+        let written = self.0.delete(&context, items).await?;
+        let answer = convert::batch_delete_response(written, item_error);
+        self.fitting(answer, "everything was deleted")
+    }
+
+    async fn history(&self, request: Request<wire::HistoryRequest>) -> Answer<wire::HistoryResponse> {
+        let context = RequestContext::of(&request)?;
+        let query = convert::history_request(request.into_inner(), &context.principal().tenant)?;
+        let page = self.0.history(&context, query.id, query.before, query.limit).await?;
+        let answer = convert::history_response(page, &query.binding, self.0.page_bytes());
+        self.fitting(answer, "lower `page_size`")
+    }
+
+    async fn stats(&self, request: Request<wire::StatsRequest>) -> Answer<wire::StatsResponse> {
+        let context = RequestContext::of(&request)?;
+        let scope = convert::stats_request(request.into_inner())?;
+        let stats = self.0.stats(&context, scope.as_ref()).await?;
+        Ok(Response::new(convert::stats_response(stats)))
     }
 
     async fn list(&self, request: Request<wire::ListRequest>) -> Answer<wire::ListResponse> {

@@ -11,7 +11,7 @@ use std::collections::HashSet;
 use aeterna_types::{Layer, MemoryId, Scope, TenantId, Timestamp};
 use async_trait::async_trait;
 
-use crate::domain::{Body, Idempotency, Key, Memory, ScopeKey, Sequence, View, Writer, Written};
+use crate::domain::{Body, Idempotency, Key, Memory, ScopeKey, Sequence, Version, View, Writer, Written};
 use crate::error::MemoryError;
 use crate::filter::Filter;
 use code::Code;
@@ -52,6 +52,34 @@ pub enum Change {
     },
     /// Hide it.
     Delete,
+    /// Remove it for good, with its history and what writes have answered of it.
+    Purge,
+}
+
+/// A change of one memory, with what makes it safe.
+#[derive(Clone, Debug)]
+pub struct ChangeItem {
+    /// The memory.
+    pub id: MemoryId,
+    /// Only on this version.
+    pub etag: Option<String>,
+    /// What to do.
+    pub change: Change,
+    /// Makes a retry safe.
+    pub idempotency: Option<Idempotency>,
+}
+
+/// Counts of what some scopes hold.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// Per layer, memories that are shown and bytes of their content; layers without any are left out.
+    pub layers: Vec<(Layer, i64, i64)>,
+    /// Memories deleted and not yet removed.
+    pub deleted: i64,
+    /// Memories that are shown and have no vector by the model.
+    pub pending: i64,
+    /// Bytes of the vectors.
+    pub embedding_bytes: i64,
 }
 
 /// What List asks for.
@@ -131,15 +159,24 @@ pub trait Relational: Send + Sync {
         items: Vec<Addition>,
     ) -> Result<Vec<Result<Written, MemoryError>>, MemoryError>;
 
-    /// Changes one memory, when the etag fits.
+    /// Changes memories in one transaction, each when its etag fits; an item that is refused does not touch the others.
     async fn change(
         &self,
         writer: &Writer,
+        items: Vec<ChangeItem>,
+    ) -> Result<Vec<Result<Written, MemoryError>>, MemoryError>;
+
+    /// Versions of a memory of the tenant, newest first, older than one of them.
+    async fn history(
+        &self,
+        tenant: &TenantId,
         id: MemoryId,
-        etag: Option<&str>,
-        change: Change,
-        idempotency: Option<Idempotency>,
-    ) -> Result<Written, MemoryError>;
+        before: Option<i64>,
+        limit: usize,
+    ) -> Result<Vec<Version>, MemoryError>;
+
+    /// Counts of what scopes hold.
+    async fn counts(&self, model: &str, scopes: &[ScopeKey], now: Timestamp) -> Result<Counts, MemoryError>;
 
     /// What an earlier write with this request id answered.
     async fn replay(&self, writer: &Writer, idempotency: &Idempotency) -> Result<Option<Written>, MemoryError>;
@@ -186,7 +223,7 @@ pub trait Relational: Send + Sync {
 
     /// Stores vectors that were pending, for the versions that they were made of, each with an event in the outbox; how many
     /// were stored.
-    async fn put_codes(&self, model: &str, codes: &[(Key, i64, Code)]) -> Result<usize, MemoryError>;
+    async fn put_codes(&self, model: &str, codes: &[(Key, i64, Code)], now: Timestamp) -> Result<usize, MemoryError>;
 
     /// Memories of the scopes that have expired and are not reaped yet.
     async fn expired(&self, scopes: &[ScopeKey], now: Timestamp) -> Result<Vec<Key>, MemoryError>;
@@ -239,6 +276,9 @@ pub trait VectorIndex: Send + Sync {
 
     /// Vectors in it.
     fn len(&self) -> usize;
+
+    /// Bytes on disk.
+    fn bytes(&self) -> u64;
 
     /// Makes everything applied so far survive a loss of power.
     ///

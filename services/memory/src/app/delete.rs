@@ -1,4 +1,4 @@
-//! Deleting one memory.
+//! Deleting memories.
 
 use aeterna_error::Error;
 use aeterna_rpc::RequestContext;
@@ -6,34 +6,99 @@ use aeterna_types::MemoryId;
 
 use super::App;
 use super::get::view;
-use crate::domain::{Idempotency, Written};
-use crate::store::Change;
+use crate::domain::{Idempotency, Sequence, Written};
+use crate::error::MemoryError;
+use crate::store::{Change, ChangeItem};
+
+/// One memory to delete.
+#[derive(Clone, Debug)]
+pub struct Deletion {
+    /// The memory.
+    pub id: MemoryId,
+    /// Only on this version.
+    pub etag: Option<String>,
+    /// Remove it for good.
+    pub purge: bool,
+    /// Makes a retry safe.
+    pub idempotency: Option<Idempotency>,
+}
 
 impl App {
-    /// Hides a memory; it stays readable with `show_deleted`.
+    /// Hides memories, or removes them for good; each has its own result. What is hidden stays readable with
+    /// `show_deleted`.
     ///
     /// # Errors
-    /// NOT_FOUND, ABORTED when the etag does not fit, FAILED_PRECONDITION when it is deleted already.
+    /// When the store fails; then nothing of the batch is done. An item is refused with NOT_FOUND, SCOPE_DENIED,
+    /// PERMISSION_DENIED, ABORTED when the etag does not fit, or FAILED_PRECONDITION when it is deleted already.
     pub async fn delete(
         &self,
         context: &RequestContext,
-        id: MemoryId,
-        etag: Option<&str>,
-        idempotency: Option<Idempotency>,
-    ) -> Result<Written, Error> {
+        items: Vec<Result<Deletion, Error>>,
+    ) -> Result<Vec<Result<Written, Error>>, Error> {
         let writer = self.writer(context);
-        if let Some(idempotency) = &idempotency
-            && let Some(earlier) = self.store.replay(&writer, idempotency).await?
-        {
-            return Ok(earlier);
+        let mut results: Vec<Option<Result<Written, Error>>> = Vec::with_capacity(items.len());
+        let mut changes = Vec::new();
+        for item in items {
+            match self.deletable(context, item).await {
+                Ok(Checked::Change(item)) => {
+                    changes.push(item);
+                    results.push(None);
+                }
+                Ok(Checked::Done(written)) => results.push(Some(Ok(*written))),
+                Err(error) => results.push(Some(Err(error))),
+            }
         }
-        let memory = self.find(context, id, &view(context, None)?).await?.memory;
-        context.principal().may_change(&memory.scope)?;
-        let written = self
-            .store
-            .change(&writer, id, etag, Change::Delete, idempotency)
-            .await?;
-        self.await_index(written.sequence).await;
-        Ok(written)
+        let mut changed = Vec::new().into_iter();
+        if !changes.is_empty() {
+            changed = self.store.change(&writer, changes).await?.into_iter();
+        }
+        let results: Vec<Result<Written, Error>> = results
+            .into_iter()
+            .filter_map(|done| done.or_else(|| changed.next().map(|result| result.map_err(Error::from))))
+            .collect();
+        let last = results.iter().flatten().map(|written| written.sequence).max();
+        if let Some(last) = last.filter(|last| *last > Sequence::default()) {
+            self.await_index(last).await;
+        }
+        Ok(results)
     }
+
+    async fn deletable(&self, context: &RequestContext, item: Result<Deletion, Error>) -> Result<Checked, Error> {
+        let item = item?;
+        if item.purge {
+            context.principal().administers()?;
+        }
+        if let Some(idempotency) = &item.idempotency
+            && let Some(earlier) = self.store.replay(&self.writer(context), idempotency).await?
+        {
+            return Ok(Checked::Done(Box::new(earlier)));
+        }
+        let memory = self.find(context, item.id, &view(context, None)?).await?.memory;
+        context.principal().may_change(&memory.scope)?;
+        Ok(Checked::Change(ChangeItem {
+            id: item.id,
+            etag: item.etag,
+            change: if item.purge { Change::Purge } else { Change::Delete },
+            idempotency: item.idempotency,
+        }))
+    }
+
+    /// One change, with its own verdict.
+    pub(super) async fn change_one(
+        &self,
+        writer: &crate::domain::Writer,
+        item: ChangeItem,
+    ) -> Result<Written, MemoryError> {
+        let results = self.store.change(writer, vec![item]).await?;
+        let only = results.into_iter().next();
+        only.unwrap_or_else(|| Err(Error::internal("a change has no result").into()))
+    }
+}
+
+/// What is to be done about one item.
+enum Checked {
+    /// It was done before.
+    Done(Box<Written>),
+    /// It may be done.
+    Change(ChangeItem),
 }

@@ -209,7 +209,10 @@ impl Background {
             .zip(&vectors)
             .filter_map(|(state, vector)| Some((state.key, state.version, Code::encode(vector.as_ref()?)?)))
             .collect();
-        let stored = app.store.put_codes(&app.model.identity, &codes).await?;
+        let stored = app
+            .store
+            .put_codes(&app.model.identity, &codes, app.clock.now())
+            .await?;
         tracing::debug!(memories = stored, "made up vectors that were pending");
         Ok(last.0 + 1)
     }

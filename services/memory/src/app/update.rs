@@ -8,7 +8,7 @@ use super::App;
 use super::get::view;
 use crate::domain::{Body, Idempotency, Written};
 use crate::error::MemoryError;
-use crate::store::Change;
+use crate::store::{Change, ChangeItem};
 
 /// A change as its writer sends it.
 #[derive(Clone, Debug)]
@@ -86,12 +86,13 @@ impl App {
                 vector,
                 reindex,
             };
-            let idempotency = patch.idempotency.clone();
-            match self
-                .store
-                .change(&writer, patch.id, Some(&etag), change, idempotency)
-                .await
-            {
+            let item = ChangeItem {
+                id: patch.id,
+                etag: Some(etag),
+                change,
+                idempotency: patch.idempotency.clone(),
+            };
+            match self.change_one(&writer, item).await {
                 Err(MemoryError::EtagMismatch) if patch.etag.is_none() => {}
                 Err(error) => return Err(error.into()),
                 Ok(written) => {

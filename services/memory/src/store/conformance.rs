@@ -5,11 +5,15 @@ mod filters;
 use std::collections::HashSet;
 use std::sync::Arc;
 
-use aeterna_types::{Layer, Scope, TenantId, Timestamp};
+use aeterna_types::{Layer, MemoryId, Scope, TenantId, Timestamp};
 
 use super::code::Code;
-use super::{Addition, Among, Change, Entry, LexicalSearch, Listing, Relational, StoredVector, VectorIndex};
-use crate::domain::{Body, DEFAULT_IMPORTANCE, Idempotency, Key, Outcome, ScopeKey, Sequence, Source, View, Writer};
+use super::{
+    Addition, Among, Change, ChangeItem, Entry, LexicalSearch, Listing, Relational, StoredVector, VectorIndex,
+};
+use crate::domain::{
+    Body, DEFAULT_IMPORTANCE, Idempotency, Key, Kind, Outcome, ScopeKey, Sequence, Source, View, Writer,
+};
 use crate::error::MemoryError;
 
 const MODEL: &str = "m@1";
@@ -114,6 +118,24 @@ fn listing(scopes: Vec<ScopeKey>) -> Listing {
     }
 }
 
+/// One change; the store's own failures end the test.
+pub async fn change(
+    store: &dyn Relational,
+    writer: &Writer,
+    id: MemoryId,
+    etag: Option<&str>,
+    change: Change,
+    idempotency: Option<Idempotency>,
+) -> Result<crate::domain::Written, MemoryError> {
+    let item = ChangeItem {
+        id,
+        etag: etag.map(str::to_owned),
+        change,
+        idempotency,
+    };
+    store.change(writer, vec![item]).await.unwrap().remove(0)
+}
+
 async fn add(
     store: &dyn Relational,
     tenant: &str,
@@ -131,6 +153,7 @@ pub async fn relational(store: Arc<dyn Relational>) {
     the_outbox_tells_the_index_everything(store).await;
     filters::mean_what_the_language_says(store).await;
     what_expires_is_told_and_reaped(store).await;
+    what_is_purged_leaves_nothing_behind(store).await;
     no_tenant_counts_in_anothers_scores(store).await;
 }
 
@@ -183,32 +206,45 @@ async fn writes_are_merged_versioned_and_replayed(store: &dyn Relational) {
         vector: None,
         reindex: true,
     };
-    let changed = store
-        .change(&writer("t1", 5), memory.id, Some(&memory.etag()), replace("2"), None)
-        .await
-        .unwrap();
+    let changed = change(
+        store,
+        &writer("t1", 5),
+        memory.id,
+        Some(&memory.etag()),
+        replace("2"),
+        None,
+    )
+    .await
+    .unwrap();
     assert_eq!((changed.memory.version, changed.memory.updated_at), (2, at(5)));
-    let stale = store
-        .change(&writer("t1", 6), memory.id, Some(&memory.etag()), replace("x"), None)
-        .await;
+    let stale = change(
+        store,
+        &writer("t1", 6),
+        memory.id,
+        Some(&memory.etag()),
+        replace("x"),
+        None,
+    )
+    .await;
     assert!(matches!(stale, Err(MemoryError::EtagMismatch)), "{stale:?}");
-    let twin = store
-        .change(&writer("t1", 6), memory.id, None, replace("one"), None)
-        .await;
+    let twin = change(store, &writer("t1", 6), memory.id, None, replace("one"), None).await;
     assert!(matches!(twin, Err(MemoryError::Duplicate)), "{twin:?}");
     let gone = idempotency("d", 1);
-    let deleted = store
-        .change(&writer("t1", 7), memory.id, None, Change::Delete, Some(gone.clone()))
-        .await
-        .unwrap();
-    let repeated = store
-        .change(&writer("t1", 8), memory.id, None, Change::Delete, Some(gone))
+    let deleted = change(
+        store,
+        &writer("t1", 7),
+        memory.id,
+        None,
+        Change::Delete,
+        Some(gone.clone()),
+    )
+    .await
+    .unwrap();
+    let repeated = change(store, &writer("t1", 8), memory.id, None, Change::Delete, Some(gone))
         .await
         .unwrap();
     assert_eq!(deleted, repeated);
-    let twice = store
-        .change(&writer("t1", 8), memory.id, None, Change::Delete, None)
-        .await;
+    let twice = change(store, &writer("t1", 8), memory.id, None, Change::Delete, None).await;
     assert!(matches!(twice, Err(MemoryError::Deleted)), "{twice:?}");
     // What is deleted does not stand in the way of saying it again.
     let reborn = add(store, "t1", vec![addition(ann, body("2"), None)])
@@ -252,7 +288,7 @@ async fn tenants_and_scopes_are_walls(store: &dyn Relational) {
     let id = written[0].as_ref().unwrap().memory.id;
     assert!(store.get(&tenant, id).await.unwrap().is_some());
     assert!(store.get(&"t3".parse().unwrap(), id).await.unwrap().is_none());
-    let foreign = store.change(&writer("t3", 1), id, None, Change::Delete, None).await;
+    let foreign = change(store, &writer("t3", 1), id, None, Change::Delete, None).await;
     assert!(matches!(foreign, Err(MemoryError::NotFound(_))), "{foreign:?}");
 
     // Pages go on where the last one ended, and what has expired is on none.
@@ -331,8 +367,7 @@ async fn words_and_neighbours_are_found(store: &dyn Relational) {
 
     // What is deleted is neither found nor anybody's neighbour.
     let id = written[1].as_ref().unwrap().memory.id;
-    store
-        .change(&writer("t4", 1), id, None, Change::Delete, None)
+    change(store, &writer("t4", 1), id, None, Change::Delete, None)
         .await
         .unwrap();
     assert_eq!(store.neighbours(&[first]).await.unwrap(), []);
@@ -364,13 +399,13 @@ async fn the_outbox_tells_the_index_everything(store: &dyn Relational) {
     assert_eq!(pending[0].text, "without");
     let before = store.last_sequence().await.unwrap();
     assert_eq!(
-        store.put_codes(MODEL, &[(keys[1], 7, code(9))]).await.unwrap(),
+        store.put_codes(MODEL, &[(keys[1], 7, code(9))], at(0)).await.unwrap(),
         0,
         "of a version that is not current"
     );
     assert_eq!(
         store
-            .put_codes(MODEL, &[(keys[1], pending[0].version, code(8))])
+            .put_codes(MODEL, &[(keys[1], pending[0].version, code(8))], at(0))
             .await
             .unwrap(),
         1
@@ -388,8 +423,7 @@ async fn the_outbox_tells_the_index_everything(store: &dyn Relational) {
     let stored = store.get(&"t6".parse().unwrap(), id).await.unwrap().unwrap();
     assert_eq!(stored.memory.embedding_model, MODEL);
 
-    store
-        .change(&writer("t6", 1), id, None, Change::Delete, None)
+    change(store, &writer("t6", 1), id, None, Change::Delete, None)
         .await
         .unwrap();
     assert_eq!(
@@ -446,6 +480,86 @@ async fn what_expires_is_told_and_reaped(store: &dyn Relational) {
     let reaped = store.get(&tenant, gone.memory.id).await.unwrap().unwrap().memory;
     assert_eq!((reaped.deleted_at, reaped.version), (Some(at(31)), 2));
     assert!(store.last_sequence().await.unwrap() > before, "the index is told");
+}
+
+async fn what_is_purged_leaves_nothing_behind(store: &dyn Relational) {
+    let tenant: TenantId = "t11".parse().unwrap();
+    let place = scope(Layer::User, "ann");
+    let mut item = addition(place.clone(), body("a secret to forget"), Some(4));
+    item.idempotency = Some(idempotency("add", 1));
+    let added = add(store, "t11", vec![item, addition(place, body("kept"), Some(5))]).await;
+    let [secret, kept] = [0, 1].map(|at| added[at].as_ref().unwrap().memory.id);
+    let text = Change::Replace {
+        body: Box::new(body("a secret to forget, changed")),
+        vector: None,
+        reindex: false,
+    };
+    change(store, &writer("t11", 1), secret, None, text, None)
+        .await
+        .unwrap();
+    change(store, &writer("t11", 2), secret, None, Change::Delete, None)
+        .await
+        .unwrap();
+    let versions = store.history(&tenant, secret, None, 10).await.unwrap();
+    let told: Vec<_> = versions
+        .iter()
+        .map(|v| (v.memory.version, v.kind, v.changed_at))
+        .collect();
+    assert_eq!(
+        told,
+        [
+            (3, Kind::Deleted, at(2)),
+            (2, Kind::Updated, at(1)),
+            (1, Kind::Added, at(0))
+        ]
+    );
+    assert_eq!(versions[2].memory.body.content, "a secret to forget");
+    assert_eq!(
+        store.history(&tenant, secret, Some(3), 1).await.unwrap(),
+        versions[1..2]
+    );
+    assert!(
+        store
+            .history(&"t1".parse().unwrap(), secret, None, 10)
+            .await
+            .unwrap()
+            .is_empty()
+    );
+
+    let scopes = store.visible(&tenant, &everything(), &[]).await.unwrap();
+    let counts = store.counts(MODEL, &scopes, at(3)).await.unwrap();
+    assert_eq!(
+        (counts.layers.as_slice(), counts.deleted, counts.pending),
+        (&[(Layer::User, 1, 4)][..], 1, 0)
+    );
+    assert!(counts.embedding_bytes > 0);
+
+    let foreign = change(store, &writer("t1", 3), secret, None, Change::Purge, None).await;
+    assert!(matches!(foreign, Err(MemoryError::NotFound(_))), "{foreign:?}");
+    let before = store.last_sequence().await.unwrap();
+    let again = Some(idempotency("purge", 1));
+    let purged = change(store, &writer("t11", 3), secret, None, Change::Purge, again.clone())
+        .await
+        .unwrap();
+    assert_eq!((purged.memory.id, purged.memory.body.content.as_str()), (secret, ""));
+    assert!(store.get(&tenant, secret).await.unwrap().is_none());
+    assert!(store.history(&tenant, secret, None, 10).await.unwrap().is_empty());
+    // What the first write answered is forgotten too, and the purge itself can be repeated.
+    assert_eq!(
+        store.replay(&writer("t11", 4), &idempotency("add", 1)).await.unwrap(),
+        None
+    );
+    assert_eq!(
+        change(store, &writer("t11", 4), secret, None, Change::Purge, again)
+            .await
+            .unwrap(),
+        purged
+    );
+    let told = store.events(before, 10).await.unwrap();
+    assert_eq!(told.len(), 1, "the index is told");
+    assert!(store.states(MODEL, &[told[0].key]).await.unwrap().is_empty());
+    assert!(store.get(&tenant, kept).await.unwrap().is_some());
+    assert_eq!(store.counts(MODEL, &scopes, at(5)).await.unwrap().deleted, 0);
 }
 
 /// Adds one memory for a test of an adapter's own.

@@ -240,6 +240,10 @@ impl VectorIndex for FlatIndex {
         self.read().by_key.len()
     }
 
+    fn bytes(&self) -> u64 {
+        self.read().files.bytes()
+    }
+
     fn flush(&self) -> io::Result<()> {
         let mut inner = self.write();
         let watermark = inner.watermark;

@@ -13,8 +13,8 @@ use sqlx::Row as _;
 use sqlx::sqlite::SqliteRow;
 
 use super::code::Code;
-use super::{Addition, Change, IndexEvent, IndexState, LexicalSearch, Listing, Relational, Stored};
-use crate::domain::{Idempotency, Key, Memory, ScopeKey, Sequence, View, Writer, Written};
+use super::{Addition, ChangeItem, Counts, IndexEvent, IndexState, LexicalSearch, Listing, Relational, Stored};
+use crate::domain::{Idempotency, Key, Memory, ScopeKey, Sequence, Version, View, Writer, Written};
 use crate::error::MemoryError;
 use crate::filter::Filter;
 
@@ -89,12 +89,23 @@ impl Relational for SqliteStore {
     async fn change(
         &self,
         writer: &Writer,
+        items: Vec<ChangeItem>,
+    ) -> Result<Vec<Result<Written, MemoryError>>, MemoryError> {
+        write::change(self, writer, items).await
+    }
+
+    async fn history(
+        &self,
+        tenant: &TenantId,
         id: MemoryId,
-        etag: Option<&str>,
-        change: Change,
-        idempotency: Option<Idempotency>,
-    ) -> Result<Written, MemoryError> {
-        write::change(self, writer, id, etag, change, idempotency).await
+        before: Option<i64>,
+        limit: usize,
+    ) -> Result<Vec<Version>, MemoryError> {
+        read::history(self, tenant, id, before, limit).await
+    }
+
+    async fn counts(&self, model: &str, scopes: &[ScopeKey], now: Timestamp) -> Result<Counts, MemoryError> {
+        read::counts(self, model, scopes, now).await
     }
 
     async fn replay(&self, writer: &Writer, idempotency: &Idempotency) -> Result<Option<Written>, MemoryError> {
@@ -154,8 +165,8 @@ impl Relational for SqliteStore {
         read::scan(self, model, after, limit, pending).await
     }
 
-    async fn put_codes(&self, model: &str, codes: &[(Key, i64, Code)]) -> Result<usize, MemoryError> {
-        write::put_codes(self, model, codes).await
+    async fn put_codes(&self, model: &str, codes: &[(Key, i64, Code)], now: Timestamp) -> Result<usize, MemoryError> {
+        write::put_codes(self, model, codes, now).await
     }
 
     async fn expired(&self, scopes: &[ScopeKey], now: Timestamp) -> Result<Vec<Key>, MemoryError> {
@@ -184,14 +195,18 @@ mod tests {
 
     use super::*;
 
-    #[tokio::test]
-    async fn conforms() {
-        let dir = tempfile::tempdir().unwrap();
-        let options = SqliteOptions {
+    fn options(dir: &tempfile::TempDir) -> SqliteOptions {
+        SqliteOptions {
             path: dir.path().join("memory.db"),
             busy_timeout: Duration::from_secs(5),
             readers: 2,
-        };
+        }
+    }
+
+    #[tokio::test]
+    async fn conforms() {
+        let dir = tempfile::tempdir().unwrap();
+        let options = options(&dir);
         let store = SqliteStore::open(&options).await.unwrap();
         super::super::conformance::relational(Arc::new(store.clone())).await;
         store.close().await;
@@ -200,11 +215,7 @@ mod tests {
     #[tokio::test]
     async fn texts_are_analysed_again_when_the_analysis_is_another() {
         let dir = tempfile::tempdir().unwrap();
-        let options = SqliteOptions {
-            path: dir.path().join("memory.db"),
-            busy_timeout: Duration::from_secs(5),
-            readers: 2,
-        };
+        let options = options(&dir);
         let store = SqliteStore::open(&options).await.unwrap();
         super::super::conformance::one_memory(&store, "the cat sat").await;
         let mut write = store.0.begin().await.unwrap();

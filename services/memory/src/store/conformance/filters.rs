@@ -2,7 +2,7 @@
 
 use aeterna_types::{Layer, TenantId};
 
-use super::{add, addition, at, body, everything, listing, scope, writer};
+use super::{add, addition, at, body, change, everything, listing, scope, writer};
 use crate::domain::{Key, ScopeKey};
 use crate::store::{Addition, Change, LexicalSearch, Relational};
 
@@ -151,8 +151,7 @@ pub async fn mean_what_the_language_says(store: &dyn Relational) {
     let tenant: TenantId = "t7".parse().unwrap();
     let written = add(store, "t7", (0..42).map(varied).collect()).await;
     let gone = written[11].as_ref().unwrap().memory.id;
-    store
-        .change(&writer("t7", 9), gone, None, Change::Delete, None)
+    change(store, &writer("t7", 9), gone, None, Change::Delete, None)
         .await
         .unwrap();
     let scopes = store.visible(&tenant, &everything(), &[]).await.unwrap();

@@ -134,6 +134,11 @@ impl Files {
         self.slots
     }
 
+    /// Bytes on disk, the manifest left out.
+    pub fn bytes(&self) -> u64 {
+        self.map.len() as u64
+    }
+
     /// All rows.
     pub fn rows(&self) -> &[u8] {
         &self.map[..self.slots * self.size]

@@ -6,11 +6,11 @@ use sqlx::{AssertSqlSafe, Row as _};
 
 use super::filter::Sql;
 use super::{SqliteStore, damaged, encode, marks, storage, stored};
-use crate::domain::{Key, Memory, ScopeKey, Sequence, View};
+use crate::domain::{Key, Kind, Memory, ScopeKey, Sequence, Version, View};
 use crate::error::MemoryError;
 use crate::filter::Filter;
 use crate::store::code::Code;
-use crate::store::{IndexEvent, IndexState, Listing, Stored};
+use crate::store::{Counts, IndexEvent, IndexState, Listing, Stored};
 
 /// Bindings per statement; SQLite allows 32,766.
 const CHUNK: usize = 10_000;
@@ -167,6 +167,76 @@ pub async fn matching(store: &SqliteStore, scopes: &[ScopeKey], filter: &Filter)
     let row = row.fetch_one(store.0.readers()).await.map_err(storage)?;
     let keys: Vec<i64> = from_json(&row, "keys")?;
     Ok(keys.into_iter().map(Key).collect())
+}
+
+pub async fn history(
+    store: &SqliteStore,
+    tenant: &TenantId,
+    id: MemoryId,
+    before: Option<i64>,
+    limit: usize,
+) -> Result<Vec<Version>, MemoryError> {
+    let rows = sqlx::query(
+        "SELECT h.kind, h.changed_at, h.changed_by, h.record FROM history h JOIN memories m ON m.id = h.memory \
+         WHERE h.memory = ? AND m.tenant = ? AND h.version < ? ORDER BY h.version DESC LIMIT ?",
+    )
+    .bind(id.as_bytes().as_slice())
+    .bind(tenant.as_str())
+    .bind(before.unwrap_or(i64::MAX))
+    .bind(i64::try_from(limit).unwrap_or(i64::MAX))
+    .fetch_all(store.0.readers())
+    .await
+    .map_err(storage)?;
+    let version = |row: &SqliteRow| {
+        let (kind, record): (&str, &str) = (
+            row.try_get("kind").map_err(storage)?,
+            row.try_get("record").map_err(storage)?,
+        );
+        let changed_at = row.try_get("changed_at").map_err(storage)?;
+        Ok(Version {
+            memory: serde_json::from_str(record).map_err(|_| damaged("version"))?,
+            kind: Kind::from_name(kind).ok_or_else(|| damaged("kind of change"))?,
+            changed_at: Timestamp::from_micros(changed_at).ok_or_else(|| damaged("time"))?,
+            changed_by: row.try_get("changed_by").map_err(storage)?,
+        })
+    };
+    rows.iter().map(version).collect()
+}
+
+pub async fn counts(
+    store: &SqliteStore,
+    model: &str,
+    scopes: &[ScopeKey],
+    now: Timestamp,
+) -> Result<Counts, MemoryError> {
+    let rows = sqlx::query(
+        "SELECT s.layer, m.deleted_at IS NULL AS shown, count(*) AS memories, \
+         sum(length(CAST(json_extract(m.record, '$.body.content') AS BLOB))) AS bytes, \
+         sum(e.code IS NULL) AS pending, coalesce(sum(length(e.code)), 0) AS embedding_bytes \
+         FROM memories m JOIN scopes s ON s.key = m.scope LEFT JOIN embeddings e ON e.memory = m.key AND e.model = ? \
+         WHERE m.scope IN (SELECT value FROM json_each(?)) \
+         AND (m.deleted_at IS NOT NULL OR m.expires_at IS NULL OR m.expires_at > ?) GROUP BY s.layer, shown",
+    )
+    .bind(model)
+    .bind(scopes_json(scopes))
+    .bind(now.micros())
+    .fetch_all(store.0.readers())
+    .await
+    .map_err(storage)?;
+    let mut counts = Counts::default();
+    for row in &rows {
+        let number = |column: &str| row.try_get::<i64, _>(column).map_err(storage);
+        counts.embedding_bytes += number("embedding_bytes")?;
+        if number("shown")? == 0 {
+            counts.deleted += number("memories")?;
+            continue;
+        }
+        counts.pending += number("pending")?;
+        let layer = row.try_get("layer").map_err(storage)?;
+        let layer = Layer::from_number(layer).ok_or_else(|| damaged("layer"))?;
+        counts.layers.push((layer, number("memories")?, number("bytes")?));
+    }
+    Ok(counts)
 }
 
 pub async fn expired(store: &SqliteStore, scopes: &[ScopeKey], now: Timestamp) -> Result<Vec<Key>, MemoryError> {

@@ -4,10 +4,10 @@ use aeterna_types::{Layer, MemoryId, Scope, Timestamp};
 use sqlx::{Row as _, SqliteConnection};
 
 use super::{SqliteStore, damaged, encode, lexical, storage, stored};
-use crate::domain::{Body, Idempotency, Key, Memory, Outcome, ScopeKey, Sequence, Writer, Written};
+use crate::domain::{Body, Idempotency, Key, Kind, Memory, Outcome, ScopeKey, Sequence, Writer, Written};
 use crate::error::MemoryError;
 use crate::store::code::Code;
-use crate::store::{Addition, Change, Stored, StoredVector};
+use crate::store::{Addition, Change, ChangeItem, Stored, StoredVector};
 
 pub async fn add(
     store: &SqliteStore,
@@ -56,7 +56,7 @@ async fn add_one(connection: &mut SqliteConnection, writer: &Writer, item: Addit
             };
             let key = insert(connection, writer, scope, &memory).await?;
             put_vector(connection, key, item.vector.as_ref()).await?;
-            let sequence = record(connection, writer, key, &memory, "added").await?;
+            let sequence = record(connection, writer, key, &memory, Kind::Added).await?;
             Written {
                 memory,
                 outcome: Outcome::Created,
@@ -95,7 +95,7 @@ async fn merge(
         memory.version += 1;
         memory.updated_at = writer.now;
         update(connection, writer, key, &memory).await?;
-        let sequence = record(connection, writer, key, &memory, "updated").await?;
+        let sequence = record(connection, writer, key, &memory, Kind::Updated).await?;
         return Ok(Written {
             memory,
             outcome: Outcome::Merged,
@@ -112,20 +112,33 @@ async fn merge(
 pub async fn change(
     store: &SqliteStore,
     writer: &Writer,
-    id: MemoryId,
-    etag: Option<&str>,
-    change: Change,
-    idempotency: Option<Idempotency>,
-) -> Result<Written, MemoryError> {
+    items: Vec<ChangeItem>,
+) -> Result<Vec<Result<Written, MemoryError>>, MemoryError> {
     let mut transaction = store.0.begin().await?;
-    let connection = &mut *transaction;
-    if let Some(idempotency) = &idempotency
+    let mut results = Vec::with_capacity(items.len());
+    for item in items {
+        match change_one(&mut transaction, writer, item).await {
+            // The store itself failed: nothing of the batch is kept.
+            Err(error @ MemoryError::Other(_)) => return Err(error),
+            result => results.push(result),
+        }
+    }
+    transaction.commit().await.map_err(storage)?;
+    Ok(results)
+}
+
+async fn change_one(
+    connection: &mut SqliteConnection,
+    writer: &Writer,
+    item: ChangeItem,
+) -> Result<Written, MemoryError> {
+    if let Some(idempotency) = &item.idempotency
         && let Some(earlier) = replay(connection, writer, idempotency).await?
     {
         return Ok(earlier);
     }
     let row = sqlx::query("SELECT key, record FROM memories WHERE id = ? AND tenant = ?")
-        .bind(id.as_bytes().as_slice())
+        .bind(item.id.as_bytes().as_slice())
         .bind(writer.tenant.as_str())
         .fetch_optional(&mut *connection)
         .await
@@ -134,20 +147,26 @@ pub async fn change(
         .as_ref()
         .map(stored)
         .transpose()?
-        .ok_or_else(|| MemoryError::NotFound(id.to_string()))?;
+        .ok_or_else(|| MemoryError::NotFound(item.id.to_string()))?;
     let (key, mut memory) = (existing.key, existing.memory);
-    if etag.is_some_and(|etag| etag != memory.etag()) {
+    if item.etag.is_some_and(|etag| etag != memory.etag()) {
         return Err(MemoryError::EtagMismatch);
     }
-    if memory.deleted_at.is_some() {
+    if memory.deleted_at.is_some() && !matches!(item.change, Change::Purge) {
         return Err(MemoryError::Deleted);
     }
     memory.version += 1;
     memory.updated_at = writer.now;
-    let kind = match change {
+    let sequence = match item.change {
+        Change::Purge => {
+            purge(connection, writer, key, &memory).await?;
+            memory = memory.redacted();
+            event(connection, writer, key, memory.version, Kind::Purged).await?
+        }
         Change::Delete => {
             memory.deleted_at = Some(writer.now);
-            "deleted"
+            update(connection, writer, key, &memory).await?;
+            record(connection, writer, key, &memory, Kind::Deleted).await?
         }
         Change::Replace { body, vector, reindex } => {
             memory.body = *body;
@@ -160,19 +179,45 @@ pub async fn change(
                 memory.embedding_model = vector.as_ref().map(|v| v.model.clone()).unwrap_or_default();
                 put_vector(connection, key, vector.as_ref()).await?;
             }
-            "updated"
+            update(connection, writer, key, &memory).await?;
+            record(connection, writer, key, &memory, Kind::Updated).await?
         }
     };
-    update(connection, writer, key, &memory).await?;
-    let sequence = record(connection, writer, key, &memory, kind).await?;
     let written = Written {
         memory,
         outcome: Outcome::Merged,
         sequence,
     };
-    remember(connection, writer, idempotency.as_ref(), &written).await?;
-    transaction.commit().await.map_err(storage)?;
+    remember(connection, writer, item.idempotency.as_ref(), &written).await?;
     Ok(written)
+}
+
+/// Removes a memory with its history, its vectors, its terms, and the answers that earlier writes of it were given.
+async fn purge(
+    connection: &mut SqliteConnection,
+    writer: &Writer,
+    key: Key,
+    memory: &Memory,
+) -> Result<(), MemoryError> {
+    let tenant = lexical::tenant(connection, &writer.tenant).await?;
+    lexical::remove(connection, tenant, key).await?;
+    sqlx::query("DELETE FROM memories WHERE key = ?")
+        .bind(key.0)
+        .execute(&mut *connection)
+        .await
+        .map_err(storage)?;
+    sqlx::query("DELETE FROM history WHERE memory = ?")
+        .bind(memory.id.as_bytes().as_slice())
+        .execute(&mut *connection)
+        .await
+        .map_err(storage)?;
+    sqlx::query("DELETE FROM requests WHERE tenant = ? AND json_extract(answer, '$.memory.id') = ?")
+        .bind(writer.tenant.as_str())
+        .bind(memory.id.to_string())
+        .execute(connection)
+        .await
+        .map_err(storage)?;
+    Ok(())
 }
 
 /// What an earlier write with this request id answered.
@@ -324,7 +369,12 @@ async fn put_vector(
 
 /// Stores vectors that were pending, with an event for each; the memory says then which model has it. A memory that was
 /// changed since it was read has another text, and gets its vector another time.
-pub async fn put_codes(store: &SqliteStore, model: &str, codes: &[(Key, i64, Code)]) -> Result<usize, MemoryError> {
+pub async fn put_codes(
+    store: &SqliteStore,
+    model: &str,
+    codes: &[(Key, i64, Code)],
+    now: Timestamp,
+) -> Result<usize, MemoryError> {
     let mut transaction = store.0.begin().await?;
     let mut stored = 0;
     for (key, version, code) in codes {
@@ -345,17 +395,21 @@ pub async fn put_codes(store: &SqliteStore, model: &str, codes: &[(Key, i64, Cod
         };
         put_vector(&mut transaction, *key, Some(&vector)).await?;
         let tenant: &str = marked.try_get("tenant").map_err(storage)?;
-        sqlx::query("INSERT INTO outbox (tenant, memory, kind, version, committed_at) VALUES (?, ?, 'embedded', ?, 0)")
-            .bind(tenant)
-            .bind(key.0)
-            .bind(version)
-            .execute(&mut *transaction)
-            .await
-            .map_err(storage)?;
+        let system = system(tenant, now)?;
+        event(&mut transaction, &system, *key, *version, Kind::Embedded).await?;
         stored += 1;
     }
     transaction.commit().await.map_err(storage)?;
     Ok(stored)
+}
+
+/// The service itself, where it writes on its own.
+fn system(tenant: &str, now: Timestamp) -> Result<Writer, MemoryError> {
+    Ok(Writer {
+        tenant: tenant.parse().map_err(|_| damaged("tenant"))?,
+        subject: "system".into(),
+        now,
+    })
 }
 
 /// Deletes what has expired, as a write of the system's own; the number of memories, at most `limit`.
@@ -372,16 +426,12 @@ pub async fn reap(store: &SqliteStore, now: Timestamp, limit: usize) -> Result<u
     for row in &rows {
         let Stored { key, mut memory } = stored(row)?;
         let tenant: &str = row.try_get("tenant").map_err(storage)?;
-        let writer = Writer {
-            tenant: tenant.parse().map_err(|_| damaged("tenant"))?,
-            subject: "system".into(),
-            now,
-        };
+        let writer = system(tenant, now)?;
         memory.deleted_at = Some(now);
         memory.updated_at = now;
         memory.version += 1;
         update(&mut transaction, &writer, key, &memory).await?;
-        record(&mut transaction, &writer, key, &memory, "expired").await?;
+        record(&mut transaction, &writer, key, &memory, Kind::Expired).await?;
     }
     transaction.commit().await.map_err(storage)?;
     Ok(rows.len())
@@ -393,25 +443,36 @@ async fn record(
     writer: &Writer,
     key: Key,
     memory: &Memory,
-    kind: &'static str,
+    kind: Kind,
 ) -> Result<Sequence, MemoryError> {
     sqlx::query(
         "INSERT INTO history (memory, version, kind, changed_at, changed_by, record) VALUES (?, ?, ?, ?, ?, ?)",
     )
     .bind(memory.id.as_bytes().as_slice())
     .bind(memory.version)
-    .bind(kind)
+    .bind(kind.name())
     .bind(writer.now.micros())
     .bind(&writer.subject)
     .bind(encode(memory)?)
     .execute(&mut *connection)
     .await
     .map_err(storage)?;
+    event(connection, writer, key, memory.version, kind).await
+}
+
+/// A row of the outbox.
+async fn event(
+    connection: &mut SqliteConnection,
+    writer: &Writer,
+    key: Key,
+    version: i64,
+    kind: Kind,
+) -> Result<Sequence, MemoryError> {
     let event = sqlx::query("INSERT INTO outbox (tenant, memory, kind, version, committed_at) VALUES (?, ?, ?, ?, ?)")
         .bind(writer.tenant.as_str())
         .bind(key.0)
-        .bind(kind)
-        .bind(memory.version)
+        .bind(kind.name())
+        .bind(version)
         .bind(writer.now.micros())
         .execute(connection)
         .await

@@ -1,0 +1,163 @@
+//! Deletion, history and counts on the wire.
+
+use aeterna_error::{Error, Violations};
+use aeterna_proto::errors::v1::ItemError;
+use aeterna_proto::memory::v1 as wire;
+use aeterna_types::{MemoryId, PageToken, Scope, TenantId};
+use prost::Message as _;
+
+use super::{MAX_BATCH, consistency_token, cursor, id, idempotency, memory, page_limit, scope, value};
+use crate::app::{Deletion, Stats, Versions};
+use crate::domain::{Kind, Version, Written};
+
+/// One memory to delete; `prefix` is the path of the request in a batch.
+pub fn delete_request(mut request: wire::DeleteRequest, prefix: &str) -> Result<Deletion, Error> {
+    let mut violations = Violations::below(prefix);
+    let request_id = std::mem::take(&mut request.request_id);
+    let idempotency = idempotency(&mut violations, "Delete", &request_id, &request.encode_to_vec());
+    let id = id(&mut violations, "id", &request.id);
+    violations.finish(id.map(|id| Deletion {
+        id,
+        etag: Some(request.etag).filter(|etag| !etag.is_empty()),
+        purge: request.purge,
+        idempotency,
+    }))
+}
+
+/// The answer to Delete; what was removed for good is not repeated.
+pub fn delete_response(written: Written) -> wire::DeleteResponse {
+    let purged = written.memory.body.content.is_empty();
+    wire::DeleteResponse {
+        consistency_token: consistency_token(written.sequence),
+        memory: (!purged).then(|| memory(written.memory)),
+    }
+}
+
+/// The items of a batch, each with its own verdict.
+pub fn batch_delete_request(request: wire::BatchDeleteRequest) -> Result<Vec<Result<Deletion, Error>>, Error> {
+    if request.requests.is_empty() || request.requests.len() > MAX_BATCH {
+        let mut violations = Violations::default();
+        violations.add(
+            "requests",
+            format!("has {} items; send 1 to 1000", request.requests.len()),
+        );
+        violations.into_result()?;
+    }
+    let item = |(index, item)| delete_request(item, &format!("requests[{index}]."));
+    Ok(request.requests.into_iter().enumerate().map(item).collect())
+}
+
+/// The answer to BatchDelete.
+pub fn batch_delete_response(
+    results: Vec<Result<Written, Error>>,
+    refused: impl Fn(&Error) -> ItemError,
+) -> wire::BatchDeleteResponse {
+    use wire::batch_delete_result::Result as Item;
+    let last = results.iter().flatten().map(|written| written.sequence).max();
+    let item = |result| wire::BatchDeleteResult {
+        result: Some(match result {
+            Ok(written) => Item::Deleted(delete_response(written)),
+            Err(error) => Item::Error(refused(&error)),
+        }),
+    };
+    wire::BatchDeleteResponse {
+        results: results.into_iter().map(item).collect(),
+        consistency_token: consistency_token(last.unwrap_or_default()),
+    }
+}
+
+/// What History asks for.
+#[derive(Clone, Debug)]
+pub struct HistoryQuery {
+    /// The memory.
+    pub id: MemoryId,
+    /// Versions before this one.
+    pub before: Option<i64>,
+    /// At most so many.
+    pub limit: usize,
+    /// What page tokens are bound to.
+    pub binding: Vec<u8>,
+}
+
+/// What History asks for.
+pub fn history_request(request: wire::HistoryRequest, tenant: &TenantId) -> Result<HistoryQuery, Error> {
+    let mut violations = Violations::default();
+    let id = id(&mut violations, "id", &request.id);
+    let limit = page_limit(&mut violations, request.page_size);
+    let id = violations.finish(id)?;
+    let binding = [b"history".as_slice(), tenant.as_str().as_bytes(), &[0], id.as_bytes()].concat();
+    let before = cursor(&request.page_token, &binding)?.map(i64::from_le_bytes);
+    Ok(HistoryQuery {
+        id,
+        before,
+        limit,
+        binding,
+    })
+}
+
+/// The answer to History; a page ends early when it has so many bytes, and never before its first version.
+pub fn history_response(page: Versions, binding: &[u8], budget: usize) -> wire::HistoryResponse {
+    let (mut versions, mut bytes, mut next, mut last) = (Vec::new(), 0, page.next, None);
+    for one in page.versions {
+        let number = one.memory.version;
+        let message = version(one);
+        bytes += message.encoded_len();
+        if bytes > budget && last.is_some() {
+            next = last;
+            break;
+        }
+        last = Some(number);
+        versions.push(message);
+    }
+    let next = next.map(|version| PageToken::encode(&version.to_le_bytes(), binding));
+    wire::HistoryResponse {
+        versions,
+        next_page_token: next.unwrap_or_default(),
+    }
+}
+
+fn version(version: Version) -> wire::MemoryVersion {
+    let kind = match version.kind {
+        Kind::Added => wire::ChangeKind::Added,
+        Kind::Updated => wire::ChangeKind::Updated,
+        Kind::Deleted => wire::ChangeKind::Deleted,
+        Kind::Purged => wire::ChangeKind::Purged,
+        Kind::Expired => wire::ChangeKind::Expired,
+        Kind::Embedded => wire::ChangeKind::Unspecified,
+    };
+    wire::MemoryVersion {
+        memory: Some(memory(version.memory)),
+        kind: kind.into(),
+        changed_at: Some(value::timestamp(version.changed_at)),
+        changed_by: version.changed_by,
+    }
+}
+
+/// What Stats asks for.
+pub fn stats_request(request: wire::StatsRequest) -> Result<Option<Scope>, Error> {
+    let mut violations = Violations::default();
+    let scope = scope(&mut violations, "scope", request.scope);
+    violations.into_result()?;
+    Ok(scope)
+}
+
+/// The answer to Stats.
+pub fn stats_response(stats: Stats) -> wire::StatsResponse {
+    let layers = stats
+        .counts
+        .layers
+        .into_iter()
+        .map(|(layer, memories, content_bytes)| wire::LayerStats {
+            layer: layer.number(),
+            memories,
+            content_bytes,
+        });
+    wire::StatsResponse {
+        layers: layers.collect(),
+        deleted: stats.counts.deleted,
+        pending_embeddings: stats.counts.pending,
+        index_lag: stats.index_lag,
+        embedding_bytes: stats.counts.embedding_bytes,
+        index_bytes: i64::try_from(stats.index_bytes).unwrap_or(i64::MAX),
+    }
+}
