@@ -80,6 +80,30 @@ async fn an_import_names_bad_lines_keeps_the_others_and_goes_on_when_it_is_repea
         told(&gone)
     );
     assert!(told(&aeterna(&["get", &id, "--deleted"], &env).await).contains("deleted"));
+    let history = told(&aeterna(&["history", &id], &env).await);
+    assert!(history.contains("deleted") && history.contains("added"), "{history}");
+    let stats = told(&aeterna(&["stats"], &env).await);
+    assert!(
+        stats.contains("user") && stats.contains("249") && stats.contains("deleted: 1"),
+        "{stats}"
+    );
+    let mut watch = tokio::process::Command::new(built("aeterna"))
+        .args(["watch", "--resume", "1.0"])
+        .envs(env)
+        .stdout(std::process::Stdio::piped())
+        .kill_on_drop(true)
+        .spawn()
+        .unwrap();
+    let lines = tokio::io::BufReader::new(watch.stdout.take().unwrap());
+    let line = tokio::io::AsyncBufReadExt::lines(lines)
+        .next_line()
+        .await
+        .unwrap()
+        .unwrap();
+    assert!(line.starts_with("added: ") && line.ends_with("fact 0"), "{line}");
+    watch.kill().await.unwrap();
+    assert!(told(&aeterna(&["delete", "--purge", &id], &env).await).contains("deleted: "));
+    assert!(!aeterna(&["get", &id, "--deleted"], &env).await.status.success());
     assert_eq!(program.stop().await, Some(0));
     let away = told(&aeterna(&["list"], &env).await);
     assert!(

@@ -14,3 +14,4 @@ mod sandbox;
 mod tenants;
 mod tidy;
 mod traces;
+mod watch;

@@ -7,7 +7,7 @@ mod status;
 
 pub use aeterna_proto::errors::v1::Reason;
 pub use reason::{REASONS, ReasonInfo, info};
-pub use status::{DOMAIN, from_status, item_error};
+pub use status::{DOMAIN, from_status, is_answer, item_error};
 
 use std::time::Duration;
 

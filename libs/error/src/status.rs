@@ -41,6 +41,15 @@ impl From<Error> for Status {
     }
 }
 
+/// True for what a service of ours answered; false when the transport made the status itself, for instance because the
+/// connection broke in the middle of an answer, and nobody knows what became of the call.
+pub fn is_answer(status: &Status) -> bool {
+    status
+        .get_error_details()
+        .error_info()
+        .is_some_and(|info| info.domain == DOMAIN)
+}
+
 /// The error behind a status that another service answered.
 pub fn from_status(status: &Status) -> Error {
     let details = status.get_error_details();
@@ -113,6 +122,7 @@ mod tests {
         assert_eq!(back.violations()[0].field, "top_k");
         assert_eq!(back.metadata, [("limit".to_string(), "1000".to_string())]);
         assert_eq!(back.retry_after, Some(Duration::from_secs(2)));
+        assert!(is_answer(&status) && !is_answer(&Status::internal("h2 protocol error")));
     }
 
     #[test]

@@ -4,6 +4,7 @@ mod client;
 mod config;
 mod delete;
 mod get;
+mod history;
 mod import;
 mod list;
 mod models;
@@ -11,7 +12,9 @@ mod output;
 mod scope;
 mod search;
 mod serve;
+mod stats;
 mod token;
+mod watch;
 mod write;
 
 use std::process::ExitCode;
@@ -47,6 +50,12 @@ enum Verb {
     List(list::Args),
     /// Delete memories by id; they stay readable with `get --deleted`
     Delete(delete::Args),
+    /// Show the versions of one memory, newest first
+    History(history::Args),
+    /// Show changes as they happen
+    Watch(watch::Args),
+    /// Count what there is
+    Stats(stats::Args),
     /// Take in a file of memories or conversations; run it again to continue where it stopped
     Import(import::Args),
     /// Embedding models: list the server's, or install one
@@ -114,6 +123,9 @@ async fn dispatch(verb: Verb, matches: &ArgMatches) -> anyhow::Result<ExitCode> 
         Verb::Get(args) => get::run(args).await?,
         Verb::List(args) => list::run(args).await?,
         Verb::Delete(args) => return delete::run(args).await,
+        Verb::History(args) => history::run(args).await?,
+        Verb::Watch(args) => watch::run(args).await?,
+        Verb::Stats(args) => stats::run(args).await?,
         Verb::Import(args) => return import::run(args).await,
         Verb::Models(models::Verb::List(args)) => models::list(args).await?,
         Verb::Models(models::Verb::Fetch(args)) => models::fetch(&args, &sources(matches))?,

@@ -9,6 +9,7 @@ mod list;
 mod search;
 mod stats;
 mod update;
+mod watch;
 
 use std::sync::Arc;
 
@@ -16,7 +17,9 @@ use aeterna_error::Error;
 use aeterna_proto::embedding::v1 as embedding;
 use aeterna_rpc::{AnyChannel, Credentials, RequestContext};
 use aeterna_types::{Clock, TenantId};
-use tokio::sync::{Notify, watch};
+use tokio::sync::broadcast;
+use tokio::sync::watch::Sender;
+use tokio_util::sync::CancellationToken;
 
 pub use add::NewMemory;
 pub use delete::Deletion;
@@ -26,8 +29,9 @@ pub use list::{ListQuery, Page};
 pub use search::{Arms, Breakdown, Found, Fusion, SearchQuery, SearchStats, Weights};
 pub use stats::Stats;
 pub use update::{FIELDS, Patch};
+pub use watch::{News, RING, WatchQuery};
 
-use crate::domain::{Sequence, Writer};
+use crate::domain::{Change, Sequence, Writer};
 use crate::metrics::Metrics;
 use crate::store::code::Code;
 use crate::store::{Relational, StoredVector, VectorIndex};
@@ -58,10 +62,14 @@ pub struct App {
     pub(crate) clock: Arc<dyn Clock>,
     pub(crate) metrics: Metrics,
     pub(crate) message_bytes: usize,
-    /// Wakes the indexer.
-    pub(crate) written: Notify,
+    /// Marked when something was committed.
+    pub(crate) committed: Sender<()>,
+    /// What was committed, for watchers.
+    pub(crate) changes: broadcast::Sender<Arc<Change>>,
+    /// Cancelled when the process should end: streams end then.
+    pub(crate) stop: CancellationToken,
     /// The change up to which the index has everything.
-    pub(crate) indexed: watch::Sender<Sequence>,
+    pub(crate) indexed: Sender<Sequence>,
 }
 
 impl App {
@@ -140,7 +148,7 @@ impl App {
 
     /// Waits until the index has what a token stands for; false when it does not in time.
     async fn reached(&self, sequence: Sequence) -> bool {
-        self.written.notify_one();
+        self.committed.send_replace(());
         let mut indexed = self.indexed.subscribe();
         let reached = indexed.wait_for(|watermark| *watermark >= sequence);
         tokio::time::timeout(INDEX_PATIENCE, reached).await.is_ok()

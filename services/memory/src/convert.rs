@@ -13,7 +13,7 @@ use prost::Message as _;
 
 pub use change::{
     batch_delete_request, batch_delete_response, delete_request, delete_response, history_request, history_response,
-    stats_request, stats_response,
+    news, stats_request, stats_response, watch_request,
 };
 pub use search::{search_request, search_response};
 
@@ -225,16 +225,20 @@ pub fn consistency_token(sequence: Sequence) -> String {
     }
 }
 
+/// The place that a token stands for.
+fn sequence(token: &str) -> Option<Sequence> {
+    let number = token.strip_prefix("1.")?.parse().ok()?;
+    (number >= 0).then_some(Sequence(number))
+}
+
 /// The write that a token stands for. Reads of the relational store see every acknowledged write; Search waits for the
 /// index.
 pub(super) fn check_token(violations: &mut Violations, token: &str) -> Sequence {
-    let number = token.strip_prefix("1.").map(str::parse::<i64>);
-    match number {
-        Some(Ok(number)) if number >= 0 => return Sequence(number),
-        _ if token.is_empty() => {}
-        _ => violations.add("consistency_token", "is none; send it as a write answered it"),
+    let sequence = sequence(token);
+    if sequence.is_none() && !token.is_empty() {
+        violations.add("consistency_token", "is none; send it as a write answered it");
     }
-    Sequence::default()
+    sequence.unwrap_or_default()
 }
 
 /// The answer to Add.

@@ -287,6 +287,25 @@ pub struct Version {
     pub changed_by: String,
 }
 
+/// A committed change, as watchers are told of it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Change {
+    /// Its place in the outbox.
+    pub sequence: Sequence,
+    /// Whose memory.
+    pub tenant: TenantId,
+    /// Which memory.
+    pub id: MemoryId,
+    /// Where it lives, or lived.
+    pub scope: Scope,
+    /// What was done; never [`Kind::Embedded`].
+    pub kind: Kind,
+    /// When.
+    pub committed_at: Timestamp,
+    /// The memory after it; `None` after it was removed for good.
+    pub memory: Option<Memory>,
+}
+
 /// What a write answered; kept with its request id.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Written {

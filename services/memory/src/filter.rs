@@ -1,9 +1,8 @@
 //! The filter language: a part of AIP-160 with one meaning on every store.
 //!
-//! A filter is parsed and typed once, here; stores compile it to their own query language, and are tested against an evaluator
-//! in memory (`eval`) that says what it means. A test on a value that is not there is false, so `!=` and `NOT` are true for it: the logic has two values.
+//! A filter is parsed and typed once, here; stores compile it to their own query language, and are tested against the evaluator
+//! in memory that watchers use ([`Filter::matches`]). A test on a value that is not there is false, so `!=` and `NOT` are true for it: the logic has two values.
 
-#[cfg(test)]
 mod eval;
 mod parse;
 

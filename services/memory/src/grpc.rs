@@ -6,6 +6,7 @@ use aeterna_error::{Error, Reason, item_error};
 use aeterna_proto::memory::v1 as wire;
 use aeterna_proto::memory::v1::memory_service_server::MemoryService;
 use aeterna_rpc::RequestContext;
+use tonic::codegen::BoxStream;
 use tonic::{Request, Response, Status};
 
 use crate::app::App;
@@ -89,6 +90,21 @@ impl MemoryService for Memories {
         let page = self.0.history(&context, query.id, query.before, query.limit).await?;
         let answer = convert::history_response(page, &query.binding, self.0.page_bytes());
         self.fitting(answer, "lower `page_size`")
+    }
+
+    async fn watch(&self, request: Request<wire::WatchRequest>) -> Answer<BoxStream<wire::WatchResponse>> {
+        let context = RequestContext::of(&request)?;
+        let query = convert::watch_request(request.into_inner())?;
+        let watcher = self.0.watch(&context, query).await?;
+        // Ended is a watcher that has told its error.
+        let news = futures::stream::unfold(Some(watcher), async |watcher| {
+            let mut watcher = watcher?;
+            Some(match watcher.next().await {
+                Ok(news) => (Ok(convert::news(news)), Some(watcher)),
+                Err(error) => (Err(error.into()), None),
+            })
+        });
+        Ok(Response::new(Box::pin(news)))
     }
 
     async fn stats(&self, request: Request<wire::StatsRequest>) -> Answer<wire::StatsResponse> {

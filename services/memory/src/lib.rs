@@ -21,7 +21,7 @@ use aeterna_rpc::{AnyChannel, Credentials, Dependency, Health, RequestContext};
 use aeterna_storage::{DirectoryLock, SqliteOptions};
 use aeterna_types::{SystemClock, TenantId};
 use opentelemetry::metrics::Meter;
-use tokio::sync::{Notify, watch};
+use tokio::sync::{broadcast, watch};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
@@ -112,6 +112,8 @@ pub struct Deps {
     pub embedder: AnyChannel,
     /// What its background work presents to the embedding service.
     pub credentials: Credentials,
+    /// Ends its streams, so that the process can drain.
+    pub stop: CancellationToken,
     /// Ends its background work, once no call is under way any more.
     pub drained: CancellationToken,
 }
@@ -126,6 +128,7 @@ impl Deps {
             data_dir: host.config.data_dir.clone(),
             embedder,
             credentials: host.credentials(),
+            stop: host.stop.clone(),
             drained: host.drained.clone(),
         }
     }
@@ -185,7 +188,9 @@ pub async fn build(config: Config, deps: Deps) -> Result<Service, Error> {
         clock: Arc::new(SystemClock),
         metrics: metrics::Metrics::new(&deps.meter),
         message_bytes: deps.message_bytes,
-        written: Notify::new(),
+        committed: watch::Sender::new(()),
+        changes: broadcast::Sender::new(app::RING),
+        stop: deps.stop,
     });
     let work = Background::new(Arc::clone(&app), deps.health.clone(), SERVICE);
     if let Some(why) = fresh {

@@ -11,7 +11,7 @@ use std::collections::HashSet;
 use aeterna_types::{Layer, MemoryId, Scope, TenantId, Timestamp};
 use async_trait::async_trait;
 
-use crate::domain::{Body, Idempotency, Key, Memory, ScopeKey, Sequence, Version, View, Writer, Written};
+use crate::domain::{self, Body, Idempotency, Key, Memory, ScopeKey, Sequence, Version, View, Writer, Written};
 use crate::error::MemoryError;
 use crate::filter::Filter;
 use code::Code;
@@ -211,6 +211,15 @@ pub trait Relational: Send + Sync {
 
     /// Changes after a place in the outbox, in order.
     async fn events(&self, after: Sequence, limit: usize) -> Result<Vec<IndexEvent>, MemoryError>;
+
+    /// Changes after a place in the outbox, in order, for watchers: of one tenant or of all. Of a change whose memory was
+    /// removed for good since, only the removal is told.
+    async fn changes(
+        &self,
+        tenant: Option<&TenantId>,
+        after: Sequence,
+        limit: usize,
+    ) -> Result<Vec<domain::Change>, MemoryError>;
 
     /// The last place in the outbox.
     async fn last_sequence(&self) -> Result<Sequence, MemoryError>;

@@ -13,6 +13,9 @@ pub struct Args {
     /// Ids of the memories
     #[arg(required = true)]
     ids: Vec<String>,
+    /// Remove them for good, with their history; needs the admin role
+    #[arg(long)]
+    purge: bool,
     #[command(flatten)]
     remote: Remote,
 }
@@ -23,6 +26,7 @@ pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
     for id in args.ids {
         let request = DeleteRequest {
             id: id.clone(),
+            purge: args.purge,
             ..Default::default()
         };
         match client.memory().delete(client.request(request)).await {

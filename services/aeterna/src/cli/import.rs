@@ -147,8 +147,9 @@ async fn patiently(client: &Client, batch: &BatchAddRequest, bar: &ProgressBar) 
             Ok(answer) => return Ok(answer.into_inner()),
             Err(status) => status,
         };
-        let passing = matches!(status.code(), Code::Unavailable | Code::ResourceExhausted)
-            && aeterna_error::from_status(&status).reason() != aeterna_error::Reason::StorageFull;
+        let full = aeterna_error::from_status(&status).reason() == aeterna_error::Reason::StorageFull;
+        let busy = matches!(status.code(), Code::Unavailable | Code::ResourceExhausted) && !full;
+        let passing = busy || !aeterna_error::is_answer(&status);
         if !passing || waited >= PATIENCE {
             return Err(status.into());
         }

@@ -1,5 +1,5 @@
-//! The background work: keeping the vector index in step with the outbox, making up vectors that are pending, and reaping
-//! what has expired. Each is a task of its own; only the first one writes the index, so changes are applied in order.
+//! The background work: keeping the vector index in step with the outbox, making up vectors that are pending, reaping what
+//! has expired, and telling watchers. Each is a task of its own; only the first one writes the index, so changes are applied in order.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -84,11 +84,17 @@ impl Background {
 
     /// Does everything until it is told to stop, and leaves the index flushed.
     pub async fn run(self, stop: CancellationToken) {
-        tokio::join!(self.follow(&stop), self.make_up(&stop), self.reap(&stop));
+        tokio::join!(
+            self.follow(&stop),
+            self.make_up(&stop),
+            self.reap(&stop),
+            self.app.publish(&stop)
+        );
     }
 
     /// Follows the outbox.
     async fn follow(&self, stop: &CancellationToken) {
+        let mut committed = self.app.committed.subscribe();
         let mut flushed = Instant::now();
         let mut dirty = false;
         loop {
@@ -108,7 +114,7 @@ impl Background {
             }
             tokio::select! {
                 () = stop.cancelled() => break,
-                () = self.app.written.notified() => {}
+                _ = committed.changed() => {}
                 () = tokio::time::sleep(PAUSE) => {}
             }
         }
@@ -192,7 +198,7 @@ impl Background {
             Err(_) => from,
         };
         self.pending.from.fetch_min(next, Ordering::SeqCst);
-        app.written.notify_one();
+        app.committed.send_replace(());
         looked.map(|next| next != NOTHING)
     }
 
@@ -250,7 +256,9 @@ impl Background {
             match self.app.store.reap(self.app.clock.now(), REAPED).await {
                 Ok(REAPED) => continue,
                 Ok(0) => {}
-                Ok(_) => self.app.written.notify_one(),
+                Ok(_) => {
+                    self.app.committed.send_replace(());
+                }
                 Err(error) => tracing::warn!(%error, "what has expired can't be reaped; trying again"),
             }
             tokio::select! {

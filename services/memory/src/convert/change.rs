@@ -1,4 +1,4 @@
-//! Deletion, history and counts on the wire.
+//! Deletion, history, watching and counts on the wire.
 
 use aeterna_error::{Error, Violations};
 use aeterna_proto::errors::v1::ItemError;
@@ -6,9 +6,11 @@ use aeterna_proto::memory::v1 as wire;
 use aeterna_types::{MemoryId, PageToken, Scope, TenantId};
 use prost::Message as _;
 
-use super::{MAX_BATCH, consistency_token, cursor, id, idempotency, memory, page_limit, scope, value};
-use crate::app::{Deletion, Stats, Versions};
-use crate::domain::{Kind, Version, Written};
+use super::{
+    MAX_BATCH, consistency_token, cursor, filter, id, idempotency, layers, memory, page_limit, scope, sequence, value,
+};
+use crate::app::{Deletion, News, Stats, Versions, WatchQuery};
+use crate::domain::{Kind, Sequence, Version, Written};
 
 /// One memory to delete; `prefix` is the path of the request in a batch.
 pub fn delete_request(mut request: wire::DeleteRequest, prefix: &str) -> Result<Deletion, Error> {
@@ -116,8 +118,8 @@ pub fn history_response(page: Versions, binding: &[u8], budget: usize) -> wire::
     }
 }
 
-fn version(version: Version) -> wire::MemoryVersion {
-    let kind = match version.kind {
+fn kind(kind: Kind) -> i32 {
+    let kind = match kind {
         Kind::Added => wire::ChangeKind::Added,
         Kind::Updated => wire::ChangeKind::Updated,
         Kind::Deleted => wire::ChangeKind::Deleted,
@@ -125,9 +127,13 @@ fn version(version: Version) -> wire::MemoryVersion {
         Kind::Expired => wire::ChangeKind::Expired,
         Kind::Embedded => wire::ChangeKind::Unspecified,
     };
+    kind.into()
+}
+
+fn version(version: Version) -> wire::MemoryVersion {
     wire::MemoryVersion {
         memory: Some(memory(version.memory)),
-        kind: kind.into(),
+        kind: kind(version.kind),
         changed_at: Some(value::timestamp(version.changed_at)),
         changed_by: version.changed_by,
     }
@@ -160,4 +166,56 @@ pub fn stats_response(stats: Stats) -> wire::StatsResponse {
         embedding_bytes: stats.counts.embedding_bytes,
         index_bytes: i64::try_from(stats.index_bytes).unwrap_or(i64::MAX),
     }
+}
+
+/// What Watch asks for.
+pub fn watch_request(request: wire::WatchRequest) -> Result<WatchQuery, Error> {
+    let mut violations = Violations::default();
+    let scope = scope(&mut violations, "scope", request.scope);
+    let layers = layers(&mut violations, &request.layers);
+    let filter = filter(&mut violations, &request.filter);
+    let after = sequence(&request.resume_token);
+    if after.is_none() && !request.resume_token.is_empty() {
+        violations.add(
+            "resume_token",
+            "is none; send it as an event carried it, or leave it out",
+        );
+    }
+    violations.into_result()?;
+    Ok(WatchQuery {
+        scope,
+        layers,
+        filter,
+        after,
+    })
+}
+
+/// One event of Watch.
+pub fn news(news: News) -> wire::WatchResponse {
+    match news {
+        News::Heartbeat(position, now) => wire::WatchResponse {
+            resume_token: resume_token(position),
+            committed_at: Some(value::timestamp(now)),
+            heartbeat: true,
+            ..Default::default()
+        },
+        News::Change(change) => {
+            let gone = || wire::Memory {
+                id: change.id.to_string(),
+                ..Default::default()
+            };
+            wire::WatchResponse {
+                kind: kind(change.kind),
+                memory: Some(change.memory.clone().map_or_else(gone, memory)),
+                resume_token: resume_token(change.sequence),
+                committed_at: Some(value::timestamp(change.committed_at)),
+                heartbeat: false,
+            }
+        }
+    }
+}
+
+/// Also for the beginning, where a consistency token would be empty.
+fn resume_token(position: Sequence) -> String {
+    format!("1.{}", position.0)
 }

@@ -558,6 +558,19 @@ async fn what_is_purged_leaves_nothing_behind(store: &dyn Relational) {
     let told = store.events(before, 10).await.unwrap();
     assert_eq!(told.len(), 1, "the index is told");
     assert!(store.states(MODEL, &[told[0].key]).await.unwrap().is_empty());
+    // Watchers are told of the removal, and of what is still there; of the secret's earlier changes nothing is left to tell.
+    let changes = store.changes(Some(&tenant), Sequence::default(), 100).await.unwrap();
+    let told: Vec<_> = changes
+        .iter()
+        .map(|change| (change.id, change.kind, change.memory.is_some()))
+        .collect();
+    assert_eq!(told, [(kept, Kind::Added, true), (secret, Kind::Purged, false)]);
+    assert_eq!(changes[1].scope, scope(Layer::User, "ann"));
+    assert_eq!(
+        store.changes(Some(&tenant), changes[0].sequence, 1).await.unwrap(),
+        changes[1..]
+    );
+    assert!(store.changes(None, Sequence::default(), 1000).await.unwrap().len() > 2);
     assert!(store.get(&tenant, kept).await.unwrap().is_some());
     assert_eq!(store.counts(MODEL, &scopes, at(5)).await.unwrap().deleted, 0);
 }

@@ -14,7 +14,7 @@ use sqlx::sqlite::SqliteRow;
 
 use super::code::Code;
 use super::{Addition, ChangeItem, Counts, IndexEvent, IndexState, LexicalSearch, Listing, Relational, Stored};
-use crate::domain::{Idempotency, Key, Memory, ScopeKey, Sequence, Version, View, Writer, Written};
+use crate::domain::{self, Idempotency, Key, Memory, ScopeKey, Sequence, Version, View, Writer, Written};
 use crate::error::MemoryError;
 use crate::filter::Filter;
 
@@ -22,6 +22,7 @@ use crate::filter::Filter;
 pub const MIGRATIONS: &[(&str, &str)] = &[
     ("memories", include_str!("sqlite/schema.sql")),
     ("a lexical table a tenant", include_str!("sqlite/schema_2.sql")),
+    ("changes that outlive their memory", include_str!("sqlite/schema_3.sql")),
 ];
 
 /// The store.
@@ -151,6 +152,15 @@ impl Relational for SqliteStore {
 
     async fn events(&self, after: Sequence, limit: usize) -> Result<Vec<IndexEvent>, MemoryError> {
         read::events(self, after, limit).await
+    }
+
+    async fn changes(
+        &self,
+        tenant: Option<&TenantId>,
+        after: Sequence,
+        limit: usize,
+    ) -> Result<Vec<domain::Change>, MemoryError> {
+        read::changes(self, tenant, after, limit).await
     }
 
     async fn last_sequence(&self) -> Result<Sequence, MemoryError> {

@@ -6,7 +6,7 @@ use sqlx::{AssertSqlSafe, Row as _};
 
 use super::filter::Sql;
 use super::{SqliteStore, damaged, encode, marks, storage, stored};
-use crate::domain::{Key, Kind, Memory, ScopeKey, Sequence, Version, View};
+use crate::domain::{Change, Key, Kind, Memory, ScopeKey, Sequence, Version, View};
 use crate::error::MemoryError;
 use crate::filter::Filter;
 use crate::store::code::Code;
@@ -307,6 +307,50 @@ pub async fn events(store: &SqliteStore, after: Sequence, limit: usize) -> Resul
         })
     };
     rows.iter().map(event).collect()
+}
+
+pub async fn changes(
+    store: &SqliteStore,
+    tenant: Option<&TenantId>,
+    after: Sequence,
+    limit: usize,
+) -> Result<Vec<Change>, MemoryError> {
+    // A change whose version is gone is told by the removal that follows it.
+    let rows = sqlx::query(
+        "SELECT o.sequence, o.tenant, o.id, o.kind, o.committed_at, s.path, h.record FROM outbox o \
+         JOIN scopes s ON s.key = o.scope LEFT JOIN history h ON h.memory = o.id AND h.version = o.version \
+         WHERE o.sequence > ? AND (? IS NULL OR o.tenant = ?) AND o.kind <> 'embedded' \
+         AND (o.kind = 'purged' OR h.record IS NOT NULL) ORDER BY o.sequence LIMIT ?",
+    )
+    .bind(after.0)
+    .bind(tenant.map(TenantId::as_str))
+    .bind(tenant.map(TenantId::as_str))
+    .bind(i64::try_from(limit).unwrap_or(i64::MAX))
+    .fetch_all(store.0.readers())
+    .await
+    .map_err(storage)?;
+    rows.iter().map(change).collect()
+}
+
+fn change(row: &SqliteRow) -> Result<Change, MemoryError> {
+    let (tenant, kind, path): (&str, &str, &str) = (
+        row.try_get("tenant").map_err(storage)?,
+        row.try_get("kind").map_err(storage)?,
+        row.try_get("path").map_err(storage)?,
+    );
+    let id: &[u8] = row.try_get("id").map_err(storage)?;
+    let record: Option<&str> = row.try_get("record").map_err(storage)?;
+    let memory = record.map(|record| serde_json::from_str(record).map_err(|_| damaged("version")));
+    let committed_at = row.try_get("committed_at").map_err(storage)?;
+    Ok(Change {
+        sequence: Sequence(row.try_get("sequence").map_err(storage)?),
+        tenant: tenant.parse().map_err(|_| damaged("tenant"))?,
+        id: MemoryId::from_bytes(id.try_into().map_err(|_| damaged("id"))?),
+        scope: serde_json::from_str(path).map_err(|_| damaged("scope"))?,
+        kind: Kind::from_name(kind).ok_or_else(|| damaged("kind of change"))?,
+        committed_at: Timestamp::from_micros(committed_at).ok_or_else(|| damaged("time"))?,
+        memory: memory.transpose()?,
+    })
 }
 
 pub async fn last_sequence(store: &SqliteStore) -> Result<Sequence, MemoryError> {

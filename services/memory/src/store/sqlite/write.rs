@@ -161,7 +161,7 @@ async fn change_one(
         Change::Purge => {
             purge(connection, writer, key, &memory).await?;
             memory = memory.redacted();
-            event(connection, writer, key, memory.version, Kind::Purged).await?
+            event(connection, writer, key, &memory, Kind::Purged).await?
         }
         Change::Delete => {
             memory.deleted_at = Some(writer.now);
@@ -380,7 +380,7 @@ pub async fn put_codes(
     for (key, version, code) in codes {
         let marked = sqlx::query(
             "UPDATE memories SET record = json_set(record, '$.embedding_model', ?) \
-             WHERE key = ? AND version = ? AND deleted_at IS NULL RETURNING tenant",
+             WHERE key = ? AND version = ? AND deleted_at IS NULL RETURNING key, tenant, record",
         )
         .bind(model)
         .bind(key.0)
@@ -396,7 +396,8 @@ pub async fn put_codes(
         put_vector(&mut transaction, *key, Some(&vector)).await?;
         let tenant: &str = marked.try_get("tenant").map_err(storage)?;
         let system = system(tenant, now)?;
-        event(&mut transaction, &system, *key, *version, Kind::Embedded).await?;
+        let memory = super::stored(&marked)?.memory;
+        event(&mut transaction, &system, *key, &memory, Kind::Embedded).await?;
         stored += 1;
     }
     transaction.commit().await.map_err(storage)?;
@@ -457,25 +458,30 @@ async fn record(
     .execute(&mut *connection)
     .await
     .map_err(storage)?;
-    event(connection, writer, key, memory.version, kind).await
+    event(connection, writer, key, memory, kind).await
 }
 
-/// A row of the outbox.
+/// A row of the outbox, with what watchers are told when the memory itself is gone.
 async fn event(
     connection: &mut SqliteConnection,
     writer: &Writer,
     key: Key,
-    version: i64,
+    memory: &Memory,
     kind: Kind,
 ) -> Result<Sequence, MemoryError> {
-    let event = sqlx::query("INSERT INTO outbox (tenant, memory, kind, version, committed_at) VALUES (?, ?, ?, ?, ?)")
-        .bind(writer.tenant.as_str())
-        .bind(key.0)
-        .bind(kind.name())
-        .bind(version)
-        .bind(writer.now.micros())
-        .execute(connection)
-        .await
-        .map_err(storage)?;
+    let scope = scope_key(connection, writer, &memory.scope).await?;
+    let event = sqlx::query(
+        "INSERT INTO outbox (tenant, memory, kind, version, committed_at, id, scope) VALUES (?, ?, ?, ?, ?, ?, ?)",
+    )
+    .bind(writer.tenant.as_str())
+    .bind(key.0)
+    .bind(kind.name())
+    .bind(memory.version)
+    .bind(writer.now.micros())
+    .bind(memory.id.as_bytes().as_slice())
+    .bind(scope.0)
+    .execute(connection)
+    .await
+    .map_err(storage)?;
     Ok(Sequence(event.last_insert_rowid()))
 }

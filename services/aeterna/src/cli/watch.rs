@@ -1,0 +1,66 @@
+//! `aeterna watch`.
+
+use aeterna_proto::common::v1::Scope;
+use aeterna_proto::memory::v1::{ChangeKind, WatchRequest, WatchResponse};
+
+use super::client::Remote;
+use super::{output, scope};
+use crate::json;
+
+/// Time that one stream may take; the resume token carries on after it.
+const TIMEOUT: std::time::Duration = std::time::Duration::from_secs(24 * 3600);
+
+/// What `watch` takes.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Where you stand, for instance `user=ann`; left out: everything the token allows
+    #[arg(long, value_name = "LAYER=ID,…", value_parser = scope::parse)]
+    scope: Option<Scope>,
+    /// Only memories that satisfy it, for instance `tags:travel AND importance >= 0.5`
+    #[arg(long, default_value = "")]
+    filter: String,
+    /// Continue after the change that carried this token (`--json` shows it); `1.0` begins with the first one
+    #[arg(long, value_name = "TOKEN", default_value = "")]
+    resume: String,
+    /// Print each change as JSON
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    remote: Remote,
+}
+
+pub async fn run(args: Args) -> anyhow::Result<()> {
+    let client = args.remote.client()?;
+    let request = WatchRequest {
+        scope: args.scope,
+        filter: args.filter,
+        resume_token: args.resume,
+        ..Default::default()
+    };
+    let mut stream = client
+        .memory()
+        .watch(client.request_within(request, TIMEOUT))
+        .await?
+        .into_inner();
+    while let Some(event) = stream.message().await? {
+        if args.json {
+            output::line(json::to_json("aeterna.memory.v1.WatchResponse", &event)?);
+        } else if !event.heartbeat {
+            output::line(told(&event));
+        }
+    }
+    Ok(())
+}
+
+fn told(event: &WatchResponse) -> String {
+    let memory = event.memory.clone().unwrap_or_default();
+    let kind = match event.kind() {
+        ChangeKind::Added => "added",
+        ChangeKind::Updated => "changed",
+        ChangeKind::Deleted => "deleted",
+        ChangeKind::Purged => "removed",
+        ChangeKind::Expired => "expired",
+        ChangeKind::Unspecified => "changed somehow",
+    };
+    format!("{kind}: {} {}", memory.id, output::said(&memory))
+}

@@ -1,0 +1,188 @@
+//! Watching changes as they are committed.
+//!
+//! One task reads the outbox and hands each change to all watchers through a ring of bounded size. A watcher that falls behind
+//! the ring, or begins in the past, reads the outbox itself until it has caught up: it is told everything, in order, once,
+//! and costs no memory while its caller does not read.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::Duration;
+
+use aeterna_error::{Error, Reason};
+use aeterna_rpc::RequestContext;
+use aeterna_types::{Layer, Scope, TenantId, Timestamp};
+use tokio::sync::broadcast;
+use tokio::sync::broadcast::error::RecvError;
+use tokio_util::sync::CancellationToken;
+
+use super::App;
+use super::get::view;
+use crate::domain::{Change, Sequence, View};
+use crate::filter::Filter;
+
+/// Changes that the ring holds.
+pub const RING: usize = 1024;
+/// Changes read from the outbox at a time.
+const PAGE: usize = 256;
+/// How often a watcher without news is told that it is still connected, and where it stands.
+const HEARTBEAT: Duration = Duration::from_secs(15);
+
+/// What is watched.
+#[derive(Clone, Debug)]
+pub struct WatchQuery {
+    /// Where the caller stands.
+    pub scope: Option<Scope>,
+    /// Only these layers; empty: any.
+    pub layers: Vec<Layer>,
+    /// Only memories that satisfy it; what was removed for good satisfies every filter.
+    pub filter: Option<Filter>,
+    /// Continue after this change; `None`: from now on.
+    pub after: Option<Sequence>,
+}
+
+/// What a watcher is told.
+#[derive(Clone, Debug)]
+pub enum News {
+    /// A change.
+    Change(Arc<Change>),
+    /// Nothing but where it stands, and when.
+    Heartbeat(Sequence, Timestamp),
+}
+
+/// A watcher.
+pub struct Watcher {
+    app: Arc<App>,
+    tenant: TenantId,
+    view: View,
+    layers: Vec<Layer>,
+    filter: Option<Filter>,
+    position: Sequence,
+    backlog: VecDeque<Arc<Change>>,
+    live: Option<broadcast::Receiver<Arc<Change>>>,
+}
+
+impl App {
+    /// Begins to watch what the caller sees.
+    ///
+    /// # Errors
+    /// SCOPE_DENIED, or INVALID_FIELD when the resume token is of another store.
+    pub async fn watch(self: &Arc<Self>, context: &RequestContext, query: WatchQuery) -> Result<Watcher, Error> {
+        let view = view(context, query.scope.as_ref())?;
+        // Before the end is read, so that nothing falls between the two.
+        let live = self.changes.subscribe();
+        let end = self.store.last_sequence().await?;
+        let position = query.after.unwrap_or(end);
+        if position > end {
+            let mut violations = aeterna_error::Violations::default();
+            violations.add(
+                "resume_token",
+                "is of another store, or of a state that was replaced; start without it",
+            );
+            violations.into_result()?;
+        }
+        Ok(Watcher {
+            app: Arc::clone(self),
+            tenant: context.principal().tenant.clone(),
+            view,
+            layers: query.layers,
+            filter: query.filter,
+            position,
+            backlog: VecDeque::new(),
+            live: query.after.is_none().then_some(live),
+        })
+    }
+
+    /// Hands changes from the outbox to the watchers, until it is told to stop.
+    pub(super) async fn publish(&self, stop: &CancellationToken) {
+        let mut committed = self.committed.subscribe();
+        let mut position = None;
+        loop {
+            match self.publish_from(position).await {
+                Ok(next) => position = Some(next),
+                Err(error) => tracing::warn!(error = %error.chain(), "watchers can't be told; trying again"),
+            }
+            tokio::select! {
+                () = stop.cancelled() => return,
+                _ = committed.changed() => {}
+                () = tokio::time::sleep(Duration::from_secs(1)) => {}
+            }
+        }
+    }
+
+    async fn publish_from(&self, position: Option<Sequence>) -> Result<Sequence, Error> {
+        // A watcher that comes now reads what was committed before from the outbox itself.
+        let (Some(mut position), true) = (position, self.changes.receiver_count() > 0) else {
+            return Ok(self.store.last_sequence().await?);
+        };
+        loop {
+            let page = self.store.changes(None, position, PAGE).await?;
+            let Some(last) = page.last() else { return Ok(position) };
+            position = last.sequence;
+            for change in page {
+                // Nobody may be listening any more, which is no error.
+                let _ = self.changes.send(Arc::new(change));
+            }
+        }
+    }
+}
+
+impl Watcher {
+    /// The next thing to tell; waits for it.
+    ///
+    /// # Errors
+    /// DRAINING when the process ends, and whatever the store fails with.
+    pub async fn next(&mut self) -> Result<News, Error> {
+        loop {
+            if let Some(change) = self.backlog.pop_front() {
+                if let Some(news) = self.look_at(change) {
+                    return Ok(news);
+                }
+                continue;
+            }
+            let Some(live) = &mut self.live else {
+                self.catch_up().await?;
+                continue;
+            };
+            let received = tokio::select! {
+                () = self.app.stop.cancelled() => {
+                    let message = "the server is draining; watch again with the last resume token";
+                    return Err(Error::new(Reason::Draining, message));
+                }
+                () = tokio::time::sleep(HEARTBEAT) => return Ok(News::Heartbeat(self.position, self.app.clock.now())),
+                received = live.recv() => received,
+            };
+            match received {
+                Ok(change) => self.backlog.push_back(change),
+                // What the ring has lost is still in the outbox.
+                Err(RecvError::Lagged(_)) => self.live = None,
+                Err(RecvError::Closed) => return Err(Error::new(Reason::Draining, "the server ends")),
+            }
+        }
+    }
+
+    /// Reads from the outbox; once there is less than a page, the ring has all that follows.
+    async fn catch_up(&mut self) -> Result<(), Error> {
+        let live = self.app.changes.subscribe();
+        let page = self.app.store.changes(Some(&self.tenant), self.position, PAGE).await?;
+        self.live = (page.len() < PAGE).then_some(live);
+        self.backlog.extend(page.into_iter().map(Arc::new));
+        Ok(())
+    }
+
+    /// Moves on, and says what is to be told of a change.
+    fn look_at(&mut self, change: Arc<Change>) -> Option<News> {
+        if change.sequence <= self.position {
+            return None;
+        }
+        self.position = change.sequence;
+        let layer = change.scope.layer();
+        let shown = change.tenant == self.tenant
+            && self.view.sees(&change.scope)
+            && (self.layers.is_empty() || layer.is_some_and(|layer| self.layers.contains(&layer)));
+        let memory = change.memory.as_ref();
+        let wanted = memory
+            .zip(self.filter.as_ref())
+            .is_none_or(|(memory, filter)| filter.matches(memory));
+        (shown && wanted).then_some(News::Change(change))
+    }
+}

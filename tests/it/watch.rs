@@ -1,0 +1,281 @@
+//! Watching changes: everything that the caller may see, in order, once; also for a watcher that is slow or was away.
+
+use std::time::Duration;
+
+use aeterna_auth::Role;
+use aeterna_proto::common::v1::Scope;
+use aeterna_proto::memory::v1::memory_service_client::MemoryServiceClient;
+use aeterna_proto::memory::v1::{
+    AddRequest, BatchAddRequest, ChangeKind, DeleteRequest, Memory, UpdateRequest, WatchRequest, WatchResponse,
+};
+use aeterna_rpc::AnyChannel;
+use aeterna_testkit::{NEVER, SECRET, bearing, refusal};
+use tonic::Streaming;
+
+use crate::sandbox::Sandbox;
+
+type Client = MemoryServiceClient<AnyChannel>;
+
+fn user(name: &str) -> Option<Scope> {
+    Some(Scope {
+        user: name.into(),
+        ..Default::default()
+    })
+}
+
+fn item(name: &str, content: &str) -> AddRequest {
+    AddRequest {
+        memory: Some(Memory {
+            scope: user(name),
+            content: content.into(),
+            ..Default::default()
+        }),
+        request_id: String::new(),
+    }
+}
+
+async fn add(client: &mut Client, name: &str, content: &str) -> Memory {
+    client
+        .add(item(name, content))
+        .await
+        .unwrap()
+        .into_inner()
+        .memory
+        .unwrap()
+}
+
+/// The next event that is no heartbeat.
+async fn next(stream: &mut Streaming<WatchResponse>) -> WatchResponse {
+    loop {
+        let event = tokio::time::timeout(Duration::from_secs(10), stream.message()).await;
+        let event = event.expect("an event comes").unwrap().expect("the stream goes on");
+        if !event.heartbeat {
+            return event;
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_watcher_is_told_what_it_may_see_and_goes_on_where_it_ended() {
+    let sandbox = Sandbox::start(&[]).await;
+    for (way, channel) in sandbox.ways() {
+        let mut client = MemoryServiceClient::new(channel);
+        add(&mut client, way, "before").await;
+        let request = WatchRequest {
+            scope: user(way),
+            ..Default::default()
+        };
+        let mut stream = client.watch(request.clone()).await.unwrap().into_inner();
+        let only = WatchRequest {
+            filter: "content:fox".into(),
+            ..request.clone()
+        };
+        let mut foxes = client.watch(only).await.unwrap().into_inner();
+
+        let added = add(&mut client, way, "a fox").await;
+        add(&mut client, "somebody-else", "a fox of another").await;
+        let update = UpdateRequest {
+            memory: Some(Memory {
+                id: added.id.clone(),
+                content: "a wolf".into(),
+                ..Default::default()
+            }),
+            update_mask: Some(prost_types::FieldMask {
+                paths: vec!["content".into()],
+            }),
+            request_id: String::new(),
+        };
+        client.update(update).await.unwrap();
+        for purge in [false, true] {
+            let delete = DeleteRequest {
+                id: added.id.clone(),
+                purge,
+                ..Default::default()
+            };
+            client.delete(delete).await.unwrap();
+        }
+        let mut told = Vec::new();
+        for _ in 0..4 {
+            told.push(next(&mut stream).await);
+        }
+        let kinds: Vec<ChangeKind> = told.iter().map(WatchResponse::kind).collect();
+        let wanted = [
+            ChangeKind::Added,
+            ChangeKind::Updated,
+            ChangeKind::Deleted,
+            ChangeKind::Purged,
+        ];
+        assert_eq!(kinds, wanted, "{way}");
+        let memories: Vec<&Memory> = told.iter().map(|event| event.memory.as_ref().unwrap()).collect();
+        assert!(memories.iter().all(|memory| memory.id == added.id), "{way}");
+        assert_eq!(memories.map_content(), ["a fox", "a wolf", "a wolf", ""], "{way}");
+        assert_eq!(next(&mut foxes).await.kind(), ChangeKind::Added, "{way}");
+        assert_eq!(
+            next(&mut foxes).await.kind(),
+            ChangeKind::Purged,
+            "{way}: what it was is not known any more"
+        );
+
+        // From the second event on, as one that was away for the rest; what was purged since is told as removed, only.
+        let mut again = client
+            .watch(WatchRequest {
+                resume_token: told[1].resume_token.clone(),
+                ..request.clone()
+            })
+            .await
+            .unwrap()
+            .into_inner();
+        assert_eq!(next(&mut again).await, told[3], "{way}");
+        add(&mut client, way, "after").await;
+        assert_eq!(next(&mut again).await.memory.unwrap().content, "after", "{way}");
+
+        for (bad, field) in [
+            (
+                WatchRequest {
+                    resume_token: "nonsense".into(),
+                    ..request.clone()
+                },
+                "resume_token",
+            ),
+            (
+                WatchRequest {
+                    resume_token: "1.999999999".into(),
+                    ..request.clone()
+                },
+                "resume_token",
+            ),
+            (
+                WatchRequest {
+                    filter: "colour = red".into(),
+                    ..request.clone()
+                },
+                "filter",
+            ),
+            (
+                WatchRequest {
+                    layers: vec![99],
+                    ..request.clone()
+                },
+                "layers[0]",
+            ),
+        ] {
+            let status = client.watch(bad).await.unwrap_err();
+            assert_eq!(refusal(&status).1, [field], "{way}");
+        }
+    }
+    sandbox.stop().await;
+}
+
+/// What the memories say.
+trait Contents {
+    fn map_content(&self) -> Vec<&str>;
+}
+
+impl Contents for Vec<&Memory> {
+    fn map_content(&self) -> Vec<&str> {
+        self.iter().map(|memory| memory.content.as_str()).collect()
+    }
+}
+
+#[tokio::test]
+async fn a_watcher_that_does_not_read_misses_nothing_and_a_drain_ends_it() {
+    let sandbox = Sandbox::start(&[]).await;
+    let [_, (_, channel)] = sandbox.ways();
+    let mut client = MemoryServiceClient::new(channel);
+    let request = WatchRequest {
+        scope: user("ann"),
+        ..Default::default()
+    };
+    let mut slow = client.watch(request).await.unwrap().into_inner();
+    // More than the ring of changes and all buffers on the way hold.
+    for batch in 0..8 {
+        let requests = (0..500)
+            .map(|n| item("ann", &format!("fact {batch} {n} {}", "x".repeat(200))))
+            .collect();
+        client.batch_add(BatchAddRequest { requests }).await.unwrap();
+    }
+    for batch in 0..8 {
+        for n in 0..500 {
+            let content = next(&mut slow).await.memory.unwrap().content;
+            assert!(
+                content.starts_with(&format!("fact {batch} {n} ")),
+                "{batch} {n}: {content}"
+            );
+        }
+    }
+    let stopped = tokio::spawn(sandbox.stop());
+    let status = loop {
+        match slow.message().await {
+            Ok(Some(_)) => {}
+            Ok(None) => panic!("the stream ends with a reason"),
+            Err(status) => break status,
+        }
+    };
+    assert_eq!(refusal(&status).0, "DRAINING", "{status:?}");
+    stopped.await.unwrap();
+}
+
+#[tokio::test]
+async fn no_tenant_hears_of_another() {
+    let sandbox = Sandbox::start(&[("auth.hs256_secret", SECRET)]).await;
+    for (way, channel) in sandbox.ways() {
+        let mut client = MemoryServiceClient::new(channel);
+        let token = |tenant: &str| aeterna_testkit::token(tenant, Role::Admin, &[], NEVER);
+        let (ours, theirs) = (format!("acme-{way}"), format!("evil-{way}"));
+        let from_the_start = || WatchRequest {
+            resume_token: "1.0".into(),
+            ..Default::default()
+        };
+        let mut live = client
+            .watch(bearing(WatchRequest::default(), &token(&theirs)))
+            .await
+            .unwrap()
+            .into_inner();
+        client
+            .add(bearing(item("ann", "the launch code"), &token(&ours)))
+            .await
+            .unwrap();
+        client
+            .add(bearing(item("ann", "their own"), &token(&theirs)))
+            .await
+            .unwrap();
+        assert_eq!(next(&mut live).await.memory.unwrap().content, "their own", "{way}");
+        let mut past = client
+            .watch(bearing(from_the_start(), &token(&theirs)))
+            .await
+            .unwrap()
+            .into_inner();
+        assert_eq!(next(&mut past).await.memory.unwrap().content, "their own", "{way}");
+    }
+    sandbox.stop().await;
+}
+
+#[tokio::test]
+async fn thousands_of_watchers_are_told_while_half_of_them_sleep() {
+    const WATCHERS: usize = 2_000;
+    let sandbox = Sandbox::start(&[]).await;
+    let [(_, channel), _] = sandbox.ways();
+    let mut client = MemoryServiceClient::new(channel);
+    let mut watchers = Vec::with_capacity(WATCHERS);
+    for _ in 0..WATCHERS {
+        let request = WatchRequest {
+            scope: user("ann"),
+            ..Default::default()
+        };
+        watchers.push(client.watch(request).await.unwrap().into_inner());
+    }
+    let awake = watchers.split_off(WATCHERS / 2);
+    let listening: Vec<_> = awake
+        .into_iter()
+        .map(|mut stream| tokio::spawn(async move { next(&mut stream).await.memory.unwrap().content }))
+        .collect();
+    tokio::task::yield_now().await;
+    add(&mut client, "ann", "news").await;
+    for one in listening {
+        assert_eq!(one.await.unwrap(), "news");
+    }
+    for stream in &mut watchers {
+        assert_eq!(next(stream).await.memory.unwrap().content, "news");
+    }
+    sandbox.stop().await;
+}
