@@ -31,6 +31,26 @@ pub struct Remote {
     token_file: Option<PathBuf>,
 }
 
+/// Where the server is, and how its answer is shown.
+#[derive(Clone, Debug, clap::Args)]
+pub struct Answered {
+    /// Print the answer as JSON
+    #[arg(long)]
+    pub json: bool,
+    #[command(flatten)]
+    remote: Remote,
+}
+
+impl Answered {
+    /// As [`Remote::client`].
+    ///
+    /// # Errors
+    /// When the address or the token can't be used.
+    pub fn client(&self) -> anyhow::Result<Client> {
+        self.remote.client()
+    }
+}
+
 /// A connection that is made on first use.
 #[derive(Clone, Debug)]
 pub struct Client {

@@ -2,7 +2,7 @@
 
 use aeterna_proto::memory::v1::GetRequest;
 
-use super::client::Remote;
+use super::client::Answered;
 use super::output;
 use crate::json;
 
@@ -14,22 +14,19 @@ pub struct Args {
     /// Also show it when it is deleted or expired
     #[arg(long)]
     deleted: bool,
-    /// Print it as JSON
-    #[arg(long)]
-    json: bool,
     #[command(flatten)]
-    remote: Remote,
+    answered: Answered,
 }
 
 pub async fn run(args: Args) -> anyhow::Result<()> {
-    let client = args.remote.client()?;
+    let client = args.answered.client()?;
     let request = GetRequest {
         id: args.id,
         show_deleted: args.deleted,
         ..Default::default()
     };
     let answer = client.memory().get(client.request(request)).await?.into_inner();
-    if args.json {
+    if args.answered.json {
         output::line(json::to_json("aeterna.memory.v1.GetResponse", &answer)?);
         return Ok(());
     }

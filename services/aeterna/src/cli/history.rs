@@ -2,7 +2,7 @@
 
 use aeterna_proto::memory::v1::HistoryRequest;
 
-use super::client::Remote;
+use super::client::Answered;
 use super::output;
 use crate::json;
 
@@ -14,22 +14,19 @@ pub struct Args {
     /// Versions to show at most
     #[arg(long, default_value_t = 20)]
     limit: i32,
-    /// Print them as JSON
-    #[arg(long)]
-    json: bool,
     #[command(flatten)]
-    remote: Remote,
+    answered: Answered,
 }
 
 pub async fn run(args: Args) -> anyhow::Result<()> {
-    let client = args.remote.client()?;
+    let client = args.answered.client()?;
     let request = HistoryRequest {
         id: args.id,
         page_size: args.limit,
         page_token: String::new(),
     };
     let answer = client.memory().history(client.request(request)).await?.into_inner();
-    if args.json {
+    if args.answered.json {
         output::line(json::to_json("aeterna.memory.v1.HistoryResponse", &answer)?);
         return Ok(());
     }

@@ -1,18 +1,17 @@
 //! `aeterna list`.
 
-use aeterna_proto::common::v1::Scope;
 use aeterna_proto::memory::v1::{ListRequest, ListResponse};
 
-use super::client::Remote;
-use super::{output, scope};
+use super::client::Answered;
+use super::output;
+use super::scope::Standing;
 use crate::json;
 
 /// What `list` takes.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Where you stand, for instance `user=ann`; left out: everything the token allows
-    #[arg(long, value_name = "LAYER=ID,…", value_parser = scope::parse)]
-    scope: Option<Scope>,
+    #[command(flatten)]
+    standing: Standing,
     /// Only memories that satisfy it, for instance `tags:travel AND importance >= 0.5`
     #[arg(long, default_value = "")]
     filter: String,
@@ -22,20 +21,17 @@ pub struct Args {
     /// Also show deleted and expired ones
     #[arg(long)]
     deleted: bool,
-    /// Print them as JSON
-    #[arg(long)]
-    json: bool,
     #[command(flatten)]
-    remote: Remote,
+    answered: Answered,
 }
 
 pub async fn run(args: Args) -> anyhow::Result<()> {
-    let client = args.remote.client()?;
+    let client = args.answered.client()?;
     let mut all = ListResponse::default();
     loop {
         let missing = args.limit.saturating_sub(all.memories.len());
         let request = ListRequest {
-            scope: args.scope.clone(),
+            scope: args.standing.scope.clone(),
             filter: args.filter.clone(),
             page_size: i32::try_from(missing.clamp(1, 1000))?,
             page_token: std::mem::take(&mut all.next_page_token),
@@ -50,7 +46,7 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
             break;
         }
     }
-    if args.json {
+    if args.answered.json {
         output::line(json::to_json("aeterna.memory.v1.ListResponse", &all)?);
         return Ok(());
     }

@@ -3,6 +3,14 @@
 use aeterna_proto::common::v1::Scope;
 use aeterna_types::{Layer, Timestamp};
 
+/// Where a reader stands.
+#[derive(Clone, Debug, clap::Args)]
+pub struct Standing {
+    /// Where you stand, for instance `user=ann`; left out: everything the token allows
+    #[arg(long, value_name = "LAYER=ID,…", value_parser = parse)]
+    pub scope: Option<Scope>,
+}
+
 /// `user=ann,team=core`; the server checks the identifiers.
 ///
 /// # Errors

@@ -1,10 +1,10 @@
 //! `aeterna search`.
 
-use aeterna_proto::common::v1::Scope;
 use aeterna_proto::memory::v1::{Fusion, ScoreBreakdown, SearchMode, SearchRequest, SearchResponse};
 
-use super::client::Remote;
-use super::{output, scope};
+use super::client::Answered;
+use super::output;
+use super::scope::Standing;
 use crate::json;
 
 /// Which arms a search uses.
@@ -32,9 +32,8 @@ enum Fuse {
 pub struct Args {
     /// What to look for
     query: String,
-    /// Where you stand, for instance `user=ann`; left out: everything the token allows
-    #[arg(long, value_name = "LAYER=ID,…", value_parser = scope::parse)]
-    scope: Option<Scope>,
+    #[command(flatten)]
+    standing: Standing,
     /// Results wanted
     #[arg(short = 'k', long, default_value_t = 10)]
     top_k: i32,
@@ -53,15 +52,12 @@ pub struct Args {
     /// Show how each score came about
     #[arg(long)]
     explain: bool,
-    /// Print the answer as JSON
-    #[arg(long)]
-    json: bool,
     #[command(flatten)]
-    remote: Remote,
+    answered: Answered,
 }
 
 pub async fn run(args: Args) -> anyhow::Result<()> {
-    let client = args.remote.client()?;
+    let client = args.answered.client()?;
     let mode = match args.mode {
         Mode::Hybrid => SearchMode::Hybrid,
         Mode::Lexical => SearchMode::Lexical,
@@ -72,7 +68,7 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
         Fuse::Rrf => Fusion::Rrf,
     };
     let request = SearchRequest {
-        scope: args.scope,
+        scope: args.standing.scope,
         query: args.query,
         top_k: args.top_k,
         filter: args.filter,
@@ -83,7 +79,7 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
         ..Default::default()
     };
     let answer = client.memory().search(client.request(request)).await?.into_inner();
-    if args.json {
+    if args.answered.json {
         output::line(json::to_json("aeterna.memory.v1.SearchResponse", &answer)?);
         return Ok(());
     }

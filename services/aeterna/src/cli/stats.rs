@@ -1,30 +1,28 @@
 //! `aeterna stats`.
 
-use aeterna_proto::common::v1::Scope;
 use aeterna_proto::memory::v1::StatsRequest;
 
-use super::client::Remote;
-use super::{output, scope};
+use super::client::Answered;
+use super::output;
+use super::scope::Standing;
 use crate::json;
 
 /// What `stats` takes.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Where you stand, for instance `user=ann`; left out: everything the token allows
-    #[arg(long, value_name = "LAYER=ID,…", value_parser = scope::parse)]
-    scope: Option<Scope>,
-    /// Print them as JSON
-    #[arg(long)]
-    json: bool,
     #[command(flatten)]
-    remote: Remote,
+    standing: Standing,
+    #[command(flatten)]
+    answered: Answered,
 }
 
 pub async fn run(args: Args) -> anyhow::Result<()> {
-    let client = args.remote.client()?;
-    let request = StatsRequest { scope: args.scope };
+    let client = args.answered.client()?;
+    let request = StatsRequest {
+        scope: args.standing.scope,
+    };
     let answer = client.memory().stats(client.request(request)).await?.into_inner();
-    if args.json {
+    if args.answered.json {
         output::line(json::to_json("aeterna.memory.v1.StatsResponse", &answer)?);
         return Ok(());
     }

@@ -1,10 +1,10 @@
 //! `aeterna watch`.
 
-use aeterna_proto::common::v1::Scope;
 use aeterna_proto::memory::v1::{ChangeKind, WatchRequest, WatchResponse};
 
-use super::client::Remote;
-use super::{output, scope};
+use super::client::Answered;
+use super::output;
+use super::scope::Standing;
 use crate::json;
 
 /// Time that one stream may take; the resume token carries on after it.
@@ -13,26 +13,22 @@ const TIMEOUT: std::time::Duration = std::time::Duration::from_secs(24 * 3600);
 /// What `watch` takes.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Where you stand, for instance `user=ann`; left out: everything the token allows
-    #[arg(long, value_name = "LAYER=ID,…", value_parser = scope::parse)]
-    scope: Option<Scope>,
+    #[command(flatten)]
+    standing: Standing,
     /// Only memories that satisfy it, for instance `tags:travel AND importance >= 0.5`
     #[arg(long, default_value = "")]
     filter: String,
     /// Continue after the change that carried this token (`--json` shows it); `1.0` begins with the first one
     #[arg(long, value_name = "TOKEN", default_value = "")]
     resume: String,
-    /// Print each change as JSON
-    #[arg(long)]
-    json: bool,
     #[command(flatten)]
-    remote: Remote,
+    answered: Answered,
 }
 
 pub async fn run(args: Args) -> anyhow::Result<()> {
-    let client = args.remote.client()?;
+    let client = args.answered.client()?;
     let request = WatchRequest {
-        scope: args.scope,
+        scope: args.standing.scope,
         filter: args.filter,
         resume_token: args.resume,
         ..Default::default()
@@ -43,7 +39,7 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
         .await?
         .into_inner();
     while let Some(event) = stream.message().await? {
-        if args.json {
+        if args.answered.json {
             output::line(json::to_json("aeterna.memory.v1.WatchResponse", &event)?);
         } else if !event.heartbeat {
             output::line(told(&event));

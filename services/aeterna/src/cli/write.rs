@@ -3,7 +3,7 @@
 use aeterna_proto::common::v1::Scope;
 use aeterna_proto::memory::v1::{AddOutcome, AddRequest, Memory, Source};
 
-use super::client::Remote;
+use super::client::Answered;
 use super::{output, scope};
 use crate::json;
 
@@ -42,11 +42,8 @@ pub struct Args {
     /// Makes a retry safe: the same id with the same content answers the same
     #[arg(long, default_value = "")]
     request_id: String,
-    /// Print the answer as JSON
-    #[arg(long)]
-    json: bool,
     #[command(flatten)]
-    remote: Remote,
+    answered: Answered,
 }
 
 pub async fn run(args: Args) -> anyhow::Result<()> {
@@ -75,13 +72,13 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
         expires_at: args.expires_at,
         ..Default::default()
     };
-    let client = args.remote.client()?;
+    let client = args.answered.client()?;
     let request = AddRequest {
         memory: Some(memory),
         request_id: args.request_id,
     };
     let answer = client.memory().add(client.request(request)).await?.into_inner();
-    if args.json {
+    if args.answered.json {
         output::line(json::to_json("aeterna.memory.v1.AddResponse", &answer)?);
         return Ok(());
     }

@@ -15,6 +15,7 @@ use crate::domain::{
     Body, DEFAULT_IMPORTANCE, Idempotency, Key, Kind, Outcome, ScopeKey, Sequence, Source, View, Writer,
 };
 use crate::error::MemoryError;
+use crate::filter::Filter;
 
 const MODEL: &str = "m@1";
 
@@ -116,6 +117,25 @@ fn listing(scopes: Vec<ScopeKey>) -> Listing {
         show_deleted: false,
         now: at(100),
     }
+}
+
+/// The lexical arm alone.
+pub async fn find(
+    store: &dyn Relational,
+    tenant: &TenantId,
+    scopes: &[ScopeKey],
+    terms: &[String],
+    filter: Option<&Filter>,
+    limit: usize,
+) -> Result<Vec<(Key, f64)>, MemoryError> {
+    let search = LexicalSearch {
+        tenant,
+        scopes,
+        terms,
+        filter,
+        limit,
+    };
+    store.lexical(&search).await
 }
 
 /// One change; the store's own failures end the test.
@@ -329,15 +349,8 @@ async fn words_and_neighbours_are_found(store: &dyn Relational) {
     .await;
     let scopes = store.visible(&tenant, &view(place), &[]).await.unwrap();
 
-    let find = async |scopes: &[ScopeKey], terms: &[String], filter: Option<&crate::filter::Filter>, limit: usize| {
-        let search = LexicalSearch {
-            tenant: &tenant,
-            scopes,
-            terms,
-            filter,
-            limit,
-        };
-        store.lexical(&search).await
+    let find = async |scopes: &[ScopeKey], terms: &[String], filter: Option<&Filter>, limit: usize| {
+        find(store, &tenant, scopes, terms, filter, limit).await
     };
     let terms = aeterna_text::analyse("a cat on a sofa");
     let found = find(&scopes, &terms, None, 10).await.unwrap();
@@ -589,29 +602,16 @@ pub async fn one_memory(store: &dyn Relational, content: &str) {
 pub async fn words_found(store: &dyn Relational, word: &str) -> usize {
     let tenant: TenantId = "one".parse().unwrap();
     let scopes = store.visible(&tenant, &everything(), &[]).await.unwrap();
-    let search = LexicalSearch {
-        tenant: &tenant,
-        scopes: &scopes,
-        terms: &aeterna_text::analyse(word),
-        filter: None,
-        limit: 10,
-    };
-    store.lexical(&search).await.unwrap().len()
+    let terms = aeterna_text::analyse(word);
+    find(store, &tenant, &scopes, &terms, None, 10).await.unwrap().len()
 }
 
 async fn no_tenant_counts_in_anothers_scores(store: &dyn Relational) {
     let scores = async |tenant: &str| {
         let owner: TenantId = tenant.parse().unwrap();
         let scopes = store.visible(&owner, &everything(), &[]).await.unwrap();
-        let search = LexicalSearch {
-            tenant: &owner,
-            scopes: &scopes,
-            terms: &aeterna_text::analyse("projectx"),
-            filter: None,
-            limit: 10,
-        };
-        store
-            .lexical(&search)
+        let terms = aeterna_text::analyse("projectx");
+        find(store, &owner, &scopes, &terms, None, 10)
             .await
             .unwrap()
             .into_iter()

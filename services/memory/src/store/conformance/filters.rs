@@ -2,9 +2,9 @@
 
 use aeterna_types::{Layer, TenantId};
 
-use super::{add, addition, at, body, change, everything, listing, scope, writer};
+use super::{add, addition, at, body, change, everything, find, listing, scope, writer};
 use crate::domain::{Key, ScopeKey};
-use crate::store::{Addition, Change, LexicalSearch, Relational};
+use crate::store::{Addition, Change, Relational};
 
 /// Memories that differ in everything a filter can ask for.
 fn varied(number: usize) -> Addition {
@@ -187,14 +187,7 @@ pub async fn mean_what_the_language_says(store: &dyn Relational) {
     }
     assert!(some > 300 && none > 50, "the filters are of both kinds: {some} {none}");
     let find = async |scopes: &[ScopeKey], terms: &[String], filter: Option<&crate::filter::Filter>, limit: usize| {
-        let search = LexicalSearch {
-            tenant: &tenant,
-            scopes,
-            terms,
-            filter,
-            limit,
-        };
-        store.lexical(&search).await
+        find(store, &tenant, scopes, terms, filter, limit).await
     };
     let terms = aeterna_text::analyse("alpha");
     let filter = crate::filter::parse("source.speaker = Ann").unwrap().unwrap();
