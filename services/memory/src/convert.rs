@@ -192,6 +192,15 @@ pub fn add_request(mut request: wire::AddRequest, prefix: &str) -> Result<NewMem
     }))
 }
 
+/// Refuses a batch without items, or with too many.
+pub(super) fn batch_size(items: usize) -> Result<(), Error> {
+    let mut violations = Violations::default();
+    if items == 0 || items > MAX_BATCH {
+        violations.add("requests", format!("has {items} items; send 1 to 1000"));
+    }
+    violations.into_result()
+}
+
 /// The items of a batch, each with its own verdict.
 pub fn batch_request(
     request: wire::BatchAddRequest,
@@ -204,14 +213,7 @@ pub fn batch_request(
             format!("the answer to these `requests` would be larger than {message_bytes} bytes; send fewer at once");
         return Err(Error::new(Reason::MessageTooLarge, message).with("limit", message_bytes));
     }
-    if request.requests.is_empty() || request.requests.len() > MAX_BATCH {
-        let mut violations = Violations::default();
-        violations.add(
-            "requests",
-            format!("has {} items; send 1 to 1000", request.requests.len()),
-        );
-        violations.into_result()?;
-    }
+    batch_size(request.requests.len())?;
     let item = |(index, item)| add_request(item, &format!("requests[{index}]."));
     Ok(request.requests.into_iter().enumerate().map(item).collect())
 }

@@ -59,6 +59,22 @@ pub struct Body {
 }
 
 impl Body {
+    /// A body that says this and nothing else.
+    pub fn of(content: String) -> Self {
+        Self {
+            content,
+            metadata: serde_json::Map::new(),
+            tags: Vec::new(),
+            importance: DEFAULT_IMPORTANCE,
+            source: Source::default(),
+            event_at: None,
+            valid_at: None,
+            invalid_at: None,
+            expires_at: None,
+            superseded_by: None,
+        }
+    }
+
     /// BLAKE3 of the content.
     pub fn content_hash(&self) -> [u8; 32] {
         *blake3::hash(self.content.as_bytes()).as_bytes()
@@ -160,18 +176,7 @@ impl Memory {
 
     /// The memory without anything that its writers said: what may be kept of it after it was removed for good.
     pub fn redacted(&self) -> Self {
-        let body = Body {
-            content: String::new(),
-            metadata: serde_json::Map::new(),
-            tags: Vec::new(),
-            importance: DEFAULT_IMPORTANCE,
-            source: Source::default(),
-            event_at: None,
-            valid_at: None,
-            invalid_at: None,
-            expires_at: None,
-            superseded_by: None,
-        };
+        let body = Body::of(String::new());
         Self { body, ..self.clone() }
     }
 

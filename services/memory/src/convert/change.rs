@@ -7,7 +7,7 @@ use aeterna_types::{MemoryId, PageToken, Scope, TenantId};
 use prost::Message as _;
 
 use super::{
-    MAX_BATCH, consistency_token, cursor, filter, id, idempotency, layers, memory, page_limit, scope, sequence, value,
+    batch_size, consistency_token, cursor, filter, id, idempotency, layers, memory, page_limit, scope, sequence, value,
 };
 use crate::app::{Deletion, News, Stats, Versions, WatchQuery};
 use crate::domain::{Kind, Sequence, Version, Written};
@@ -37,14 +37,7 @@ pub fn delete_response(written: Written) -> wire::DeleteResponse {
 
 /// The items of a batch, each with its own verdict.
 pub fn batch_delete_request(request: wire::BatchDeleteRequest) -> Result<Vec<Result<Deletion, Error>>, Error> {
-    if request.requests.is_empty() || request.requests.len() > MAX_BATCH {
-        let mut violations = Violations::default();
-        violations.add(
-            "requests",
-            format!("has {} items; send 1 to 1000", request.requests.len()),
-        );
-        violations.into_result()?;
-    }
+    batch_size(request.requests.len())?;
     let item = |(index, item)| delete_request(item, &format!("requests[{index}]."));
     Ok(request.requests.into_iter().enumerate().map(item).collect())
 }

@@ -11,9 +11,7 @@ use super::code::Code;
 use super::{
     Addition, Among, Change, ChangeItem, Entry, LexicalSearch, Listing, Relational, StoredVector, VectorIndex,
 };
-use crate::domain::{
-    Body, DEFAULT_IMPORTANCE, Idempotency, Key, Kind, Outcome, ScopeKey, Sequence, Source, View, Writer,
-};
+use crate::domain::{Body, Idempotency, Key, Kind, Outcome, ScopeKey, Sequence, Source, View, Writer};
 use crate::error::MemoryError;
 use crate::filter::Filter;
 
@@ -36,18 +34,7 @@ fn scope(layer: Layer, id: &str) -> Scope {
 }
 
 pub fn body(content: &str) -> Body {
-    Body {
-        content: content.into(),
-        metadata: serde_json::Map::new(),
-        tags: Vec::new(),
-        importance: DEFAULT_IMPORTANCE,
-        source: Source::default(),
-        event_at: None,
-        valid_at: None,
-        invalid_at: None,
-        expires_at: None,
-        superseded_by: None,
-    }
+    Body::of(content.into())
 }
 
 fn turn(content: &str, sequence: i64) -> Body {
