@@ -124,7 +124,8 @@ impl MemoryService for Memories {
 
     async fn search(&self, request: Request<wire::SearchRequest>) -> Answer<wire::SearchResponse> {
         let context = RequestContext::of(&request)?;
-        let (query, explain) = convert::search_request(request.into_inner())?;
+        let query = convert::search_request(request.into_inner())?;
+        let explain = query.explain;
         let found = self.0.search(&context, query).await?;
         let answer = convert::search_response(found, explain, &self.0.model);
         self.fitting(answer, "lower `top_k`")

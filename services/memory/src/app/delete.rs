@@ -7,7 +7,6 @@ use aeterna_types::MemoryId;
 use super::App;
 use super::get::view;
 use crate::domain::{Idempotency, Sequence, Written};
-use crate::error::MemoryError;
 use crate::store::{Change, ChangeItem};
 
 /// One memory to delete.
@@ -81,17 +80,6 @@ impl App {
             change: if item.purge { Change::Purge } else { Change::Delete },
             idempotency: item.idempotency,
         }))
-    }
-
-    /// One change, with its own verdict.
-    pub(super) async fn change_one(
-        &self,
-        writer: &crate::domain::Writer,
-        item: ChangeItem,
-    ) -> Result<Written, MemoryError> {
-        let results = self.store.change(writer, vec![item]).await?;
-        let only = results.into_iter().next();
-        only.unwrap_or_else(|| Err(Error::internal("a change has no result").into()))
     }
 }
 

@@ -100,6 +100,8 @@ pub struct SearchQuery {
     pub filter: Option<Filter>,
     /// A write that must be seen.
     pub after: Sequence,
+    /// Also say which terms matched.
+    pub explain: bool,
 }
 
 /// How a score came about; the parts add up to it.
@@ -125,7 +127,7 @@ pub struct Breakdown {
     pub importance_part: f64,
     /// From the layer.
     pub layer_part: f64,
-    /// Terms of the query found in it.
+    /// Terms of the query found in it; only when they were asked for.
     pub matched_terms: Vec<String>,
 }
 
@@ -401,7 +403,7 @@ impl App {
             .collect();
         hits.sort_by(|a, b| b.score.total_cmp(&a.score).then(b.memory.id.cmp(&a.memory.id)));
         hits.truncate(query.top_k);
-        for hit in &mut hits {
+        for hit in hits.iter_mut().filter(|_| query.explain) {
             let mut matched = aeterna_text::analyse(&hit.memory.body.lexical_text());
             matched.retain(|term| wanted.contains(term));
             matched.sort();

@@ -6,7 +6,7 @@ use aeterna_types::MemoryId;
 
 use super::App;
 use super::get::view;
-use crate::domain::{Body, Idempotency, Written};
+use crate::domain::{Body, Idempotency, Writer, Written};
 use crate::error::MemoryError;
 use crate::store::{Change, ChangeItem};
 
@@ -101,6 +101,13 @@ impl App {
                 }
             }
         }
+    }
+
+    /// One change, with its own verdict.
+    async fn change_one(&self, writer: &Writer, item: ChangeItem) -> Result<Written, MemoryError> {
+        let results = self.store.change(writer, vec![item]).await?;
+        let only = results.into_iter().next();
+        only.unwrap_or_else(|| Err(Error::internal("a change has no result").into()))
     }
 }
 

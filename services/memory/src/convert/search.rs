@@ -10,8 +10,8 @@ const MAX_QUERY_BYTES: usize = 8192;
 const MAX_RESULTS: i32 = 1000;
 const MAX_EXCLUDED: usize = 10_000;
 
-/// What Search asks for, and whether it should explain itself.
-pub fn search_request(request: wire::SearchRequest) -> Result<(SearchQuery, bool), Error> {
+/// What Search asks for.
+pub fn search_request(request: wire::SearchRequest) -> Result<SearchQuery, Error> {
     let mut violations = Violations::default();
     if request.query.trim().is_empty() || request.query.len() > MAX_QUERY_BYTES {
         violations.add(
@@ -90,8 +90,9 @@ pub fn search_request(request: wire::SearchRequest) -> Result<(SearchQuery, bool
         exclude,
         filter,
         after,
+        explain: request.explain,
     };
-    Ok((query, request.explain))
+    Ok(query)
 }
 
 fn weights(violations: &mut Violations, asked: &wire::SearchWeights) -> Weights {

@@ -114,20 +114,8 @@ impl Code {
 
 #[cfg(test)]
 mod tests {
+    use super::super::conformance::vector;
     use super::*;
-
-    fn vector(seed: u32, dimension: usize) -> Vec<f32> {
-        let mut state = seed;
-        let mut vector: Vec<f32> = (0..dimension)
-            .map(|_| {
-                state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-                (state >> 8) as f32 / (1 << 24) as f32 - 0.5
-            })
-            .collect();
-        let norm = vector.iter().map(|x| x * x).sum::<f32>().sqrt();
-        vector.iter_mut().for_each(|x| *x /= norm);
-        vector
-    }
 
     #[test]
     fn a_vector_survives_within_half_a_step() {
@@ -142,10 +130,10 @@ mod tests {
             let plain: f32 = code
                 .decode()
                 .iter()
-                .zip(self::vector(9, dimension))
+                .zip(super::super::conformance::vector(9, dimension))
                 .map(|(a, b)| a * b)
                 .sum();
-            assert!((code.cosine(&self::vector(9, dimension)) - plain).abs() < 1e-4);
+            assert!((code.cosine(&super::super::conformance::vector(9, dimension)) - plain).abs() < 1e-4);
             assert!(code.as_bytes().len() * 100 <= dimension * 4 * 40 + 300);
             assert_eq!(Code::from_bytes(code.as_bytes().to_vec()), Some(code));
         }

@@ -48,9 +48,10 @@ fn turn(content: &str, sequence: i64) -> Body {
     }
 }
 
-pub fn vector(seed: u32) -> Vec<f32> {
+/// A unit vector, the same for the same seed.
+pub fn vector(seed: u32, dimension: usize) -> Vec<f32> {
     let mut state = seed;
-    let mut vector: Vec<f32> = (0..128)
+    let mut vector: Vec<f32> = (0..dimension)
         .map(|_| {
             state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
             (state >> 8) as f32 / (1 << 24) as f32 - 0.5
@@ -62,7 +63,7 @@ pub fn vector(seed: u32) -> Vec<f32> {
 }
 
 fn code(seed: u32) -> Code {
-    Code::encode(&vector(seed)).unwrap()
+    Code::encode(&vector(seed, 128)).unwrap()
 }
 
 fn addition(scope: Scope, body: Body, seed: Option<u32>) -> Addition {

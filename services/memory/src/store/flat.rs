@@ -338,8 +338,8 @@ mod tests {
         };
         let near = |centre: u32, seed: u32| {
             let (a, b) = (
-                super::super::conformance::vector(centre),
-                super::super::conformance::vector(seed),
+                super::super::conformance::vector(centre, 128),
+                super::super::conformance::vector(seed, 128),
             );
             let mixed: Vec<f32> = a.iter().zip(&b).map(|(a, b)| 0.7 * a + 0.7 * b).collect();
             Code::encode(&mixed).unwrap()

@@ -159,9 +159,10 @@ async fn change_one(
     memory.updated_at = writer.now;
     let sequence = match item.change {
         Change::Purge => {
+            let sequence = event(connection, writer, key, &memory, Kind::Purged).await?;
             purge(connection, writer, key, &memory).await?;
             memory = memory.redacted();
-            event(connection, writer, key, &memory, Kind::Purged).await?
+            sequence
         }
         Change::Delete => {
             memory.deleted_at = Some(writer.now);
@@ -415,6 +416,15 @@ fn system(tenant: &str, now: Timestamp) -> Result<Writer, MemoryError> {
 
 /// Deletes what has expired, as a write of the system's own; the number of memories, at most `limit`.
 pub async fn reap(store: &SqliteStore, now: Timestamp, limit: usize) -> Result<usize, MemoryError> {
+    // Mostly there is nothing, and then nobody has to wait for the writer.
+    let some = sqlx::query("SELECT 1 FROM memories WHERE expires_at <= ? AND deleted_at IS NULL LIMIT 1")
+        .bind(now.micros())
+        .fetch_optional(store.0.readers())
+        .await
+        .map_err(storage)?;
+    if some.is_none() {
+        return Ok(0);
+    }
     let mut transaction = store.0.begin().await?;
     let rows = sqlx::query(
         "SELECT key, tenant, record FROM memories WHERE expires_at <= ? AND deleted_at IS NULL ORDER BY expires_at LIMIT ?",
@@ -461,7 +471,7 @@ async fn record(
     event(connection, writer, key, memory, kind).await
 }
 
-/// A row of the outbox, with what watchers are told when the memory itself is gone.
+/// A row of the outbox, with what watchers are told when the memory itself is gone; it is there still.
 async fn event(
     connection: &mut SqliteConnection,
     writer: &Writer,
@@ -469,9 +479,9 @@ async fn event(
     memory: &Memory,
     kind: Kind,
 ) -> Result<Sequence, MemoryError> {
-    let scope = scope_key(connection, writer, &memory.scope).await?;
     let event = sqlx::query(
-        "INSERT INTO outbox (tenant, memory, kind, version, committed_at, id, scope) VALUES (?, ?, ?, ?, ?, ?, ?)",
+        "INSERT INTO outbox (tenant, memory, kind, version, committed_at, id, scope) \
+         VALUES (?, ?, ?, ?, ?, ?, (SELECT scope FROM memories WHERE key = ?))",
     )
     .bind(writer.tenant.as_str())
     .bind(key.0)
@@ -479,7 +489,7 @@ async fn event(
     .bind(memory.version)
     .bind(writer.now.micros())
     .bind(memory.id.as_bytes().as_slice())
-    .bind(scope.0)
+    .bind(key.0)
     .execute(connection)
     .await
     .map_err(storage)?;
