@@ -34,27 +34,41 @@ type Cause = Box<dyn std::error::Error + Send + Sync>;
 
 /// Sorts a driver's error by what a caller can do about it.
 pub fn classify(error: sqlx::Error) -> StorageError {
-    // SQLite's primary result codes are the low byte: 5 BUSY, 6 LOCKED, 8 READONLY, 10 IOERR, 11 CORRUPT, 13 FULL,
-    // 14 CANTOPEN, 26 NOTADB.
-    let primary = error
+    let code = error
         .as_database_error()
         .and_then(|e| e.code())
         .and_then(|code| code.parse::<u32>().ok());
     let unique = error.as_database_error().is_some_and(|e| e.is_unique_violation());
-    let kind = match (&error, primary.map(|code| code & 0xff)) {
+    let kind = match &error {
         _ if unique => StorageError::Conflict,
-        (sqlx::Error::PoolTimedOut | sqlx::Error::PoolClosed, _) | (_, Some(5 | 6)) => StorageError::Unavailable,
-        (_, Some(13)) => StorageError::Full,
-        (_, Some(8 | 10 | 11 | 14 | 26)) => StorageError::Broken,
-        (sqlx::Error::Io(_), _) => StorageError::Broken,
-        _ => StorageError::Other,
+        sqlx::Error::PoolTimedOut | sqlx::Error::PoolClosed => StorageError::Unavailable,
+        sqlx::Error::Io(_) => StorageError::Broken,
+        _ => of_code(code),
     };
     kind(Box::new(error))
+}
+
+/// What a result code of SQLite means. The primary code is the low byte: 5 BUSY, 6 LOCKED, 8 READONLY, 10 IOERR, 11 CORRUPT,
+/// 13 FULL, 14 CANTOPEN, 26 NOTADB.
+fn of_code(code: Option<u32>) -> fn(Cause) -> StorageError {
+    match code.map(|code| code & 0xff) {
+        Some(5 | 6) => StorageError::Unavailable,
+        Some(13) => StorageError::Full,
+        Some(8 | 10 | 11 | 14 | 26) => StorageError::Broken,
+        _ => StorageError::Other,
+    }
 }
 
 impl From<sqlx::Error> for StorageError {
     fn from(error: sqlx::Error) -> Self {
         classify(error)
+    }
+}
+
+impl From<rusqlite::Error> for StorageError {
+    fn from(error: rusqlite::Error) -> Self {
+        let code = error.sqlite_error().map(|error| error.extended_code as u32);
+        of_code(code)(Box::new(error))
     }
 }
 

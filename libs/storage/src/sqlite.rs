@@ -6,7 +6,7 @@ use std::time::Duration;
 use sqlx::migrate::{Migration, MigrationType, Migrator};
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteSynchronous};
 
-use crate::StorageError;
+use crate::{Readers, StorageError};
 
 /// How a database is opened.
 #[derive(Clone, Debug)]
@@ -27,7 +27,7 @@ pub struct SqliteOptions {
 #[derive(Clone, Debug)]
 pub struct Sqlite {
     writer: SqlitePool,
-    readers: SqlitePool,
+    readers: Readers,
 }
 
 impl Sqlite {
@@ -47,27 +47,23 @@ impl Sqlite {
             .busy_timeout(options.busy_timeout)
             .foreign_keys(true)
             .pragma("cache_size", "-65536")
-            .pragma("mmap_size", "1073741824")
             // What is removed for good is overwritten in the pages that are written anyway.
             .pragma("secure_delete", "fast")
             .pragma("temp_store", "memory");
         let acquire = options.busy_timeout + Duration::from_secs(5);
-        let pool = |size: u32| {
-            SqlitePoolOptions::new()
-                .max_connections(size)
-                .acquire_timeout(acquire)
-                .max_lifetime(None)
-        };
-        let writer = pool(1).connect_with(connect.clone()).await?;
-        migrate(&writer, migrations).await?;
-        let readers = pool(options.readers.max(1))
-            .connect_with(connect.pragma("query_only", "on"))
+        let writer = SqlitePoolOptions::new()
+            .max_connections(1)
+            .acquire_timeout(acquire)
+            .max_lifetime(None)
+            .connect_with(connect)
             .await?;
+        migrate(&writer, migrations).await?;
+        let readers = Readers::open(&options.path, options.readers.max(1), options.busy_timeout)?;
         Ok(Self { writer, readers })
     }
 
-    /// The pool for reading.
-    pub fn readers(&self) -> &SqlitePool {
+    /// The connections for reading.
+    pub fn readers(&self) -> &Readers {
         &self.readers
     }
 
@@ -169,11 +165,12 @@ mod tests {
             .unwrap_err();
         assert!(matches!(StorageError::from(twice), StorageError::Conflict(_)));
         write.commit().await.unwrap();
-        let refused = sqlx::query("INSERT INTO t VALUES (2)")
-            .execute(store.readers())
-            .await
-            .unwrap_err();
-        assert!(matches!(StorageError::from(refused), StorageError::Broken(_)));
+        let refused = store.readers().read(|connection| {
+            connection
+                .execute("INSERT INTO t VALUES (2)", [])
+                .map_err(StorageError::from)
+        });
+        assert!(matches!(refused.await.unwrap_err(), StorageError::Broken(_)));
         store.close().await;
         remove(&options);
     }

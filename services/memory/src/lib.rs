@@ -2,12 +2,12 @@
 
 mod app;
 mod convert;
-mod domain;
-mod error;
-mod filter;
+pub mod domain;
+pub mod error;
+pub mod filter;
 mod grpc;
 mod metrics;
-mod store;
+pub mod store;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

@@ -126,16 +126,16 @@ pub struct IndexState {
 }
 
 /// What the lexical arm looks for.
-#[derive(Clone, Copy, Debug)]
-pub struct LexicalSearch<'a> {
+#[derive(Clone, Debug)]
+pub struct LexicalSearch {
     /// The tenant.
-    pub tenant: &'a TenantId,
+    pub tenant: TenantId,
     /// Scopes of the tenant.
-    pub scopes: &'a [ScopeKey],
+    pub scopes: Vec<ScopeKey>,
     /// Analysed terms; one of them is enough.
-    pub terms: &'a [String],
+    pub terms: Vec<String>,
     /// Only those that satisfy it.
-    pub filter: Option<&'a Filter>,
+    pub filter: Option<Filter>,
     /// At most so many.
     pub limit: usize,
 }
@@ -195,7 +195,7 @@ pub trait Relational: Send + Sync {
 
     /// The best memories by BM25 over any of the terms, best first; scores are positive, and made from the tenant's own
     /// texts alone.
-    async fn lexical(&self, search: &LexicalSearch<'_>) -> Result<Vec<(Key, f64)>, MemoryError>;
+    async fn lexical(&self, search: &LexicalSearch) -> Result<Vec<(Key, f64)>, MemoryError>;
 
     /// The memories of the scopes that satisfy a filter, in any order.
     async fn matching(&self, scopes: &[ScopeKey], filter: &Filter) -> Result<Vec<Key>, MemoryError>;
@@ -206,8 +206,11 @@ pub trait Relational: Send + Sync {
     /// For turns of conversations, the turns directly before and after them: `(turn, neighbour)`.
     async fn neighbours(&self, keys: &[Key]) -> Result<Vec<(Key, Key)>, MemoryError>;
 
-    /// Vectors by number.
-    async fn codes(&self, model: &str, keys: &[Key]) -> Result<Vec<(Key, Code)>, MemoryError>;
+    /// Cosines of memories' vectors with a unit vector, at full size; memories without a vector are left out.
+    async fn cosines(&self, model: &str, keys: &[Key], vector: &[f32]) -> Result<Vec<(Key, f32)>, MemoryError>;
+
+    /// Vectors by number, at full size.
+    async fn vectors(&self, model: &str, keys: &[Key]) -> Result<Vec<(Key, Vec<f32>)>, MemoryError>;
 
     /// Changes after a place in the outbox, in order.
     async fn events(&self, after: Sequence, limit: usize) -> Result<Vec<IndexEvent>, MemoryError>;

@@ -264,10 +264,10 @@ impl App {
             terms.dedup();
             let depth = depth + among.exclude.len();
             let lexical_search = LexicalSearch {
-                tenant,
-                scopes: &scopes,
-                terms: &terms,
-                filter: query.filter.as_ref(),
+                tenant: tenant.clone(),
+                scopes,
+                terms,
+                filter: query.filter.clone(),
                 limit: depth,
             };
             lexical = self.store.lexical(&lexical_search).await?;
@@ -324,10 +324,10 @@ impl App {
             .into_iter()
             .map(|(key, _)| key)
             .collect();
-        let codes = self.store.codes(&self.model.identity, &keys).await?;
-        let mut scored: Vec<(Key, f64)> = codes
+        let cosines = self.store.cosines(&self.model.identity, &keys, &vector).await?;
+        let mut scored: Vec<(Key, f64)> = cosines
             .into_iter()
-            .map(|(key, code)| (key, f64::from(code.cosine(&vector))))
+            .map(|(key, cosine)| (key, f64::from(cosine)))
             .collect();
         scored.sort_unstable_by(|a, b| b.1.total_cmp(&a.1).then(b.0.cmp(&a.0)));
         stats.dense_ms = ms(began);

@@ -117,10 +117,10 @@ pub async fn find(
     limit: usize,
 ) -> Result<Vec<(Key, f64)>, MemoryError> {
     let search = LexicalSearch {
-        tenant,
-        scopes,
-        terms,
-        filter,
+        tenant: tenant.clone(),
+        scopes: scopes.to_vec(),
+        terms: terms.to_vec(),
+        filter: filter.cloned(),
         limit,
     };
     store.lexical(&search).await
@@ -418,8 +418,13 @@ async fn the_outbox_tells_the_index_everything(store: &dyn Relational) {
         "the index is told of it"
     );
     assert!(store.scan(MODEL, last, 10, true).await.unwrap().is_empty());
-    assert_eq!(store.codes(MODEL, &[keys[1]]).await.unwrap(), [(keys[1], code(8))]);
-    assert!(store.codes("another@1", &keys).await.unwrap().is_empty());
+    assert_eq!(
+        store.vectors(MODEL, &[keys[1]]).await.unwrap(),
+        [(keys[1], code(8).decode())]
+    );
+    let near = store.cosines(MODEL, &[keys[1]], &vector(8, 128)).await.unwrap();
+    assert!(near.len() == 1 && near[0].1 > 0.999, "{near:?}");
+    assert!(store.vectors("another@1", &keys).await.unwrap().is_empty());
     let id = written[1].as_ref().unwrap().memory.id;
     let stored = store.get(&"t6".parse().unwrap(), id).await.unwrap().unwrap();
     assert_eq!(stored.memory.embedding_model, MODEL);

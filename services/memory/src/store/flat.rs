@@ -9,17 +9,17 @@
 mod file;
 mod scan;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::io;
 use std::path::Path;
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
-use super::code::{BLOCK, Code};
+use super::code::{BLOCK, Code, SCALE};
 use super::{Among, Entry, VectorIndex};
 use crate::domain::{Key, ScopeKey, Sequence};
 pub use file::Layout;
 use file::{Files, Head};
-use scan::{Rows, Signs};
+use scan::{Rows, Signs, Slots};
 
 /// The index of one model.
 #[derive(Debug)]
@@ -179,27 +179,35 @@ impl Inner {
         Ok(())
     }
 
-    /// The slots that a search may find: those chosen by a filter when there is one, otherwise all of the scopes.
-    fn slots(&self, among: &Among) -> Vec<u32> {
+    /// Those that a search may find and that the signs let pass.
+    fn nearest(&self, query: &Code, among: &Among, limit: usize) -> Vec<u32> {
         let allowed: Vec<bool> = self.scopes.iter().map(|scope| among.scopes.contains(scope)).collect();
-        let shown = |slot: usize| allowed.get(self.owners[slot] as usize).copied().unwrap_or(false);
-        let kept = |slot: usize| among.exclude.is_empty() || !among.exclude.contains(&self.keys[slot]);
-        let slot = |slot: usize| u32::try_from(slot).ok();
-        match &among.only {
+        let excluded: HashSet<usize> = among
+            .exclude
+            .iter()
+            .filter_map(|key| self.by_key.get(key).copied())
+            .collect();
+        let everything = self.free.is_empty() && excluded.is_empty() && allowed.iter().all(|allowed| *allowed);
+        let shown = |slot: usize| {
+            let allowed = || allowed.get(self.owners[slot] as usize).copied().unwrap_or(false);
+            everything || (allowed() && (excluded.is_empty() || !excluded.contains(&slot)))
+        };
+        let slots = match &among.only {
             Some(only) => {
                 let found = only.iter().filter_map(|key| self.by_key.get(key).copied());
-                found
-                    .filter(|slot| shown(*slot) && kept(*slot))
-                    .filter_map(slot)
-                    .collect()
+                Slots::These(
+                    found
+                        .filter(|slot| shown(*slot))
+                        .filter_map(|slot| u32::try_from(slot).ok())
+                        .collect(),
+                )
             }
-            None => {
-                let all = 0..self.owners.len();
-                all.filter(|slot| shown(*slot) && kept(*slot))
-                    .filter_map(slot)
-                    .collect()
-            }
-        }
+            None => Slots::All {
+                count: self.owners.len(),
+                shown: &shown,
+            },
+        };
+        self.signs.nearest(query, slots, limit)
     }
 }
 
@@ -228,8 +236,7 @@ impl VectorIndex for FlatIndex {
             return Vec::new();
         }
         let rows = Rows::new(inner.files.rows(), self.prefix);
-        let slots = inner.slots(among);
-        let slots = inner.signs.nearest(query, slots, limit);
+        let slots = inner.nearest(query, among, limit);
         let best = rows.best(query, &slots, limit);
         best.into_iter()
             .map(|(slot, score)| (inner.keys[slot as usize], score))
@@ -253,7 +260,7 @@ impl VectorIndex for FlatIndex {
 
 /// Bytes of a row: head, scales, int8 values.
 fn row_size(prefix: usize) -> usize {
-    file::HEAD + prefix / BLOCK * 4 + prefix
+    file::HEAD + prefix / BLOCK * SCALE + prefix
 }
 
 #[cfg(test)]

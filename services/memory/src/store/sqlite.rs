@@ -6,6 +6,7 @@ mod read;
 mod write;
 
 use aeterna_error::Error;
+use aeterna_storage::rusqlite::Connection;
 use aeterna_storage::{Sqlite, SqliteOptions, StorageError};
 use aeterna_types::{Layer, MemoryId, Scope, TenantId, Timestamp};
 use async_trait::async_trait;
@@ -14,7 +15,7 @@ use sqlx::sqlite::SqliteRow;
 
 use super::code::Code;
 use super::{Addition, ChangeItem, Counts, IndexEvent, IndexState, LexicalSearch, Listing, Relational, Stored};
-use crate::domain::{self, Idempotency, Key, Memory, ScopeKey, Sequence, Version, View, Writer, Written};
+use crate::domain::{self, Idempotency, Key, ScopeKey, Sequence, Version, View, Writer, Written};
 use crate::error::MemoryError;
 use crate::filter::Filter;
 
@@ -23,6 +24,10 @@ pub const MIGRATIONS: &[(&str, &str)] = &[
     ("memories", include_str!("sqlite/schema.sql")),
     ("a lexical table a tenant", include_str!("sqlite/schema_2.sql")),
     ("changes that outlive their memory", include_str!("sqlite/schema_3.sql")),
+    (
+        "vectors in the pages of their rows",
+        include_str!("sqlite/schema_4.sql"),
+    ),
 ];
 
 /// The store.
@@ -42,6 +47,14 @@ impl SqliteStore {
         lexical::analyse_again(&store).await?;
         Ok(store)
     }
+
+    async fn read<T, W>(&self, work: W) -> Result<T, MemoryError>
+    where
+        T: Send + 'static,
+        W: FnOnce(&Connection) -> Result<T, MemoryError> + Send + 'static,
+    {
+        self.0.readers().read(work).await
+    }
 }
 
 impl From<StorageError> for MemoryError {
@@ -55,6 +68,11 @@ fn storage(error: sqlx::Error) -> MemoryError {
     MemoryError::Other(Error::from(StorageError::from(error)))
 }
 
+/// The reading driver's errors on their way out.
+fn failed(error: aeterna_storage::rusqlite::Error) -> MemoryError {
+    StorageError::from(error).into()
+}
+
 fn damaged(what: &str) -> MemoryError {
     MemoryError::Other(Error::internal(format!("a stored {what} can't be decoded")))
 }
@@ -63,18 +81,17 @@ fn encode<T: serde::Serialize>(value: &T) -> Result<String, MemoryError> {
     serde_json::to_string(value).map_err(|error| MemoryError::Other(Error::internal(error)))
 }
 
+fn parsed<T: serde::de::DeserializeOwned>(record: &str, what: &str) -> Result<T, MemoryError> {
+    serde_json::from_str(record).map_err(|_| damaged(what))
+}
+
 fn stored(row: &SqliteRow) -> Result<Stored, MemoryError> {
     let record: &str = row.try_get("record").map_err(storage)?;
-    let memory: Memory = serde_json::from_str(record).map_err(|_| damaged("memory"))?;
+    let memory = parsed(record, "memory")?;
     Ok(Stored {
         key: Key(row.try_get("key").map_err(storage)?),
         memory,
     })
-}
-
-/// `?, ?, ?` for a list of bindings.
-fn marks(count: usize) -> String {
-    vec!["?"; count].join(",")
 }
 
 #[async_trait]
@@ -102,56 +119,96 @@ impl Relational for SqliteStore {
         before: Option<i64>,
         limit: usize,
     ) -> Result<Vec<Version>, MemoryError> {
-        read::history(self, tenant, id, before, limit).await
+        let tenant = tenant.clone();
+        self.read(move |connection| read::history(connection, &tenant, id, before, limit))
+            .await
     }
 
     async fn counts(&self, model: &str, scopes: &[ScopeKey], now: Timestamp) -> Result<Counts, MemoryError> {
-        read::counts(self, model, scopes, now).await
+        let (model, scopes) = (model.to_owned(), scopes.to_vec());
+        self.read(move |connection| read::counts(connection, &model, &scopes, now))
+            .await
     }
 
     async fn replay(&self, writer: &Writer, idempotency: &Idempotency) -> Result<Option<Written>, MemoryError> {
-        let mut connection = self.0.readers().acquire().await.map_err(storage)?;
-        write::replay(&mut connection, writer, idempotency).await
+        let (writer, idempotency) = (writer.clone(), idempotency.clone());
+        self.read(move |connection| read::replay(connection, &writer, &idempotency))
+            .await
     }
 
     async fn known(&self, tenant: &TenantId, places: &[(Scope, [u8; 32])]) -> Result<Vec<bool>, MemoryError> {
-        read::known(self, tenant, places).await
+        let (tenant, places) = (tenant.clone(), places.to_vec());
+        self.read(move |connection| read::known(connection, &tenant, &places))
+            .await
     }
 
     async fn get(&self, tenant: &TenantId, id: MemoryId) -> Result<Option<Stored>, MemoryError> {
-        read::get(self, tenant, id).await
+        let tenant = tenant.clone();
+        self.read(move |connection| read::memory(connection, &tenant, id)).await
     }
 
     async fn visible(&self, tenant: &TenantId, view: &View, layers: &[Layer]) -> Result<Vec<ScopeKey>, MemoryError> {
-        read::visible(self, tenant, view, layers).await
+        let (tenant, view, layers) = (tenant.clone(), view.clone(), layers.to_vec());
+        self.read(move |connection| read::visible(connection, &tenant, &view, &layers))
+            .await
     }
 
     async fn list(&self, listing: &Listing) -> Result<Vec<Stored>, MemoryError> {
-        read::list(self, listing).await
+        let listing = listing.clone();
+        self.read(move |connection| read::list(connection, &listing)).await
     }
 
-    async fn lexical(&self, search: &LexicalSearch<'_>) -> Result<Vec<(Key, f64)>, MemoryError> {
-        lexical::search(self, search).await
+    async fn lexical(&self, search: &LexicalSearch) -> Result<Vec<(Key, f64)>, MemoryError> {
+        let (search, frequencies) = (search.clone(), self.1.clone());
+        self.read(move |connection| lexical::search(connection, &frequencies, &search))
+            .await
     }
 
     async fn matching(&self, scopes: &[ScopeKey], filter: &Filter) -> Result<Vec<Key>, MemoryError> {
-        read::matching(self, scopes, filter).await
+        let (scopes, filter) = (scopes.to_vec(), filter.clone());
+        self.read(move |connection| read::matching(connection, &scopes, &filter))
+            .await
     }
 
     async fn fetch(&self, keys: &[Key], now: Timestamp) -> Result<Vec<Stored>, MemoryError> {
-        read::fetch(self, keys, now).await
+        let keys = keys.to_vec();
+        self.read(move |connection| read::fetch(connection, &keys, now)).await
     }
 
     async fn neighbours(&self, keys: &[Key]) -> Result<Vec<(Key, Key)>, MemoryError> {
-        read::neighbours(self, keys).await
+        let keys = keys.to_vec();
+        self.read(move |connection| read::neighbours(connection, &keys)).await
     }
 
-    async fn codes(&self, model: &str, keys: &[Key]) -> Result<Vec<(Key, Code)>, MemoryError> {
-        read::codes(self, model, keys).await
+    async fn cosines(&self, model: &str, keys: &[Key], vector: &[f32]) -> Result<Vec<(Key, f32)>, MemoryError> {
+        let (model, keys, vector) = (model.to_owned(), keys.to_vec(), vector.to_vec());
+        let cosines = move |connection: &Connection| {
+            let mut cosines = Vec::with_capacity(keys.len());
+            read::codes(connection, &model, &keys, |key, code| {
+                if code.dimension() == vector.len() {
+                    cosines.push((key, code.cosine(&vector)));
+                }
+            })?;
+            Ok(cosines)
+        };
+        self.read(cosines).await
+    }
+
+    async fn vectors(&self, model: &str, keys: &[Key]) -> Result<Vec<(Key, Vec<f32>)>, MemoryError> {
+        let (model, keys) = (model.to_owned(), keys.to_vec());
+        let vectors = move |connection: &Connection| {
+            let mut vectors = Vec::with_capacity(keys.len());
+            read::codes(connection, &model, &keys, |key, code| {
+                vectors.push((key, code.decode()))
+            })?;
+            Ok(vectors)
+        };
+        self.read(vectors).await
     }
 
     async fn events(&self, after: Sequence, limit: usize) -> Result<Vec<IndexEvent>, MemoryError> {
-        read::events(self, after, limit).await
+        self.read(move |connection| read::events(connection, after, limit))
+            .await
     }
 
     async fn changes(
@@ -160,19 +217,25 @@ impl Relational for SqliteStore {
         after: Sequence,
         limit: usize,
     ) -> Result<Vec<domain::Change>, MemoryError> {
-        read::changes(self, tenant, after, limit).await
+        let tenant = tenant.cloned();
+        self.read(move |connection| read::changes(connection, tenant.as_ref(), after, limit))
+            .await
     }
 
     async fn last_sequence(&self) -> Result<Sequence, MemoryError> {
-        read::last_sequence(self).await
+        self.read(read::last_sequence).await
     }
 
     async fn states(&self, model: &str, keys: &[Key]) -> Result<Vec<IndexState>, MemoryError> {
-        read::states(self, model, keys).await
+        let (model, keys) = (model.to_owned(), keys.to_vec());
+        self.read(move |connection| read::states(connection, &model, &keys))
+            .await
     }
 
     async fn scan(&self, model: &str, after: Key, limit: usize, pending: bool) -> Result<Vec<IndexState>, MemoryError> {
-        read::scan(self, model, after, limit, pending).await
+        let model = model.to_owned();
+        self.read(move |connection| read::scan(connection, &model, after, limit, pending))
+            .await
     }
 
     async fn put_codes(&self, model: &str, codes: &[(Key, i64, Code)], now: Timestamp) -> Result<usize, MemoryError> {
@@ -180,7 +243,9 @@ impl Relational for SqliteStore {
     }
 
     async fn expired(&self, scopes: &[ScopeKey], now: Timestamp) -> Result<Vec<Key>, MemoryError> {
-        read::expired(self, scopes, now).await
+        let scopes = scopes.to_vec();
+        self.read(move |connection| read::expired(connection, &scopes, now))
+            .await
     }
 
     async fn reap(&self, now: Timestamp, limit: usize) -> Result<usize, MemoryError> {
@@ -188,7 +253,7 @@ impl Relational for SqliteStore {
     }
 
     async fn identity(&self) -> Result<String, MemoryError> {
-        read::identity(self).await
+        self.read(read::identity).await
     }
 
     async fn close(&self) {

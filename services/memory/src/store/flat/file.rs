@@ -7,12 +7,12 @@ use std::path::{Path, PathBuf};
 use memmap2::MmapMut;
 use serde::{Deserialize, Serialize};
 
-use super::super::code::{BLOCK, Code};
+use super::super::code::{BLOCK, Code, SCALE};
 use super::row_size;
 use crate::domain::{Key, ScopeKey, Sequence};
 
 /// Layout of the files.
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 /// Checksum, state, key, scope.
 pub const HEAD: usize = 4 + 4 + 8 + 8;
 const LIVE: u32 = 1;
@@ -164,10 +164,8 @@ impl Files {
         row[8..16].copy_from_slice(&head.key.0.to_le_bytes());
         row[16..24].copy_from_slice(&head.scope.0.to_le_bytes());
         if let Some(code) = code {
-            let (scales, values) = row[HEAD..].split_at_mut(prefix / BLOCK * 4);
-            for (bytes, scale) in scales.chunks_exact_mut(4).zip(code.scales()) {
-                bytes.copy_from_slice(&scale.to_le_bytes());
-            }
+            let (scales, values) = row[HEAD..].split_at_mut(prefix / BLOCK * SCALE);
+            scales.copy_from_slice(&code.scale_bytes()[..prefix / BLOCK * SCALE]);
             values.copy_from_slice(&code.high()[..prefix]);
         }
         let sum = crc32fast::hash(&row[4..]);
@@ -178,7 +176,7 @@ impl Files {
     pub fn push(&mut self) -> io::Result<usize> {
         if (self.slots + 1) * self.size > self.map.len() {
             let capacity = self.map.len() / self.size;
-            extend(&self.file, (capacity + (capacity / 4).max(GROW)) * self.size)?;
+            extend(&self.file, (capacity + (capacity / 8).max(GROW)) * self.size)?;
             self.map = map(&self.file)?;
         }
         self.slots += 1;

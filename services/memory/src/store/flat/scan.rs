@@ -1,8 +1,9 @@
 //! The stages of the funnel that need no more than the index.
 
+use rayon::prelude::*;
 use simsimd::SpatialSimilarity as _;
 
-use super::super::code::{BLOCK, Code};
+use super::super::code::{BLOCK, Code, SCALE, STEP, scales};
 use super::file::HEAD;
 use super::row_size;
 
@@ -12,6 +13,10 @@ const FEW: usize = 8192;
 const SHARE: usize = 32;
 /// Vectors that go on to int8, at least.
 const KEPT: usize = 2000;
+/// Vectors from which on threads share the work of one search.
+const PARALLEL: usize = 1 << 18;
+/// Vectors that a thread takes at a time.
+const CHUNK: usize = 1 << 15;
 /// Vectors that the centre is the mean of, at most.
 const SAMPLE: usize = 8192;
 
@@ -36,15 +41,12 @@ impl<'a> Rows<'a> {
     /// The scales of a row's blocks.
     fn scales(&self, slot: usize) -> impl Iterator<Item = f32> + 'a {
         let start = slot * self.size + HEAD;
-        let bytes = &self.bytes[start..start + self.blocks * 4];
-        bytes
-            .chunks_exact(4)
-            .map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]))
+        scales(&self.bytes[start..start + self.blocks * SCALE])
     }
 
     /// The int8 values of a row.
     fn values(&self, slot: usize) -> &'a [i8] {
-        let start = slot * self.size + HEAD + self.blocks * 4;
+        let start = slot * self.size + HEAD + self.blocks * SCALE;
         bytemuck::cast_slice(&self.bytes[start..start + self.blocks * BLOCK])
     }
 
@@ -52,7 +54,11 @@ impl<'a> Rows<'a> {
     pub fn best(&self, query: &Code, slots: &[u32], limit: usize) -> Vec<(u32, f32)> {
         let prefix = self.blocks * BLOCK;
         let wanted: &[i8] = bytemuck::cast_slice(&query.high()[..prefix]);
-        let factors: Vec<f32> = query.scales().take(self.blocks).map(|scale| scale * 256.0).collect();
+        let factors: Vec<f32> = query
+            .scales()
+            .take(self.blocks)
+            .map(|scale| scale * f32::from(STEP * STEP))
+            .collect();
         let score = |slot: u32| {
             let (values, scales) = (self.values(slot as usize), self.scales(slot as usize));
             let blocks = values.chunks_exact(BLOCK).zip(wanted.chunks_exact(BLOCK));
@@ -62,7 +68,10 @@ impl<'a> Rows<'a> {
             });
             parts.sum::<f32>()
         };
-        let mut scored: Vec<(u32, f32)> = slots.iter().map(|slot| (*slot, score(*slot))).collect();
+        let mut scored: Vec<(u32, f32)> = match slots.len() * SHARE < PARALLEL {
+            true => slots.iter().map(|slot| (*slot, score(*slot))).collect(),
+            false => slots.par_iter().map(|slot| (*slot, score(*slot))).collect(),
+        };
         let order = |a: &(u32, f32), b: &(u32, f32)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
         if scored.len() > limit {
             scored.select_nth_unstable_by(limit, order);
@@ -74,7 +83,7 @@ impl<'a> Rows<'a> {
 
     /// The signs of a row around a centre.
     fn signs(&self, slot: usize, centre: &[f32], out: &mut [u64]) {
-        let scales = self.scales(slot).map(|scale| scale * 16.0);
+        let scales = self.scales(slot).map(|scale| scale * f32::from(STEP));
         signs(self.values(slot), scales, centre, out);
     }
 }
@@ -123,7 +132,7 @@ impl Signs {
             seen += 1;
             let blocks = rows.values(slot).chunks_exact(BLOCK).zip(rows.scales(slot));
             for ((values, scale), sums) in blocks.zip(sums.chunks_exact_mut(BLOCK)) {
-                let scale = f64::from(scale) * 16.0;
+                let scale = f64::from(scale) * f64::from(STEP);
                 values
                     .iter()
                     .zip(sums)
@@ -149,76 +158,140 @@ impl Signs {
     }
 
     /// Of many slots, those nearest to the query by their signs; few ones all go on. At least `limit` remain.
-    pub fn nearest(&self, query: &Code, slots: Vec<u32>, limit: usize) -> Vec<u32> {
-        let keep = (slots.len() / SHARE).max(KEPT).max(4 * limit);
-        if slots.len() <= FEW || slots.len() <= keep {
-            return slots;
+    pub fn nearest(&self, query: &Code, slots: Slots<'_>, limit: usize) -> Vec<u32> {
+        let keep = |count: usize| (count / SHARE).max(KEPT).max(4 * limit);
+        let few = |count: usize| count <= FEW.max(keep(count));
+        match slots {
+            Slots::These(slots) if few(slots.len()) => slots,
+            Slots::These(slots) => {
+                let wanted = self.wanted(query);
+                let words = self.words;
+                let rows = slots
+                    .iter()
+                    .map(|slot| &self.bits[*slot as usize * words..(*slot as usize + 1) * words]);
+                let distances: Vec<u16> = rows.map(|row| distance(row, &wanted)).collect();
+                let near = slots.iter().copied().zip(distances.iter().copied());
+                let (cut, _) = cut(near.clone(), self.words * BLOCK, keep);
+                near.filter(|(_, distance)| *distance <= cut)
+                    .map(|(slot, _)| slot)
+                    .collect()
+            }
+            Slots::All { count, shown } => {
+                if few(count) {
+                    return (0..count)
+                        .filter(|slot| shown(*slot))
+                        .filter_map(|slot| u32::try_from(slot).ok())
+                        .collect();
+                }
+                let wanted = self.wanted(query);
+                let mut distances = vec![0u16; count];
+                let bits = &self.bits[..count * self.words];
+                match count < PARALLEL {
+                    true => distances_to(&wanted, bits, &mut distances),
+                    false => {
+                        let parts = bits.par_chunks(CHUNK * self.words).zip(distances.par_chunks_mut(CHUNK));
+                        parts.for_each(|(bits, distances)| distances_to(&wanted, bits, distances));
+                    }
+                }
+                let all = distances.iter().copied().enumerate();
+                let (cut, found) = cut(all.clone().filter(|(slot, _)| shown(*slot)), self.words * BLOCK, keep);
+                let mut near = Vec::with_capacity(found);
+                near.extend(
+                    all.filter(|(slot, distance)| *distance <= cut && shown(*slot))
+                        .filter_map(|(slot, _)| u32::try_from(slot).ok()),
+                );
+                near
+            }
         }
-        let prefix = self.words * BLOCK;
+    }
+
+    /// The signs of a query.
+    fn wanted(&self, query: &Code) -> Vec<u64> {
         let mut wanted = vec![0; self.words];
-        let values: &[i8] = bytemuck::cast_slice(&query.high()[..prefix]);
+        let values: &[i8] = bytemuck::cast_slice(&query.high()[..self.words * BLOCK]);
         signs(
             values,
-            query.scales().map(|scale| scale * 16.0),
+            query.scales().map(|scale| scale * f32::from(STEP)),
             &self.centre,
             &mut wanted,
         );
-        let mut distances = vec![0u16; slots.len()];
-        distances_to(&wanted, &self.bits, &slots, &mut distances);
-        // A histogram of distances, of which there are few, tells where to cut without sorting.
-        let mut counts = vec![0usize; prefix + 1];
-        distances
-            .iter()
-            .for_each(|distance| counts[usize::from(*distance)] += 1);
-        let mut total = 0;
-        let cut = counts.iter().position(|count| {
-            total += count;
-            total >= keep
-        });
-        let cut = cut.unwrap_or(prefix);
-        let near = slots
-            .iter()
-            .zip(&distances)
-            .filter(|(_, distance)| usize::from(**distance) <= cut);
-        near.map(|(slot, _)| *slot).collect()
+        wanted
     }
 }
 
-/// Hamming distances, with the processor's own bit count where it has one.
-fn distances_to(wanted: &[u64], bits: &[u64], slots: &[u32], out: &mut [u16]) {
+/// What a search may find, as slots.
+pub enum Slots<'a> {
+    /// These.
+    These(Vec<u32>),
+    /// Of the first `count`, those that are shown.
+    All {
+        /// Slots in all.
+        count: usize,
+        /// Which of them may be found.
+        shown: &'a dyn Fn(usize) -> bool,
+    },
+}
+
+/// The distance up to which slots go on, so that at least as many do as `keep` says for their number, and how many do. A
+/// histogram of distances, of which there are few, tells where to cut without sorting.
+fn cut<S>(near: impl Iterator<Item = (S, u16)>, farthest: usize, keep: impl Fn(usize) -> usize) -> (u16, usize) {
+    let mut counts = vec![0usize; farthest + 1];
+    near.for_each(|(_, distance)| counts[usize::from(distance)] += 1);
+    let wanted = keep(counts.iter().sum());
+    let mut total = 0;
+    let cut = counts.iter().position(|count| {
+        total += count;
+        total >= wanted
+    });
+    (cut.and_then(|cut| u16::try_from(cut).ok()).unwrap_or(u16::MAX), total)
+}
+
+/// Bits that differ.
+#[inline(always)]
+fn distance(row: &[u64], wanted: &[u64]) -> u16 {
+    row.iter().zip(wanted).map(|(a, b)| (a ^ b).count_ones()).sum::<u32>() as u16
+}
+
+/// Hamming distances of rows that lie side by side, by the widest bit count that the processor has.
+fn distances_to(wanted: &[u64], bits: &[u64], out: &mut [u16]) {
     #[cfg(target_arch = "x86_64")]
-    if std::arch::is_x86_feature_detected!("popcnt") {
-        // SAFETY: the processor has the instruction, as was just asked.
-        return unsafe { distances_popcnt(wanted, bits, slots, out) };
+    {
+        use std::arch::is_x86_feature_detected;
+        if is_x86_feature_detected!("avx512vl") && is_x86_feature_detected!("avx512vpopcntdq") {
+            // SAFETY: the processor has the instructions, as was just asked.
+            return unsafe { distances_avx512(wanted, bits, out) };
+        }
+        if is_x86_feature_detected!("popcnt") {
+            // SAFETY: as above.
+            return unsafe { distances_popcnt(wanted, bits, out) };
+        }
     }
-    distances_plain(wanted, bits, slots, out);
+    distances_plain(wanted, bits, out);
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512vl,avx512vpopcntdq")]
+fn distances_avx512(wanted: &[u64], bits: &[u64], out: &mut [u16]) {
+    distances_plain(wanted, bits, out);
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "popcnt")]
-fn distances_popcnt(wanted: &[u64], bits: &[u64], slots: &[u32], out: &mut [u16]) {
-    distances_plain(wanted, bits, slots, out);
+fn distances_popcnt(wanted: &[u64], bits: &[u64], out: &mut [u16]) {
+    distances_plain(wanted, bits, out);
 }
 
 #[inline(always)]
-fn distances_plain(wanted: &[u64], bits: &[u64], slots: &[u32], out: &mut [u16]) {
+fn distances_plain(wanted: &[u64], bits: &[u64], out: &mut [u16]) {
     // A known length lets the compiler unroll; other prefixes take the general way.
     if let Ok(wanted) = <&[u64; 4]>::try_from(wanted) {
-        for (slot, out) in slots.iter().zip(out) {
-            let start = *slot as usize * 4;
-            let row = &bits[start..start + 4];
-            let ones = (row[0] ^ wanted[0]).count_ones()
-                + (row[1] ^ wanted[1]).count_ones()
-                + (row[2] ^ wanted[2]).count_ones()
-                + (row[3] ^ wanted[3]).count_ones();
-            *out = ones as u16;
+        let (rows, _) = bits.as_chunks::<4>();
+        for (row, out) in rows.iter().zip(out) {
+            *out = distance(row, wanted);
         }
         return;
     }
-    let words = wanted.len();
-    for (slot, out) in slots.iter().zip(out) {
-        let start = *slot as usize * words;
-        let row = &bits[start..start + words];
-        *out = row.iter().zip(wanted).map(|(a, b)| (a ^ b).count_ones()).sum::<u32>() as u16;
+    for (row, out) in bits.chunks_exact(wanted.len()).zip(out) {
+        *out = distance(row, wanted);
     }
 }

@@ -1,10 +1,8 @@
 //! Filters as SQL over `memories m` joined with `scopes s`. Each test is made two-valued, as the language wants it.
 
-use sqlx::sqlite::SqliteArguments;
+use aeterna_storage::rusqlite::types::Value;
 
 use crate::filter::{Comparison, Condition, Field, Filter, Literal, NumberField, TextField, TimeField};
-
-type Query<'q> = sqlx::query::Query<'q, sqlx::Sqlite, SqliteArguments>;
 
 /// A value for a question mark.
 #[derive(Clone, Debug)]
@@ -33,12 +31,12 @@ impl Sql {
         sql
     }
 
-    /// Binds the values.
-    pub fn bind<'q>(&self, query: Query<'q>) -> Query<'q> {
-        self.binds.iter().fold(query, |query, bind| match bind {
-            Bind::Text(text) => query.bind(text.clone()),
-            Bind::Real(number) => query.bind(*number),
-            Bind::Int(number) => query.bind(*number),
+    /// The values, in order.
+    pub fn binds(&self) -> impl Iterator<Item = Value> {
+        self.binds.iter().map(|bind| match bind {
+            Bind::Text(text) => Value::from(text.clone()),
+            Bind::Real(number) => Value::from(*number),
+            Bind::Int(number) => Value::from(*number),
         })
     }
 

@@ -3,12 +3,14 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use aeterna_storage::rusqlite::types::Value;
+use aeterna_storage::rusqlite::{Connection, OptionalExtension as _, params_from_iter};
 use aeterna_types::TenantId;
 use sqlx::{AssertSqlSafe, Row as _, SqliteConnection};
 
 use super::filter::Sql;
-use super::read::{from_json, sql};
-use super::{SqliteStore, damaged, storage};
+use super::read::rows;
+use super::{SqliteStore, failed, parsed, storage};
 use crate::domain::{Key, Memory, ScopeKey};
 use crate::error::MemoryError;
 use crate::store::LexicalSearch;
@@ -121,9 +123,9 @@ impl Frequencies {
         counts.insert(counted, Count { documents, newest });
     }
 
-    async fn of(
+    fn of(
         &self,
-        connection: &mut SqliteConnection,
+        connection: &Connection,
         tenant: i64,
         column: &'static str,
         term: &str,
@@ -134,13 +136,9 @@ impl Frequencies {
             return Ok(documents);
         }
         let text = format!("SELECT doc FROM {}_terms WHERE term = ? AND col = ?", table(tenant));
-        let found: Option<i64> = sqlx::query_scalar(AssertSqlSafe(text))
-            .bind(term)
-            .bind(column)
-            .fetch_optional(connection)
-            .await
-            .map_err(storage)?;
-        let documents = found.unwrap_or(0);
+        let mut statement = connection.prepare_cached(&text).map_err(failed)?;
+        let found = statement.query_row([term, column], |row| row.get(0)).optional();
+        let documents = found.map_err(failed)?.unwrap_or(0);
         self.keep(counted, documents, newest);
         Ok(documents)
     }
@@ -157,39 +155,41 @@ fn quoted(term: &str) -> String {
 
 /// BM25 over the visible documents. Where there are many, only as many terms count, rarest first, as bring a bounded number
 /// of documents: a term that is in most of them tells little, and costs the most.
-pub async fn search(store: &SqliteStore, search: &LexicalSearch<'_>) -> Result<Vec<(Key, f64)>, MemoryError> {
-    let mut connection = store.0.readers().acquire().await.map_err(storage)?;
-    let connection = &mut *connection;
-    let tenant = known(connection, search.tenant).await?;
-    let (Some(tenant), false, false) = (tenant, search.scopes.is_empty(), search.terms.is_empty()) else {
+pub fn search(
+    connection: &Connection,
+    frequencies: &Frequencies,
+    search: &LexicalSearch,
+) -> Result<Vec<(Key, f64)>, MemoryError> {
+    let tenant = rows(
+        connection,
+        "SELECT key, (SELECT count(*) FROM scopes WHERE tenant = ?1), (SELECT coalesce(max(key), 0) FROM memories) \
+         FROM tenants WHERE name = ?1",
+        [search.tenant.as_str()],
+        |row| row.try_into().map_err(failed),
+    )?;
+    let (Some((tenant, all, newest)), false, false) = (
+        tenant.into_iter().next(),
+        search.scopes.is_empty(),
+        search.terms.is_empty(),
+    ) else {
         return Ok(Vec::new());
     };
-    let (all, newest): (i64, i64) = sqlx::query_as(
-        "SELECT (SELECT count(*) FROM scopes WHERE tenant = ?), (SELECT coalesce(max(key), 0) FROM memories)",
-    )
-    .bind(search.tenant.as_str())
-    .fetch_one(&mut *connection)
-    .await
-    .map_err(storage)?;
-    let mut visible = newest;
+    let mut visible: i64 = newest;
     let mut words = String::new();
     // Every document of a scope has its mark, which costs as much as a word that is everywhere.
-    if search.scopes.len() as i64 != all {
+    if i64::try_from(search.scopes.len()) != Ok(all) {
         visible = 0;
-        for scope in search.scopes {
-            visible += store
-                .1
-                .of(connection, tenant, "scope", &scope_mark(scope), newest)
-                .await?;
+        for scope in &search.scopes {
+            visible += frequencies.of(connection, tenant, "scope", &scope_mark(scope), newest)?;
         }
         let marks: Vec<String> = search.scopes.iter().map(|scope| quoted(&scope_mark(scope))).collect();
         words = format!("scope : ({}) AND ", marks.join(" OR "));
     }
-    let mut terms = search.terms.to_vec();
+    let mut terms = search.terms.clone();
     if visible > RANKED {
         let mut counted = Vec::with_capacity(terms.len());
         for term in terms {
-            counted.push((store.1.of(connection, tenant, "body", &term, newest).await?, term));
+            counted.push((frequencies.of(connection, tenant, "body", &term, newest)?, term));
         }
         counted.sort();
         let mut documents = 0;
@@ -201,16 +201,16 @@ pub async fn search(store: &SqliteStore, search: &LexicalSearch<'_>) -> Result<V
     }
     let terms: Vec<String> = terms.iter().map(|term| quoted(term)).collect();
     words.push_str(&format!("body : ({})", terms.join(" OR ")));
-    ranked(connection, tenant, search, words).await
+    ranked(connection, tenant, search, words)
 }
 
-async fn ranked(
-    connection: &mut SqliteConnection,
+fn ranked(
+    connection: &Connection,
     tenant: i64,
-    search: &LexicalSearch<'_>,
+    search: &LexicalSearch,
     words: String,
 ) -> Result<Vec<(Key, f64)>, MemoryError> {
-    let filter = search.filter.map(|filter| Sql::of(Some(filter)));
+    let filter = search.filter.as_ref().map(|filter| Sql::of(Some(filter)));
     let table = table(tenant);
     let (join, condition) = match &filter {
         Some(filter) => (
@@ -219,23 +219,17 @@ async fn ranked(
         ),
         None => (String::new(), String::new()),
     };
-    // One row: handing each one over to another thread costs more than finding it.
-    let mut query = sql(format!(
-        "SELECT json_group_array(json_array(key, score)) AS found FROM (SELECT key, score FROM \
-         (SELECT {table}.rowid AS key, -bm25({table}, 0.0, 1.0) AS score FROM {table} {join} \
-         WHERE {table} MATCH ?{condition} ORDER BY {table}.rowid DESC LIMIT {RANKED}) ORDER BY score DESC, key DESC LIMIT ?)"
-    ))
-    .bind(words);
-    if let Some(filter) = &filter {
-        query = filter.bind(query);
-    }
-    let row = query
-        .bind(i64::try_from(search.limit).unwrap_or(i64::MAX))
-        .fetch_one(connection)
-        .await
-        .map_err(storage)?;
-    let found: Vec<(i64, f64)> = from_json(&row, "found")?;
-    Ok(found.into_iter().map(|(key, score)| (Key(key), score)).collect())
+    let text = format!(
+        "SELECT key, score FROM (SELECT {table}.rowid AS key, -bm25({table}, 0.0, 1.0) AS score FROM {table} {join} \
+         WHERE {table} MATCH ?{condition} ORDER BY {table}.rowid DESC LIMIT {RANKED}) ORDER BY score DESC, key DESC LIMIT ?"
+    );
+    let mut bound = vec![Value::from(words)];
+    bound.extend(filter.iter().flat_map(Sql::binds));
+    bound.push(i64::try_from(search.limit).unwrap_or(i64::MAX).into());
+    rows(connection, &text, params_from_iter(bound), |row| {
+        let (key, score): (i64, f64) = row.try_into().map_err(failed)?;
+        Ok((Key(key), score))
+    })
 }
 
 /// Makes all tables anew when they were made with another version of the analysis, in one transaction.
@@ -277,7 +271,7 @@ pub async fn analyse_again(store: &SqliteStore) -> Result<(), MemoryError> {
                 after = row.try_get("key").map_err(storage)?;
                 let scope = ScopeKey(row.try_get("scope").map_err(storage)?);
                 let record: &str = row.try_get("record").map_err(storage)?;
-                let memory: Memory = serde_json::from_str(record).map_err(|_| damaged("memory"))?;
+                let memory: Memory = parsed(record, "memory")?;
                 put(&mut transaction, tenant, Key(after), scope, &memory).await?;
                 count += 1;
             }

@@ -1,97 +1,109 @@
 //! Reads.
 
+use aeterna_storage::rusqlite::types::Value;
+use aeterna_storage::rusqlite::{Connection, OptionalExtension as _, Params, Row, params, params_from_iter};
 use aeterna_types::{Layer, MemoryId, Scope, TenantId, Timestamp};
-use sqlx::sqlite::{SqliteArguments, SqliteRow};
-use sqlx::{AssertSqlSafe, Row as _};
 
 use super::filter::Sql;
-use super::{SqliteStore, damaged, encode, marks, storage, stored};
-use crate::domain::{Change, Key, Kind, Memory, ScopeKey, Sequence, Version, View};
+use super::write::{REPLAY, answered};
+use super::{damaged, encode, failed, parsed};
+use crate::domain::{Change, Idempotency, Key, Kind, Memory, ScopeKey, Sequence, Version, View, Writer, Written};
 use crate::error::MemoryError;
 use crate::filter::Filter;
 use crate::store::code::Code;
 use crate::store::{Counts, IndexEvent, IndexState, Listing, Stored};
 
-/// Bindings per statement; SQLite allows 32,766.
-const CHUNK: usize = 10_000;
-
-type Query<'q> = sqlx::query::Query<'q, sqlx::Sqlite, SqliteArguments>;
-
-/// A query whose text is ours and whose values are all bound.
-pub(super) fn sql<'q>(text: String) -> Query<'q> {
-    sqlx::query(AssertSqlSafe(text))
-}
-
-/// Runs a query once per chunk of keys; `text` gets the question marks of its `IN (…)`.
-async fn by_keys(
-    store: &SqliteStore,
-    keys: &[Key],
-    text: impl Fn(&str) -> String,
-    first: Option<&str>,
-) -> Result<Vec<SqliteRow>, MemoryError> {
-    let mut rows = Vec::new();
-    for chunk in keys.chunks(CHUNK) {
-        let mut query = sql(text(&marks(chunk.len())));
-        if let Some(first) = first {
-            query = query.bind(first.to_owned());
-        }
-        for key in chunk {
-            query = query.bind(key.0);
-        }
-        rows.extend(query.fetch_all(store.0.readers()).await.map_err(storage)?);
+/// All rows of a query, each read by `row`.
+pub(super) fn rows<T>(
+    connection: &Connection,
+    text: &str,
+    params: impl Params,
+    mut row: impl FnMut(&Row<'_>) -> Result<T, MemoryError>,
+) -> Result<Vec<T>, MemoryError> {
+    let mut statement = connection.prepare_cached(text).map_err(failed)?;
+    let mut found = statement.query(params).map_err(failed)?;
+    let mut all = Vec::new();
+    while let Some(next) = found.next().map_err(failed)? {
+        all.push(row(next)?);
     }
-    Ok(rows)
+    Ok(all)
 }
 
-/// A column that the query has filled with JSON.
-pub(super) fn from_json<T: serde::de::DeserializeOwned>(row: &SqliteRow, column: &str) -> Result<T, MemoryError> {
-    let text: &str = row.try_get(column).map_err(storage)?;
-    serde_json::from_str(text).map_err(|_| damaged("answer"))
+/// A column that is there.
+fn get<T: aeterna_storage::rusqlite::types::FromSql>(row: &Row<'_>, column: usize) -> Result<T, MemoryError> {
+    row.get(column).map_err(failed)
 }
 
-fn key(row: &SqliteRow, column: &str) -> Result<Key, MemoryError> {
-    row.try_get(column).map(Key).map_err(storage)
+/// A text, read where it lies.
+fn text<'r>(row: &'r Row<'_>, column: usize) -> Result<&'r str, MemoryError> {
+    let value = row.get_ref(column).map_err(failed)?;
+    value.as_str().map_err(|_| damaged("text"))
 }
 
-fn code(bytes: Vec<u8>) -> Result<Code, MemoryError> {
-    Code::from_bytes(bytes).ok_or_else(|| damaged("vector"))
+fn blob<'r>(row: &'r Row<'_>, column: usize) -> Result<&'r [u8], MemoryError> {
+    let value = row.get_ref(column).map_err(failed)?;
+    value.as_blob().map_err(|_| damaged("value"))
 }
 
-pub async fn known(
-    store: &SqliteStore,
+/// Key and record in the first two columns.
+fn stored(row: &Row<'_>) -> Result<Stored, MemoryError> {
+    Ok(Stored {
+        key: Key(get(row, 0)?),
+        memory: parsed(text(row, 1)?, "memory")?,
+    })
+}
+
+fn limit(limit: usize) -> i64 {
+    i64::try_from(limit).unwrap_or(i64::MAX)
+}
+
+/// Numbers for `IN (SELECT value FROM json_each(?))`, so that the same statement serves any number of them.
+pub(super) fn numbers(numbers: impl Iterator<Item = i64>) -> String {
+    let mut json = String::from("[");
+    for (index, number) in numbers.enumerate() {
+        if index > 0 {
+            json.push(',');
+        }
+        json.push_str(&number.to_string());
+    }
+    json.push(']');
+    json
+}
+
+fn keys_json(keys: &[Key]) -> String {
+    numbers(keys.iter().map(|key| key.0))
+}
+
+fn scopes_json(scopes: &[ScopeKey]) -> String {
+    numbers(scopes.iter().map(|scope| scope.0))
+}
+
+pub fn known(
+    connection: &Connection,
     tenant: &TenantId,
     places: &[(Scope, [u8; 32])],
 ) -> Result<Vec<bool>, MemoryError> {
-    let mut connection = store.0.readers().acquire().await.map_err(storage)?;
-    let mut known = Vec::with_capacity(places.len());
-    for (scope, identity) in places {
-        let found = sqlx::query(
+    let mut statement = connection
+        .prepare_cached(
             "SELECT 1 FROM memories m JOIN scopes s ON s.key = m.scope \
              WHERE s.tenant = ? AND s.path = ? AND m.identity = ? AND m.deleted_at IS NULL",
         )
-        .bind(tenant.as_str())
-        .bind(encode(scope)?)
-        .bind(identity.as_slice())
-        .fetch_optional(&mut *connection)
-        .await
-        .map_err(storage)?;
-        known.push(found.is_some());
-    }
-    Ok(known)
+        .map_err(failed)?;
+    let known = |(scope, identity): &(Scope, [u8; 32])| {
+        let bound = params![tenant.as_str(), encode(scope)?, identity.as_slice()];
+        statement.exists(bound).map_err(failed)
+    };
+    places.iter().map(known).collect()
 }
 
-pub async fn get(store: &SqliteStore, tenant: &TenantId, id: MemoryId) -> Result<Option<Stored>, MemoryError> {
-    let row = sqlx::query("SELECT key, record FROM memories WHERE id = ? AND tenant = ?")
-        .bind(id.as_bytes().as_slice())
-        .bind(tenant.as_str())
-        .fetch_optional(store.0.readers())
-        .await
-        .map_err(storage)?;
-    row.as_ref().map(stored).transpose()
+pub fn memory(connection: &Connection, tenant: &TenantId, id: MemoryId) -> Result<Option<Stored>, MemoryError> {
+    let text = "SELECT key, record FROM memories WHERE id = ? AND tenant = ?";
+    let bound = params![id.as_bytes().as_slice(), tenant.as_str()];
+    Ok(rows(connection, text, bound, stored)?.pop())
 }
 
-pub async fn visible(
-    store: &SqliteStore,
+pub fn visible(
+    connection: &Connection,
     tenant: &TenantId,
     view: &View,
     layers: &[Layer],
@@ -104,306 +116,268 @@ pub async fn visible(
         (None, false) => String::new(),
     };
     Layer::ALL.iter().for_each(|layer| text.push_str(&rule(layer)));
-    if !layers.is_empty() {
-        text.push_str(&format!(" AND layer IN ({})", marks(layers.len())));
-    }
-    let mut query = sql(text).bind(tenant.as_str().to_owned());
-    for (_, id) in view.scope.layers() {
-        query = query.bind(id.to_owned());
-    }
-    for layer in layers {
-        query = query.bind(layer.number());
-    }
-    let rows = query.fetch_all(store.0.readers()).await.map_err(storage)?;
-    rows.iter()
-        .map(|row| row.try_get("key").map(ScopeKey).map_err(storage))
-        .collect()
-}
-
-fn scopes_json(scopes: &[ScopeKey]) -> String {
-    serde_json::to_string(&scopes.iter().map(|scope| scope.0).collect::<Vec<_>>()).unwrap_or_default()
+    text.push_str(" AND (? = '[]' OR layer IN (SELECT value FROM json_each(?)))");
+    let mut bound = vec![tenant.as_str().to_owned()];
+    bound.extend(view.scope.layers().map(|(_, id)| id.to_owned()));
+    let layers = numbers(layers.iter().map(|layer| i64::from(layer.number())));
+    bound.extend([layers.clone(), layers]);
+    rows(connection, &text, params_from_iter(bound), |row| {
+        get(row, 0).map(ScopeKey)
+    })
 }
 
 /// Where filters are applied; `m` and `s` are their names in conditions.
 const FILTERED: &str = "memories m JOIN scopes s ON s.key = m.scope";
 
-pub async fn list(store: &SqliteStore, listing: &Listing) -> Result<Vec<Stored>, MemoryError> {
+pub fn list(connection: &Connection, listing: &Listing) -> Result<Vec<Stored>, MemoryError> {
     let filter = Sql::of(listing.filter.as_ref());
     let mut text = format!(
         "SELECT m.key, m.record FROM {FILTERED} WHERE m.scope IN (SELECT value FROM json_each(?)) AND {}",
         filter.text
     );
-    if listing.before.is_some() {
+    let mut bound = vec![Value::from(scopes_json(&listing.scopes))];
+    bound.extend(filter.binds());
+    if let Some(before) = listing.before {
         text.push_str(" AND m.id < ?");
+        bound.push(before.as_bytes().to_vec().into());
     }
     if !listing.show_deleted {
         text.push_str(" AND m.deleted_at IS NULL AND (m.expires_at IS NULL OR m.expires_at > ?)");
+        bound.push(listing.now.micros().into());
     }
     text.push_str(" ORDER BY m.id DESC LIMIT ?");
-    let mut query = filter.bind(sql(text).bind(scopes_json(&listing.scopes)));
-    if let Some(before) = listing.before {
-        query = query.bind(before.as_bytes().to_vec());
-    }
-    if !listing.show_deleted {
-        query = query.bind(listing.now.micros());
-    }
-    let rows = query
-        .bind(i64::try_from(listing.limit).unwrap_or(i64::MAX))
-        .fetch_all(store.0.readers())
-        .await
-        .map_err(storage)?;
-    rows.iter().map(stored).collect()
+    bound.push(limit(listing.limit).into());
+    rows(connection, &text, params_from_iter(bound), stored)
 }
 
-pub async fn matching(store: &SqliteStore, scopes: &[ScopeKey], filter: &Filter) -> Result<Vec<Key>, MemoryError> {
+pub fn matching(connection: &Connection, scopes: &[ScopeKey], filter: &Filter) -> Result<Vec<Key>, MemoryError> {
     let filter = Sql::of(Some(filter));
-    // One row: reading each key as a row of its own costs more than finding it.
     let text = format!(
-        "SELECT json_group_array(m.key) AS keys FROM {FILTERED} \
+        "SELECT m.key FROM {FILTERED} \
          WHERE m.scope IN (SELECT value FROM json_each(?)) AND m.deleted_at IS NULL AND {}",
         filter.text
     );
-    let row = filter.bind(sql(text).bind(scopes_json(scopes)));
-    let row = row.fetch_one(store.0.readers()).await.map_err(storage)?;
-    let keys: Vec<i64> = from_json(&row, "keys")?;
-    Ok(keys.into_iter().map(Key).collect())
+    let bound = std::iter::once(Value::from(scopes_json(scopes))).chain(filter.binds());
+    rows(connection, &text, params_from_iter(bound), |row| get(row, 0).map(Key))
 }
 
-pub async fn history(
-    store: &SqliteStore,
+pub fn history(
+    connection: &Connection,
     tenant: &TenantId,
     id: MemoryId,
     before: Option<i64>,
-    limit: usize,
+    count: usize,
 ) -> Result<Vec<Version>, MemoryError> {
-    let rows = sqlx::query(
-        "SELECT h.kind, h.changed_at, h.changed_by, h.record FROM history h JOIN memories m ON m.id = h.memory \
-         WHERE h.memory = ? AND m.tenant = ? AND h.version < ? ORDER BY h.version DESC LIMIT ?",
-    )
-    .bind(id.as_bytes().as_slice())
-    .bind(tenant.as_str())
-    .bind(before.unwrap_or(i64::MAX))
-    .bind(i64::try_from(limit).unwrap_or(i64::MAX))
-    .fetch_all(store.0.readers())
-    .await
-    .map_err(storage)?;
-    let version = |row: &SqliteRow| {
-        let (kind, record): (&str, &str) = (
-            row.try_get("kind").map_err(storage)?,
-            row.try_get("record").map_err(storage)?,
-        );
-        let changed_at = row.try_get("changed_at").map_err(storage)?;
-        Ok(Version {
-            memory: serde_json::from_str(record).map_err(|_| damaged("version"))?,
-            kind: Kind::from_name(kind).ok_or_else(|| damaged("kind of change"))?,
-            changed_at: Timestamp::from_micros(changed_at).ok_or_else(|| damaged("time"))?,
-            changed_by: row.try_get("changed_by").map_err(storage)?,
-        })
-    };
-    rows.iter().map(version).collect()
+    let query = "SELECT h.record, h.kind, h.changed_at, h.changed_by FROM history h JOIN memories m ON m.id = h.memory \
+                 WHERE h.memory = ? AND m.tenant = ? AND h.version < ? ORDER BY h.version DESC LIMIT ?";
+    let bound = params![
+        id.as_bytes().as_slice(),
+        tenant.as_str(),
+        before.unwrap_or(i64::MAX),
+        limit(count)
+    ];
+    rows(connection, query, bound, version)
 }
 
-pub async fn counts(
-    store: &SqliteStore,
+/// Record, kind, time and author in the first four columns.
+fn version(row: &Row<'_>) -> Result<Version, MemoryError> {
+    Ok(Version {
+        memory: parsed(text(row, 0)?, "version")?,
+        kind: Kind::from_name(text(row, 1)?).ok_or_else(|| damaged("kind of change"))?,
+        changed_at: Timestamp::from_micros(get(row, 2)?).ok_or_else(|| damaged("time"))?,
+        changed_by: get(row, 3)?,
+    })
+}
+
+pub fn counts(
+    connection: &Connection,
     model: &str,
     scopes: &[ScopeKey],
     now: Timestamp,
 ) -> Result<Counts, MemoryError> {
-    let rows = sqlx::query(
-        "SELECT s.layer, m.deleted_at IS NULL AS shown, count(*) AS memories, \
-         sum(length(CAST(json_extract(m.record, '$.body.content') AS BLOB))) AS bytes, \
-         sum(e.code IS NULL) AS pending, coalesce(sum(length(e.code)), 0) AS embedding_bytes \
-         FROM memories m JOIN scopes s ON s.key = m.scope LEFT JOIN embeddings e ON e.memory = m.key AND e.model = ? \
-         WHERE m.scope IN (SELECT value FROM json_each(?)) \
-         AND (m.deleted_at IS NOT NULL OR m.expires_at IS NULL OR m.expires_at > ?) GROUP BY s.layer, shown",
-    )
-    .bind(model)
-    .bind(scopes_json(scopes))
-    .bind(now.micros())
-    .fetch_all(store.0.readers())
-    .await
-    .map_err(storage)?;
+    let text = "SELECT s.layer, m.deleted_at IS NULL AS shown, count(*), \
+                sum(length(CAST(json_extract(m.record, '$.body.content') AS BLOB))), \
+                sum(v.code IS NULL), coalesce(sum(length(v.code)), 0) \
+                FROM memories m JOIN scopes s ON s.key = m.scope LEFT JOIN vectors v ON v.memory = m.key \
+                AND v.model = (SELECT key FROM models WHERE identity = ?) \
+                WHERE m.scope IN (SELECT value FROM json_each(?)) \
+                AND (m.deleted_at IS NOT NULL OR m.expires_at IS NULL OR m.expires_at > ?) GROUP BY s.layer, shown";
     let mut counts = Counts::default();
-    for row in &rows {
-        let number = |column: &str| row.try_get::<i64, _>(column).map_err(storage);
-        counts.embedding_bytes += number("embedding_bytes")?;
-        if number("shown")? == 0 {
-            counts.deleted += number("memories")?;
-            continue;
+    let bound = params![model, scopes_json(scopes), now.micros()];
+    rows(connection, text, bound, |row| {
+        counts.embedding_bytes += get::<i64>(row, 5)?;
+        if !get::<bool>(row, 1)? {
+            counts.deleted += get::<i64>(row, 2)?;
+            return Ok(());
         }
-        counts.pending += number("pending")?;
-        let layer = row.try_get("layer").map_err(storage)?;
-        let layer = Layer::from_number(layer).ok_or_else(|| damaged("layer"))?;
-        counts.layers.push((layer, number("memories")?, number("bytes")?));
-    }
+        counts.pending += get::<i64>(row, 4)?;
+        let layer = Layer::from_number(get(row, 0)?).ok_or_else(|| damaged("layer"))?;
+        counts.layers.push((layer, get(row, 2)?, get(row, 3)?));
+        Ok(())
+    })?;
     Ok(counts)
 }
 
-pub async fn expired(store: &SqliteStore, scopes: &[ScopeKey], now: Timestamp) -> Result<Vec<Key>, MemoryError> {
-    let rows = sqlx::query(
-        // Without statistics SQLite would rather read the whole scope.
-        "SELECT key FROM memories INDEXED BY memories_by_expiry WHERE expires_at <= ? AND deleted_at IS NULL \
-         AND scope IN (SELECT value FROM json_each(?))",
-    )
-    .bind(now.micros())
-    .bind(scopes_json(scopes))
-    .fetch_all(store.0.readers())
-    .await
-    .map_err(storage)?;
-    rows.iter().map(|row| key(row, "key")).collect()
+pub fn expired(connection: &Connection, scopes: &[ScopeKey], now: Timestamp) -> Result<Vec<Key>, MemoryError> {
+    // Without statistics SQLite would rather read the whole scope.
+    let text = "SELECT key FROM memories INDEXED BY memories_by_expiry WHERE expires_at <= ? AND deleted_at IS NULL \
+                AND scope IN (SELECT value FROM json_each(?))";
+    let bound = params![now.micros(), scopes_json(scopes)];
+    rows(connection, text, bound, |row| get(row, 0).map(Key))
 }
 
-pub async fn identity(store: &SqliteStore) -> Result<String, MemoryError> {
-    sqlx::query_scalar("SELECT value FROM meta WHERE name = 'store'")
-        .fetch_one(store.0.readers())
-        .await
-        .map_err(storage)
+pub fn any_expired(connection: &Connection, now: Timestamp) -> Result<bool, MemoryError> {
+    let mut statement = connection
+        .prepare_cached("SELECT 1 FROM memories WHERE expires_at <= ? AND deleted_at IS NULL LIMIT 1")
+        .map_err(failed)?;
+    statement.exists([now.micros()]).map_err(failed)
 }
 
-pub async fn fetch(store: &SqliteStore, keys: &[Key], now: Timestamp) -> Result<Vec<Stored>, MemoryError> {
-    let text = |marks: &str| format!("SELECT key, record FROM memories WHERE key IN ({marks})");
-    let rows = by_keys(store, keys, text, None).await?;
-    let all: Result<Vec<_>, _> = rows.iter().map(stored).collect();
-    Ok(all?.into_iter().filter(|stored| stored.memory.is_live(now)).collect())
+pub fn replay(
+    connection: &Connection,
+    writer: &Writer,
+    idempotency: &Idempotency,
+) -> Result<Option<Written>, MemoryError> {
+    let bound = [writer.tenant.as_str(), &writer.subject, idempotency.request_id.as_str()];
+    let mut answers = rows(connection, REPLAY, bound, |row| {
+        answered(idempotency, blob(row, 0)?, text(row, 1)?)
+    })?;
+    Ok(answers.pop())
 }
 
-pub async fn neighbours(store: &SqliteStore, keys: &[Key]) -> Result<Vec<(Key, Key)>, MemoryError> {
-    let text = |marks: &str| {
-        format!(
-            "SELECT json_group_array(json_array(a.key, b.key)) AS pairs FROM memories a JOIN memories b \
-             ON b.scope = a.scope AND b.conversation = a.conversation AND b.sequence IN (a.sequence - 1, a.sequence + 1) \
-             WHERE a.key IN ({marks}) AND b.deleted_at IS NULL"
-        )
-    };
-    let rows = by_keys(store, keys, text, None).await?;
-    let mut pairs = Vec::new();
-    for row in &rows {
-        let found: Vec<(i64, i64)> = from_json(row, "pairs")?;
-        pairs.extend(found.into_iter().map(|(turn, neighbour)| (Key(turn), Key(neighbour))));
-    }
-    Ok(pairs)
+pub fn identity(connection: &Connection) -> Result<String, MemoryError> {
+    let text = "SELECT value FROM meta WHERE name = 'store'";
+    connection.query_row(text, [], |row| row.get(0)).map_err(failed)
 }
 
-pub async fn codes(store: &SqliteStore, model: &str, keys: &[Key]) -> Result<Vec<(Key, Code)>, MemoryError> {
-    let text = |marks: &str| format!("SELECT memory, code FROM embeddings WHERE model = ? AND memory IN ({marks})");
-    let rows = by_keys(store, keys, text, Some(model)).await?;
-    rows.iter()
-        .map(|row| Ok((key(row, "memory")?, code(row.try_get("code").map_err(storage)?)?)))
-        .collect()
+pub fn fetch(connection: &Connection, keys: &[Key], now: Timestamp) -> Result<Vec<Stored>, MemoryError> {
+    let text = "SELECT key, record FROM memories WHERE key IN (SELECT value FROM json_each(?))";
+    let mut all = rows(connection, text, [keys_json(keys)], stored)?;
+    all.retain(|stored| stored.memory.is_live(now));
+    Ok(all)
 }
 
-pub async fn events(store: &SqliteStore, after: Sequence, limit: usize) -> Result<Vec<IndexEvent>, MemoryError> {
-    let rows = sqlx::query("SELECT sequence, memory FROM outbox WHERE sequence > ? ORDER BY sequence LIMIT ?")
-        .bind(after.0)
-        .bind(i64::try_from(limit).unwrap_or(i64::MAX))
-        .fetch_all(store.0.readers())
-        .await
-        .map_err(storage)?;
-    let event = |row: &SqliteRow| {
-        let sequence = row.try_get("sequence").map(Sequence).map_err(storage)?;
-        Ok(IndexEvent {
-            sequence,
-            key: key(row, "memory")?,
-        })
-    };
-    rows.iter().map(event).collect()
-}
-
-pub async fn changes(
-    store: &SqliteStore,
-    tenant: Option<&TenantId>,
-    after: Sequence,
-    limit: usize,
-) -> Result<Vec<Change>, MemoryError> {
-    // A change whose version is gone is told by the removal that follows it.
-    let rows = sqlx::query(
-        "SELECT o.sequence, o.tenant, o.id, o.kind, o.committed_at, s.path, h.record FROM outbox o \
-         JOIN scopes s ON s.key = o.scope LEFT JOIN history h ON h.memory = o.id AND h.version = o.version \
-         WHERE o.sequence > ? AND (? IS NULL OR o.tenant = ?) AND o.kind <> 'embedded' \
-         AND (o.kind = 'purged' OR h.record IS NOT NULL) ORDER BY o.sequence LIMIT ?",
-    )
-    .bind(after.0)
-    .bind(tenant.map(TenantId::as_str))
-    .bind(tenant.map(TenantId::as_str))
-    .bind(i64::try_from(limit).unwrap_or(i64::MAX))
-    .fetch_all(store.0.readers())
-    .await
-    .map_err(storage)?;
-    rows.iter().map(change).collect()
-}
-
-fn change(row: &SqliteRow) -> Result<Change, MemoryError> {
-    let (tenant, kind, path): (&str, &str, &str) = (
-        row.try_get("tenant").map_err(storage)?,
-        row.try_get("kind").map_err(storage)?,
-        row.try_get("path").map_err(storage)?,
-    );
-    let id: &[u8] = row.try_get("id").map_err(storage)?;
-    let record: Option<&str> = row.try_get("record").map_err(storage)?;
-    let memory = record.map(|record| serde_json::from_str(record).map_err(|_| damaged("version")));
-    let committed_at = row.try_get("committed_at").map_err(storage)?;
-    Ok(Change {
-        sequence: Sequence(row.try_get("sequence").map_err(storage)?),
-        tenant: tenant.parse().map_err(|_| damaged("tenant"))?,
-        id: MemoryId::from_bytes(id.try_into().map_err(|_| damaged("id"))?),
-        scope: serde_json::from_str(path).map_err(|_| damaged("scope"))?,
-        kind: Kind::from_name(kind).ok_or_else(|| damaged("kind of change"))?,
-        committed_at: Timestamp::from_micros(committed_at).ok_or_else(|| damaged("time"))?,
-        memory: memory.transpose()?,
+pub fn neighbours(connection: &Connection, keys: &[Key]) -> Result<Vec<(Key, Key)>, MemoryError> {
+    let text = "SELECT a.key, b.key FROM memories a JOIN memories b \
+                ON b.scope = a.scope AND b.conversation = a.conversation AND b.sequence IN (a.sequence - 1, a.sequence + 1) \
+                WHERE a.key IN (SELECT value FROM json_each(?)) AND b.deleted_at IS NULL";
+    rows(connection, text, [keys_json(keys)], |row| {
+        Ok((Key(get(row, 0)?), Key(get(row, 1)?)))
     })
 }
 
-pub async fn last_sequence(store: &SqliteStore) -> Result<Sequence, MemoryError> {
-    let last: Option<i64> = sqlx::query_scalar("SELECT max(sequence) FROM outbox")
-        .fetch_one(store.0.readers())
-        .await
-        .map_err(storage)?;
-    Ok(Sequence(last.unwrap_or(0)))
+/// The number of a model; `None`: nothing was stored by it.
+fn model_key(connection: &Connection, model: &str) -> Result<Option<i64>, MemoryError> {
+    let mut statement = connection
+        .prepare_cached("SELECT key FROM models WHERE identity = ?")
+        .map_err(failed)?;
+    statement
+        .query_row([model], |row| row.get(0))
+        .optional()
+        .map_err(failed)
 }
 
-const STATE: &str = "SELECT m.key, m.scope, m.tenant, m.version, m.record, e.code FROM memories m \
-                     LEFT JOIN embeddings e ON e.memory = m.key AND e.model = ? WHERE m.deleted_at IS NULL";
+/// Hands the code of each memory to `take`, where it lies in its page.
+pub fn codes(
+    connection: &Connection,
+    model: &str,
+    keys: &[Key],
+    mut take: impl FnMut(Key, &Code<&[u8]>),
+) -> Result<(), MemoryError> {
+    let Some(model) = model_key(connection, model)? else {
+        return Ok(());
+    };
+    let mut statement = connection
+        .prepare_cached("SELECT code FROM vectors WHERE memory = ? AND model = ?")
+        .map_err(failed)?;
+    for key in keys {
+        let mut found = statement.query([key.0, model]).map_err(failed)?;
+        if let Some(row) = found.next().map_err(failed)? {
+            let code = Code::from_bytes(blob(row, 0)?).ok_or_else(|| damaged("vector"))?;
+            take(*key, &code);
+        }
+    }
+    Ok(())
+}
 
-fn state(row: &SqliteRow) -> Result<IndexState, MemoryError> {
-    let record: &str = row.try_get("record").map_err(storage)?;
-    let memory: Memory = serde_json::from_str(record).map_err(|_| damaged("memory"))?;
-    let bytes: Option<Vec<u8>> = row.try_get("code").map_err(storage)?;
-    let tenant: &str = row.try_get("tenant").map_err(storage)?;
+pub fn events(connection: &Connection, after: Sequence, count: usize) -> Result<Vec<IndexEvent>, MemoryError> {
+    let text = "SELECT sequence, memory FROM outbox WHERE sequence > ? ORDER BY sequence LIMIT ?";
+    rows(connection, text, [after.0, limit(count)], |row| {
+        Ok(IndexEvent {
+            sequence: Sequence(get(row, 0)?),
+            key: Key(get(row, 1)?),
+        })
+    })
+}
+
+pub fn changes(
+    connection: &Connection,
+    tenant: Option<&TenantId>,
+    after: Sequence,
+    count: usize,
+) -> Result<Vec<Change>, MemoryError> {
+    // A change whose version is gone is told by the removal that follows it.
+    let text = "SELECT o.sequence, o.tenant, o.id, o.kind, o.committed_at, s.path, h.record FROM outbox o \
+                JOIN scopes s ON s.key = o.scope LEFT JOIN history h ON h.memory = o.id AND h.version = o.version \
+                WHERE o.sequence > ?1 AND (?2 IS NULL OR o.tenant = ?2) AND o.kind <> 'embedded' \
+                AND (o.kind = 'purged' OR h.record IS NOT NULL) ORDER BY o.sequence LIMIT ?3";
+    let bound = params![after.0, tenant.map(TenantId::as_str), limit(count)];
+    rows(connection, text, bound, change)
+}
+
+fn change(row: &Row<'_>) -> Result<Change, MemoryError> {
+    let record = row.get_ref(6).map_err(failed)?;
+    let record = record.as_str_or_null().map_err(|_| damaged("version"))?;
+    Ok(Change {
+        sequence: Sequence(get(row, 0)?),
+        tenant: text(row, 1)?.parse().map_err(|_| damaged("tenant"))?,
+        id: MemoryId::from_bytes(blob(row, 2)?.try_into().map_err(|_| damaged("id"))?),
+        scope: parsed(text(row, 5)?, "scope")?,
+        kind: Kind::from_name(text(row, 3)?).ok_or_else(|| damaged("kind of change"))?,
+        committed_at: Timestamp::from_micros(get(row, 4)?).ok_or_else(|| damaged("time"))?,
+        memory: record.map(|record| parsed(record, "version")).transpose()?,
+    })
+}
+
+pub fn last_sequence(connection: &Connection) -> Result<Sequence, MemoryError> {
+    let mut statement = connection
+        .prepare_cached("SELECT coalesce(max(sequence), 0) FROM outbox")
+        .map_err(failed)?;
+    statement.query_row([], |row| row.get(0)).map(Sequence).map_err(failed)
+}
+
+const STATE: &str = "SELECT m.key, m.scope, m.tenant, m.version, m.record, v.code FROM memories m \
+                     LEFT JOIN vectors v ON v.memory = m.key AND v.model = (SELECT key FROM models WHERE identity = ?) \
+                     WHERE m.deleted_at IS NULL";
+
+fn state(row: &Row<'_>) -> Result<IndexState, MemoryError> {
+    let memory: Memory = parsed(text(row, 4)?, "memory")?;
+    let code = row.get_ref(5).map_err(failed)?;
+    let code = code.as_blob_or_null().map_err(|_| damaged("vector"))?;
+    let code = code.map(|bytes| Code::from_bytes(bytes.to_vec()).ok_or_else(|| damaged("vector")));
     Ok(IndexState {
-        key: key(row, "key")?,
-        scope: row.try_get("scope").map(ScopeKey).map_err(storage)?,
-        tenant: tenant.parse().map_err(|_| damaged("tenant"))?,
-        version: row.try_get("version").map_err(storage)?,
-        code: bytes.map(code).transpose()?,
+        key: Key(get(row, 0)?),
+        scope: ScopeKey(get(row, 1)?),
+        tenant: text(row, 2)?.parse().map_err(|_| damaged("tenant"))?,
+        version: get(row, 3)?,
+        code: code.transpose()?,
         text: memory.body.dense_text(),
     })
 }
 
-pub async fn states(store: &SqliteStore, model: &str, keys: &[Key]) -> Result<Vec<IndexState>, MemoryError> {
-    let rows = by_keys(
-        store,
-        keys,
-        |marks| format!("{STATE} AND m.key IN ({marks})"),
-        Some(model),
-    )
-    .await?;
-    rows.iter().map(state).collect()
+pub fn states(connection: &Connection, model: &str, keys: &[Key]) -> Result<Vec<IndexState>, MemoryError> {
+    let text = format!("{STATE} AND m.key IN (SELECT value FROM json_each(?))");
+    rows(connection, &text, params![model, keys_json(keys)], state)
 }
 
-pub async fn scan(
-    store: &SqliteStore,
+pub fn scan(
+    connection: &Connection,
     model: &str,
     after: Key,
-    limit: usize,
+    count: usize,
     pending: bool,
 ) -> Result<Vec<IndexState>, MemoryError> {
-    let only = if pending { " AND e.code IS NULL" } else { "" };
-    let rows = sql(format!("{STATE}{only} AND m.key > ? ORDER BY m.key LIMIT ?"))
-        .bind(model.to_owned())
-        .bind(after.0)
-        .bind(i64::try_from(limit).unwrap_or(i64::MAX))
-        .fetch_all(store.0.readers())
-        .await
-        .map_err(storage)?;
-    rows.iter().map(state).collect()
+    let only = if pending { " AND v.code IS NULL" } else { "" };
+    let text = format!("{STATE}{only} AND m.key > ? ORDER BY m.key LIMIT ?");
+    rows(connection, &text, params![model, after.0, limit(count)], state)
 }

@@ -3,7 +3,7 @@
 use aeterna_types::{Layer, MemoryId, Scope, Timestamp};
 use sqlx::{Row as _, SqliteConnection};
 
-use super::{SqliteStore, damaged, encode, lexical, storage, stored};
+use super::{SqliteStore, damaged, encode, lexical, parsed, read, storage, stored};
 use crate::domain::{Body, Idempotency, Key, Kind, Memory, Outcome, ScopeKey, Sequence, Writer, Written};
 use crate::error::MemoryError;
 use crate::store::code::Code;
@@ -172,7 +172,7 @@ async fn change_one(
         Change::Replace { body, vector, reindex } => {
             memory.body = *body;
             if reindex {
-                sqlx::query("DELETE FROM embeddings WHERE memory = ?")
+                sqlx::query("DELETE FROM vectors WHERE memory = ?")
                     .bind(key.0)
                     .execute(&mut *connection)
                     .await
@@ -227,7 +227,7 @@ pub async fn replay(
     writer: &Writer,
     idempotency: &Idempotency,
 ) -> Result<Option<Written>, MemoryError> {
-    let row = sqlx::query("SELECT digest, answer FROM requests WHERE tenant = ? AND subject = ? AND request_id = ?")
+    let row = sqlx::query(REPLAY)
         .bind(writer.tenant.as_str())
         .bind(&writer.subject)
         .bind(idempotency.request_id.as_str())
@@ -235,13 +235,23 @@ pub async fn replay(
         .await
         .map_err(storage)?;
     let Some(row) = row else { return Ok(None) };
-    let digest: &[u8] = row.try_get("digest").map_err(storage)?;
+    let (digest, answer): (&[u8], &str) = (
+        row.try_get("digest").map_err(storage)?,
+        row.try_get("answer").map_err(storage)?,
+    );
+    answered(idempotency, digest, answer).map(Some)
+}
+
+/// The answer that is kept, when it was given to the same call.
+pub fn answered(idempotency: &Idempotency, digest: &[u8], answer: &str) -> Result<Written, MemoryError> {
     if digest != idempotency.digest {
         return Err(MemoryError::RequestIdReused);
     }
-    let answer: &str = row.try_get("answer").map_err(storage)?;
-    serde_json::from_str(answer).map(Some).map_err(|_| damaged("answer"))
+    parsed(answer, "answer")
 }
+
+/// Finds the answer to a request id.
+pub const REPLAY: &str = "SELECT digest, answer FROM requests WHERE tenant = ? AND subject = ? AND request_id = ?";
 
 async fn remember(
     connection: &mut SqliteConnection,
@@ -358,13 +368,25 @@ async fn put_vector(
     vector: Option<&StoredVector>,
 ) -> Result<(), MemoryError> {
     let Some(vector) = vector else { return Ok(()) };
-    sqlx::query("INSERT OR REPLACE INTO embeddings (memory, model, code) VALUES (?, ?, ?)")
+    let put = || {
+        sqlx::query(
+            "INSERT INTO vectors (memory, model, code) SELECT ?, key, ? FROM models WHERE identity = ? \
+             ON CONFLICT (memory, model) DO UPDATE SET code = excluded.code",
+        )
         .bind(key.0)
-        .bind(&vector.model)
         .bind(vector.code.as_bytes())
-        .execute(connection)
-        .await
-        .map_err(storage)?;
+        .bind(&vector.model)
+    };
+    let done = put().execute(&mut *connection).await.map_err(storage)?;
+    if done.rows_affected() == 0 {
+        // The first vector of this model.
+        sqlx::query("INSERT INTO models (identity) VALUES (?)")
+            .bind(&vector.model)
+            .execute(&mut *connection)
+            .await
+            .map_err(storage)?;
+        put().execute(connection).await.map_err(storage)?;
+    }
     Ok(())
 }
 
@@ -417,12 +439,7 @@ fn system(tenant: &str, now: Timestamp) -> Result<Writer, MemoryError> {
 /// Deletes what has expired, as a write of the system's own; the number of memories, at most `limit`.
 pub async fn reap(store: &SqliteStore, now: Timestamp, limit: usize) -> Result<usize, MemoryError> {
     // Mostly there is nothing, and then nobody has to wait for the writer.
-    let some = sqlx::query("SELECT 1 FROM memories WHERE expires_at <= ? AND deleted_at IS NULL LIMIT 1")
-        .bind(now.micros())
-        .fetch_optional(store.0.readers())
-        .await
-        .map_err(storage)?;
-    if some.is_none() {
+    if !store.read(move |connection| read::any_expired(connection, now)).await? {
         return Ok(0);
     }
     let mut transaction = store.0.begin().await?;

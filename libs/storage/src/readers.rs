@@ -1,0 +1,93 @@
+//! Connections for reading, used directly on a thread that may block: no row is handed from one thread to another.
+
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use rusqlite::{Connection, OpenFlags};
+use tokio::sync::Semaphore;
+
+use crate::StorageError;
+
+/// Statements that each connection keeps prepared.
+const STATEMENTS: usize = 128;
+
+/// Connections that can't write, each used by one caller at a time.
+#[derive(Clone, Debug)]
+pub struct Readers {
+    idle: Arc<Mutex<Vec<Connection>>>,
+    permits: Arc<Semaphore>,
+    count: u32,
+    patience: Duration,
+}
+
+impl Readers {
+    /// Opens `count` connections to a database that is there.
+    ///
+    /// # Errors
+    /// When it can't be opened.
+    pub fn open(path: &Path, count: u32, busy_timeout: Duration) -> Result<Self, StorageError> {
+        let connect = || {
+            let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+            let connection = Connection::open_with_flags(path, flags)?;
+            connection.busy_timeout(busy_timeout)?;
+            connection.pragma_update(None, "cache_size", -16_384)?;
+            connection.pragma_update(None, "temp_store", "memory")?;
+            connection.set_prepared_statement_cache_capacity(STATEMENTS);
+            Ok(connection)
+        };
+        let connections: Result<Vec<_>, rusqlite::Error> = (0..count).map(|_| connect()).collect();
+        Ok(Self {
+            idle: Arc::new(Mutex::new(connections?)),
+            permits: Arc::new(Semaphore::new(count as usize)),
+            count,
+            patience: busy_timeout + Duration::from_secs(5),
+        })
+    }
+
+    /// Runs `work` with a connection, off the async threads. It sees one state of the database when it begins a transaction,
+    /// and the newest one with each statement when it does not.
+    ///
+    /// # Errors
+    /// What `work` says, or that no connection came free in time.
+    pub async fn read<T, E, W>(&self, work: W) -> Result<T, E>
+    where
+        T: Send + 'static,
+        E: From<StorageError> + Send + 'static,
+        W: FnOnce(&Connection) -> Result<T, E> + Send + 'static,
+    {
+        let away = |why: &str| StorageError::Unavailable(why.into());
+        let permit = tokio::time::timeout(self.patience, Arc::clone(&self.permits).acquire_owned()).await;
+        let permit = permit
+            .map_err(|_| away("no connection for reading came free in time"))?
+            .map_err(|_| away("the store is closed"))?;
+        let idle = Arc::clone(&self.idle);
+        let done = tokio::task::spawn_blocking(move || {
+            let _permit = permit;
+            let connection = idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
+            let connection = connection.ok_or_else(|| away("the store is closed"))?;
+            let lent = Lent(idle, Some(connection));
+            let connection = lent.1.as_ref().ok_or_else(|| away("the store is closed"))?;
+            work(connection)
+        });
+        done.await.map_err(|error| StorageError::Other(Box::new(error)))?
+    }
+
+    /// Waits for the readers under way, and closes all connections.
+    pub async fn close(&self) {
+        let all = self.permits.acquire_many(self.count).await;
+        self.permits.close();
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner).clear();
+        drop(all);
+    }
+}
+
+/// A connection that comes back, whatever becomes of the work.
+struct Lent(Arc<Mutex<Vec<Connection>>>, Option<Connection>);
+
+impl Drop for Lent {
+    fn drop(&mut self) {
+        let mut idle = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        idle.extend(self.1.take());
+    }
+}
