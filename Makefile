@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help run test check fmt lint-proto breaking proto-landed audit tools docs-update bench-retrieval bench-memory clean
+.PHONY: help run test check fmt lint-proto breaking proto-landed audit tools docs-update bench-retrieval bench-search bench-memory clean
 
 CACHE := $(or $(AETERNA_CACHE),$(HOME)/.cache/aeterna)
 BUILD := $(or $(CARGO_TARGET_DIR),target)/release
@@ -72,6 +72,11 @@ bench-retrieval: ## evidence recall on LoCoMo-form conversations (DATA=<json>, M
 	@$(BUILD)/aeterna models fetch --data-dir "$(CACHE)" >&2
 	@$(BUILD)/aeterna-bench retrieval --data "$(DATA)" --server $(BUILD)/aeterna \
 	  --model-dir "$(or $(MODEL_DIR),$(CACHE)/models/all-MiniLM-L6-v2)"
+
+bench-search: ## vector search beside exact scans and a public HNSW library (N=100000, GROWTH=1000000, SPECTRUM=mid|hard)
+	cargo build --release --locked -p aeterna -p aeterna-bench --features aeterna-bench/hnsw
+	@$(BUILD)/aeterna-bench search --n "$(or $(N),100000)" \
+	  --growth "$(or $(GROWTH),1000000)" --spectrum "$(or $(SPECTRUM),mid)"
 
 bench-memory: ## add and search end to end over gRPC (N=100000, CONCURRENCY=16)
 	cargo build --release --locked -p aeterna -p aeterna-bench

@@ -4,6 +4,7 @@
 
 mod memory;
 mod retrieval;
+mod search;
 mod stats;
 
 use clap::Parser;
@@ -13,6 +14,8 @@ use clap::Parser;
 enum Bench {
     /// Evidence recall on LoCoMo-form conversations, through the public API of a fresh process
     Retrieval(retrieval::Args),
+    /// Vector search: the funnel beside exact scans and a public HNSW library, on the same vectors
+    Search(search::Args),
     /// Add and search end to end: throughput, latency, memory, growth
     Memory(memory::Args),
 }
@@ -21,6 +24,7 @@ enum Bench {
 async fn main() -> anyhow::Result<()> {
     let report = match Bench::parse() {
         Bench::Retrieval(args) => retrieval::run(args).await?,
+        Bench::Search(args) => search::run(args).await?,
         Bench::Memory(args) => memory::run(args).await?,
     };
     println!("{report}");

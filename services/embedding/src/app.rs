@@ -2,6 +2,7 @@
 
 mod embed;
 mod models;
+mod rerank;
 mod select;
 
 use std::sync::Arc;
@@ -10,10 +11,14 @@ use moka::future::Cache;
 
 pub use embed::{Batch, Wanted};
 pub use models::Listed;
-pub use select::{Selection, SelectionRequest};
+pub use rerank::Reranked;
+pub use select::{Choice, Selection, SelectionRequest};
+
+use select::Latencies;
 
 use crate::error::EmbeddingError;
 use crate::metrics::Metrics;
+use crate::store::cross::CrossEncoder;
 use crate::store::{Embedded, Model, TextKind};
 
 /// Model, kind and text, hashed.
@@ -23,6 +28,8 @@ type CacheKey = (usize, TextKind, [u8; 32]);
 pub struct App {
     models: Vec<Arc<dyn Model>>,
     cache: Cache<CacheKey, Arc<Embedded>>,
+    reranker: Option<CrossEncoder>,
+    latencies: Latencies,
     metrics: Metrics,
 }
 
@@ -35,6 +42,7 @@ impl App {
         mut models: Vec<Arc<dyn Model>>,
         default: &str,
         cache_bytes: u64,
+        reranker: Option<CrossEncoder>,
         metrics: Metrics,
     ) -> Result<Self, EmbeddingError> {
         if !default.is_empty() {
@@ -50,7 +58,13 @@ impl App {
             .max_capacity(cache_bytes)
             .weigher(|_, embedded: &Arc<Embedded>| u32::try_from(embedded.vector.len() * 4 + 128).unwrap_or(u32::MAX))
             .build();
-        Ok(Self { models, cache, metrics })
+        Ok(Self {
+            models,
+            cache,
+            reranker,
+            latencies: Latencies::default(),
+            metrics,
+        })
     }
 
     /// The index of the model of that name; empty means the default.

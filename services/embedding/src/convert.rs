@@ -1,13 +1,14 @@
 //! Wire types to domain types and back; refusals name the field.
 
-use aeterna_error::{Error, Reason, Violations};
+use aeterna_error::{Error, Violations};
 use aeterna_proto::embedding::v1 as wire;
 
-use crate::app::{Batch, Listed, Selection, SelectionRequest, Wanted};
+use crate::app::{Batch, Choice, Listed, Reranked, Selection, SelectionRequest, Wanted};
 use crate::store::{SIZES, TextKind};
 
 const MAX_TEXT_BYTES: usize = 65_536;
 const MAX_TEXTS: usize = 1000;
+const MAX_QUERY_BYTES: usize = 8192;
 const MAX_MODEL_CHARS: usize = 128;
 
 fn text(violations: &mut Violations, field: &str, text: &str) {
@@ -18,34 +19,18 @@ fn text(violations: &mut Violations, field: &str, text: &str) {
     }
 }
 
-fn use_case(violations: &mut Violations, field: &str, number: i32) -> Option<usize> {
+fn use_case(violations: &mut Violations, field: &str, number: i32) -> Choice {
     match wire::UseCase::try_from(number) {
-        // `not_auto` has refused the last one.
-        Ok(wire::UseCase::Unspecified | wire::UseCase::Auto) => None,
-        Ok(wire::UseCase::FastSearch) => Some(256),
-        Ok(wire::UseCase::Clustering) => Some(384),
-        Ok(wire::UseCase::Ranking) => Some(768),
-        Ok(wire::UseCase::PreciseMatching) => Some(1536),
+        Ok(wire::UseCase::Unspecified) => Choice::Rule,
+        Ok(wire::UseCase::Auto) => Choice::Measured,
+        Ok(wire::UseCase::FastSearch) => Choice::Size(256),
+        Ok(wire::UseCase::Clustering) => Choice::Size(384),
+        Ok(wire::UseCase::Ranking) => Choice::Size(768),
+        Ok(wire::UseCase::PreciseMatching) => Choice::Size(1536),
         Err(_) => {
             violations.add(field, format!("is {number}, which is no use case"));
-            None
+            Choice::Rule
         }
-    }
-}
-
-/// Options of the contract that this version does not honour are refused, never ignored.
-fn not_auto(field: &str, number: i32) -> Result<(), Error> {
-    if number == i32::from(wire::UseCase::Auto) {
-        let message = format!("`{field}` AUTO is not served by this version; name a use case, or leave it out");
-        return Err(Error::new(Reason::NotServed, message).with("field", field));
-    }
-    Ok(())
-}
-
-fn size_not_auto(size: Option<&wire::Size>) -> Result<(), Error> {
-    match size.and_then(|size| size.by.as_ref()) {
-        Some(wire::size::By::UseCase(number)) => not_auto("size.use_case", *number),
-        _ => Ok(()),
     }
 }
 
@@ -59,7 +44,11 @@ fn wanted(violations: &mut Violations, model: String, size: Option<wire::Size>, 
     model_name(violations, &model);
     let size = match size.and_then(|size| size.by) {
         None => None,
-        Some(wire::size::By::UseCase(number)) => use_case(violations, "size.use_case", number),
+        // Without a budget, the best quality is the full size.
+        Some(wire::size::By::UseCase(number)) => match use_case(violations, "size.use_case", number) {
+            Choice::Size(size) => Some(size),
+            Choice::Rule | Choice::Measured => None,
+        },
         Some(wire::size::By::Dimension(number)) => {
             let size = usize::try_from(number).ok().filter(|size| SIZES.contains(size));
             if size.is_none() {
@@ -82,23 +71,45 @@ fn wanted(violations: &mut Violations, model: String, size: Option<wire::Size>, 
 /// The text and what is wanted of it.
 pub fn embed_request(request: wire::EmbedRequest) -> Result<(String, Wanted), Error> {
     let mut violations = Violations::default();
-    size_not_auto(request.size.as_ref())?;
     text(&mut violations, "text", &request.text);
     let wanted = wanted(&mut violations, request.model, request.size, request.kind);
     violations.into_result()?;
     Ok((request.text, wanted))
 }
 
+fn texts(violations: &mut Violations, texts: &[String]) {
+    if texts.is_empty() || texts.len() > MAX_TEXTS {
+        violations.add("texts", format!("has {} texts; send 1 to 1000", texts.len()));
+    }
+    for (index, item) in texts.iter().enumerate() {
+        text(violations, &format!("texts[{index}]"), item);
+    }
+}
+
+/// The query and the texts.
+pub fn rerank_request(request: wire::RerankRequest) -> Result<(String, Vec<String>), Error> {
+    let mut violations = Violations::default();
+    let bytes = request.query.len();
+    if bytes == 0 || bytes > MAX_QUERY_BYTES {
+        violations.add("query", format!("has {bytes} bytes; send 1 to 8192"));
+    }
+    texts(&mut violations, &request.texts);
+    violations.into_result()?;
+    Ok((request.query, request.texts))
+}
+
+/// The answer to Rerank.
+pub fn rerank_response(reranked: Reranked) -> wire::RerankResponse {
+    wire::RerankResponse {
+        scores: reranked.scores,
+        model: reranked.model,
+    }
+}
+
 /// The texts and what is wanted of them.
 pub fn batch_request(request: wire::BatchEmbedRequest) -> Result<(Vec<String>, Wanted), Error> {
     let mut violations = Violations::default();
-    if request.texts.is_empty() || request.texts.len() > MAX_TEXTS {
-        violations.add("texts", format!("has {} texts; send 1 to 1000", request.texts.len()));
-    }
-    for (index, item) in request.texts.iter().enumerate() {
-        text(&mut violations, &format!("texts[{index}]"), item);
-    }
-    size_not_auto(request.size.as_ref())?;
+    texts(&mut violations, &request.texts);
     let wanted = wanted(&mut violations, request.model, request.size, request.kind);
     violations.into_result()?;
     Ok((request.texts, wanted))
@@ -157,9 +168,8 @@ pub fn model(listed: Listed) -> wire::Model {
 /// What is known about a search.
 pub fn select_request(request: wire::SelectDimensionRequest) -> Result<SelectionRequest, Error> {
     let mut violations = Violations::default();
-    not_auto("use_case", request.use_case)?;
     model_name(&mut violations, &request.model);
-    let size = use_case(&mut violations, "use_case", request.use_case);
+    let choice = use_case(&mut violations, "use_case", request.use_case);
     let mut known = |field: &str, number: i32| match usize::try_from(number) {
         Ok(0) => None,
         Ok(number) => Some(number),
@@ -174,7 +184,7 @@ pub fn select_request(request: wire::SelectDimensionRequest) -> Result<Selection
     violations.into_result()?;
     Ok(SelectionRequest {
         model: request.model,
-        size,
+        choice,
         query_length,
         results,
         budget_ms,

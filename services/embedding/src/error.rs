@@ -21,6 +21,9 @@ pub enum EmbeddingError {
         /// What is wrong with it and what to do.
         why: String,
     },
+    /// There is no cross-encoder.
+    #[error("there is no cross-encoder; set `embedding.reranker_dir` to the directory of one")]
+    NoReranker,
     /// The model failed on a text.
     #[error("the model failed")]
     Failed(String),
@@ -33,7 +36,9 @@ impl From<EmbeddingError> for Error {
                 let message = error.to_string();
                 Self::new(Reason::ModelNotFound, message).with("models", known)
             }
-            EmbeddingError::BadDirectory { .. } => Self::new(Reason::NotConfigured, error.to_string()),
+            EmbeddingError::BadDirectory { .. } | EmbeddingError::NoReranker => {
+                Self::new(Reason::NotConfigured, error.to_string())
+            }
             EmbeddingError::Failed(why) => Self::internal(why.clone()),
         }
     }

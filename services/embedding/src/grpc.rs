@@ -4,7 +4,7 @@ use aeterna_error::Error;
 use aeterna_proto::embedding::v1::embedding_service_server::EmbeddingService;
 use aeterna_proto::embedding::v1::{
     BatchEmbedRequest, BatchEmbedResponse, EmbedRequest, EmbedResponse, ListModelsRequest, ListModelsResponse,
-    SelectDimensionRequest, SelectDimensionResponse,
+    RerankRequest, RerankResponse, SelectDimensionRequest, SelectDimensionResponse,
 };
 use tonic::{Request, Response, Status};
 
@@ -32,6 +32,12 @@ impl EmbeddingService for Embedding {
         let (texts, wanted) = convert::batch_request(request.into_inner())?;
         let batch = self.0.embed(texts, wanted).await.map_err(Error::from)?;
         Ok(Response::new(convert::batch_response(batch)))
+    }
+
+    async fn rerank(&self, request: Request<RerankRequest>) -> Result<Response<RerankResponse>, Status> {
+        let (query, texts) = convert::rerank_request(request.into_inner())?;
+        let reranked = self.0.rerank(query, texts).await.map_err(Error::from)?;
+        Ok(Response::new(convert::rerank_response(reranked)))
     }
 
     async fn list_models(&self, _: Request<ListModelsRequest>) -> Result<Response<ListModelsResponse>, Status> {

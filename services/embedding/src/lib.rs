@@ -36,6 +36,11 @@ pub const SETTINGS: &[Setting] = &[
         "Name of the default model; empty: the first model directory, else `hash`.",
     ),
     Setting::new(
+        "embedding.reranker_dir",
+        "",
+        "Directory of a cross-encoder (config.json, tokenizer.json, model.safetensors; BERT with one label), for searches with `rerank`; empty: none.",
+    ),
+    Setting::new(
         "embedding.threads",
         "0",
         "Threads that run local models; 0 means one per core.",
@@ -54,6 +59,8 @@ pub struct Config {
     pub model_dirs: Vec<PathBuf>,
     /// Name of the default model; empty: the first one.
     pub default_model: String,
+    /// Directory of a cross-encoder; empty: none.
+    pub reranker_dir: PathBuf,
     /// Threads per local model; 0: one per core.
     pub threads: usize,
     /// Bytes of cached vectors.
@@ -65,11 +72,13 @@ impl Config {
     pub fn read(reader: &mut Reader<'_>) -> Option<Self> {
         let model_dirs = reader.list("embedding.model_dirs");
         let default_model = reader.text("embedding.default_model");
+        let reranker_dir = reader.text("embedding.reranker_dir");
         let threads = reader.within("embedding.threads", 0..=256);
         let cache_bytes = reader.get("embedding.cache_bytes");
         Some(Self {
             model_dirs: model_dirs?.into_iter().map(Into::into).collect(),
             default_model: default_model?,
+            reranker_dir: reranker_dir?.into(),
             threads: threads?,
             cache_bytes: cache_bytes?,
         })
@@ -144,8 +153,14 @@ pub async fn build(config: Config, deps: Deps) -> Result<Routes, Error> {
         models.push(Arc::new(loaded.map_err(Error::internal)??));
     }
     models.push(Arc::new(store::hash::HashModel::new()));
+    let mut reranker = None;
+    if !config.reranker_dir.as_os_str().is_empty() {
+        let dir = config.reranker_dir;
+        let loaded = tokio::task::spawn_blocking(move || store::cross::CrossEncoder::load(&dir, threads)).await;
+        reranker = Some(loaded.map_err(Error::internal)??);
+    }
     let metrics = metrics::Metrics::new(&deps.meter);
-    let app = app::App::new(models, &config.default_model, config.cache_bytes, metrics)?;
+    let app = app::App::new(models, &config.default_model, config.cache_bytes, reranker, metrics)?;
     deps.health.report(SERVICE, "models", Dependency::Up).await;
     let server = EmbeddingServiceServer::new(grpc::Embedding::new(app))
         .max_decoding_message_size(deps.message_bytes)

@@ -1,5 +1,6 @@
 //! The port to models.
 
+pub mod cross;
 pub mod hash;
 pub mod local;
 

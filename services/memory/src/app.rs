@@ -15,14 +15,16 @@ use std::sync::Arc;
 
 use aeterna_error::Error;
 use aeterna_proto::embedding::v1 as embedding;
+use aeterna_proto::embedding::v1::embedding_service_client::EmbeddingServiceClient;
 use aeterna_rpc::{AnyChannel, Credentials, RequestContext};
 use aeterna_types::{Clock, TenantId};
 use tokio::sync::broadcast;
 use tokio::sync::watch::Sender;
 use tokio_util::sync::CancellationToken;
 
-pub use add::NewMemory;
+pub use add::{Added, NewMemory};
 pub use delete::Deletion;
+pub use get::GetQuery;
 pub use history::Versions;
 pub use index::Background;
 pub use list::{ListQuery, Page};
@@ -97,9 +99,6 @@ impl App {
         } else {
             embedding::TextKind::Document
         };
-        let mut client = embedding::embedding_service_client::EmbeddingServiceClient::new(self.embedder.clone())
-            .max_decoding_message_size(self.message_bytes)
-            .max_encoding_message_size(self.message_bytes);
         let wanted = texts.len();
         let texts = texts.into_iter().map(|text| clip(text, 65_536)).collect();
         let size = embedding::Size { by: None };
@@ -109,7 +108,7 @@ impl App {
             size: Some(size),
             kind: kind.into(),
         };
-        let answer = client.batch_embed(context.request(message)).await;
+        let answer = self.embedding().batch_embed(context.request(message)).await;
         let answer = answer
             .map_err(|status| aeterna_error::from_status(&status))?
             .into_inner();
@@ -123,6 +122,31 @@ impl App {
         } else {
             Err(Error::unavailable("the embedding service answered unusable vectors"))
         }
+    }
+
+    /// How well texts answer a query, 0 to 1 each, by the embedding service's cross-encoder.
+    async fn cross_encode(&self, context: &RequestContext, query: &str, texts: Vec<String>) -> Result<Vec<f64>, Error> {
+        let wanted = texts.len();
+        let message = embedding::RerankRequest {
+            query: query.to_owned(),
+            texts,
+        };
+        let answer = self.embedding().rerank(context.request(message)).await;
+        let scores = answer
+            .map_err(|status| aeterna_error::from_status(&status))?
+            .into_inner()
+            .scores;
+        if scores.len() == wanted && scores.iter().all(|score| (0.0..=1.0).contains(score)) {
+            Ok(scores)
+        } else {
+            Err(Error::unavailable("the embedding service answered unusable scores"))
+        }
+    }
+
+    fn embedding(&self) -> EmbeddingServiceClient<AnyChannel> {
+        EmbeddingServiceClient::new(self.embedder.clone())
+            .max_decoding_message_size(self.message_bytes)
+            .max_encoding_message_size(self.message_bytes)
     }
 
     /// Codes of texts; `None` when the embedding service is away: the indexer makes them later.

@@ -8,7 +8,7 @@ use aeterna_error::{Error, Reason, Violations};
 use aeterna_proto::common::v1 as common;
 use aeterna_proto::errors::v1::ItemError;
 use aeterna_proto::memory::v1 as wire;
-use aeterna_types::{Layer, MemoryId, PageToken, Scope, TenantId, fingerprint};
+use aeterna_types::{Layer, MemoryId, PageToken, Scope, TenantId, Timestamp, fingerprint};
 use prost::Message as _;
 
 pub use change::{
@@ -17,8 +17,8 @@ pub use change::{
 };
 pub use search::{search_request, search_response};
 
-use crate::app::{ListQuery, NewMemory, Page, Patch};
-use crate::domain::{Body, DEFAULT_IMPORTANCE, Idempotency, Memory, Outcome, Sequence, Source, Written};
+use crate::app::{Added, GetQuery, ListQuery, NewMemory, Page, Patch};
+use crate::domain::{Body, DEFAULT_IMPORTANCE, Idempotency, Memory, Outcome, Sequence, Source};
 use crate::filter::Filter;
 use value::{from_struct, time, timestamp, to_struct};
 
@@ -72,10 +72,20 @@ pub(super) fn filter(violations: &mut Violations, text: &str) -> Option<Filter> 
     violations.check("filter", crate::filter::parse(text)).flatten()
 }
 
-/// Options of the contract that this version does not honour are refused, never ignored.
-pub(super) fn not_served(field: &str) -> Error {
-    let message = format!("`{field}` is not served by this version; leave it out");
-    Error::new(Reason::NotServed, message).with("field", field)
+/// A time in the past.
+pub(super) fn past(
+    violations: &mut Violations,
+    message: Option<prost_types::Timestamp>,
+    now: Timestamp,
+) -> Option<Timestamp> {
+    let time = time(violations, "as_of", message)?;
+    if time > now {
+        violations.add(
+            "as_of",
+            "lies in the future; send a time that has passed, or leave it out",
+        );
+    }
+    Some(time)
 }
 
 fn chars(violations: &mut Violations, field: &str, text: &str, most: usize) {
@@ -244,7 +254,7 @@ pub(super) fn check_token(violations: &mut Violations, token: &str) -> Sequence 
 }
 
 /// The answer to Add.
-pub fn add_response(written: Written) -> wire::AddResponse {
+pub fn add_response(Added { written, near }: Added) -> wire::AddResponse {
     let outcome = match written.outcome {
         Outcome::Created => wire::AddOutcome::Created,
         Outcome::Merged => wire::AddOutcome::Merged,
@@ -253,24 +263,30 @@ pub fn add_response(written: Written) -> wire::AddResponse {
         consistency_token: consistency_token(written.sequence),
         memory: Some(memory(written.memory)),
         outcome: outcome.into(),
-        near_duplicates: Vec::new(),
+        near_duplicates: near
+            .into_iter()
+            .map(|(id, similarity)| wire::NearDuplicate {
+                id: id.to_string(),
+                similarity,
+            })
+            .collect(),
     }
 }
 
 /// The answer to BatchAdd.
 pub fn batch_response(
-    results: Vec<Result<Written, Error>>,
+    results: Vec<Result<Added, Error>>,
     refused: impl Fn(&Error) -> ItemError,
 ) -> wire::BatchAddResponse {
     use wire::batch_add_result::Result as Item;
     let last = results
         .iter()
         .flatten()
-        .map(|written| written.sequence)
+        .map(|added| added.written.sequence)
         .max()
         .unwrap_or_default();
     let item = |result| match result {
-        Ok(written) => Item::Added(add_response(written)),
+        Ok(added) => Item::Added(add_response(added)),
         Err(error) => Item::Error(refused(&error)),
     };
     let results = results
@@ -286,16 +302,18 @@ pub fn batch_response(
 }
 
 /// What Get asks for.
-pub fn get_request(request: wire::GetRequest) -> Result<(MemoryId, Option<Scope>, bool), Error> {
+pub fn get_request(request: wire::GetRequest, now: Timestamp) -> Result<GetQuery, Error> {
     let mut violations = Violations::default();
     let id = id(&mut violations, "id", &request.id);
     let scope = scope(&mut violations, "scope", request.scope);
     check_token(&mut violations, &request.consistency_token);
-    let id = violations.finish(id)?;
-    if request.as_of.is_some() {
-        return Err(not_served("as_of"));
-    }
-    Ok((id, scope, request.show_deleted))
+    let as_of = past(&mut violations, request.as_of, now);
+    violations.finish(id.map(|id| GetQuery {
+        id,
+        scope,
+        show_deleted: request.show_deleted,
+        as_of,
+    }))
 }
 
 /// What Update asks for.
@@ -365,7 +383,11 @@ pub(super) fn cursor<const N: usize>(token: &str, binding: &[u8]) -> Result<Opti
 }
 
 /// What List asks for, and what its page tokens are bound to.
-pub fn list_request(mut request: wire::ListRequest, tenant: &TenantId) -> Result<(ListQuery, Vec<u8>), Error> {
+pub fn list_request(
+    mut request: wire::ListRequest,
+    tenant: &TenantId,
+    now: Timestamp,
+) -> Result<(ListQuery, Vec<u8>), Error> {
     let mut violations = Violations::default();
     let token = std::mem::take(&mut request.page_token);
     let page_size = std::mem::take(&mut request.page_size);
@@ -378,10 +400,8 @@ pub fn list_request(mut request: wire::ListRequest, tenant: &TenantId) -> Result
     let scope = scope(&mut violations, "scope", request.scope);
     let layers = layers(&mut violations, &request.layers);
     let filter = filter(&mut violations, &request.filter);
+    let as_of = past(&mut violations, request.as_of, now);
     violations.into_result()?;
-    if request.as_of.is_some() {
-        return Err(not_served("as_of"));
-    }
     let before = cursor(&token, &binding)?.map(MemoryId::from_bytes);
     Ok((
         ListQuery {
@@ -391,6 +411,7 @@ pub fn list_request(mut request: wire::ListRequest, tenant: &TenantId) -> Result
             before,
             filter,
             show_deleted: request.show_deleted,
+            as_of,
         },
         binding,
     ))

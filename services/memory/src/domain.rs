@@ -75,6 +75,18 @@ impl Body {
         }
     }
 
+    /// How much speaks for its being right at a time, 0 to 1: 1, halved when something replaces it, halved when it was not
+    /// true yet or is not any more.
+    pub fn confidence(&self, at: Timestamp) -> f64 {
+        let half = |doubtful: bool| if doubtful { 0.5 } else { 1.0 };
+        half(self.superseded_by.is_some()) * half(!self.is_true(at))
+    }
+
+    /// True when a time lies within its validity.
+    pub fn is_true(&self, at: Timestamp) -> bool {
+        self.valid_at.is_none_or(|from| from <= at) && self.invalid_at.is_none_or(|to| to > at)
+    }
+
     /// BLAKE3 of the content.
     pub fn content_hash(&self) -> [u8; 32] {
         *blake3::hash(self.content.as_bytes()).as_bytes()

@@ -34,9 +34,9 @@ impl MemoryService for Memories {
     async fn add(&self, request: Request<wire::AddRequest>) -> Answer<wire::AddResponse> {
         let context = RequestContext::of(&request)?;
         let item = convert::add_request(request.into_inner(), "")?;
-        let written = self.0.add(&context, vec![Ok(item)]).await?.pop();
-        let written = written.ok_or_else(|| Error::internal("an addition has no result"))??;
-        Ok(Response::new(convert::add_response(written)))
+        let added = self.0.add(&context, vec![Ok(item)]).await?.pop();
+        let added = added.ok_or_else(|| Error::internal("an addition has no result"))??;
+        Ok(Response::new(convert::add_response(added)))
     }
 
     async fn batch_add(&self, request: Request<wire::BatchAddRequest>) -> Answer<wire::BatchAddResponse> {
@@ -48,8 +48,8 @@ impl MemoryService for Memories {
 
     async fn get(&self, request: Request<wire::GetRequest>) -> Answer<wire::GetResponse> {
         let context = RequestContext::of(&request)?;
-        let (id, scope, show_deleted) = convert::get_request(request.into_inner())?;
-        let memory = self.0.get(&context, id, scope.as_ref(), show_deleted).await?;
+        let query = convert::get_request(request.into_inner(), self.0.clock.now())?;
+        let memory = self.0.get(&context, query).await?;
         Ok(Response::new(wire::GetResponse {
             memory: Some(convert::memory(memory)),
         }))
@@ -116,7 +116,8 @@ impl MemoryService for Memories {
 
     async fn list(&self, request: Request<wire::ListRequest>) -> Answer<wire::ListResponse> {
         let context = RequestContext::of(&request)?;
-        let (query, binding) = convert::list_request(request.into_inner(), &context.principal().tenant)?;
+        let tenant = &context.principal().tenant;
+        let (query, binding) = convert::list_request(request.into_inner(), tenant, self.0.clock.now())?;
         let page = self.0.list(&context, query).await?;
         let budget = self.0.page_bytes();
         self.fitting(convert::list_response(page, &binding, budget), "lower `page_size`")
@@ -124,7 +125,7 @@ impl MemoryService for Memories {
 
     async fn search(&self, request: Request<wire::SearchRequest>) -> Answer<wire::SearchResponse> {
         let context = RequestContext::of(&request)?;
-        let query = convert::search_request(request.into_inner())?;
+        let query = convert::search_request(request.into_inner(), self.0.clock.now(), self.0.model.dimension)?;
         let explain = query.explain;
         let found = self.0.search(&context, query).await?;
         let answer = convert::search_response(found, explain, &self.0.model);

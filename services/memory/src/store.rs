@@ -97,6 +97,37 @@ pub struct Listing {
     pub show_deleted: bool,
     /// The time of the call.
     pub now: Timestamp,
+    /// As it was then, and what was shown then.
+    pub as_of: Option<Timestamp>,
+}
+
+/// What some scopes held at a time.
+#[derive(Clone, Debug, Default)]
+pub struct AsOf {
+    /// Memories that are still as they were.
+    pub unchanged: Vec<Key>,
+    /// Memories that have changed since.
+    pub changed: Vec<Earlier>,
+}
+
+/// A memory as it was.
+#[derive(Clone, Debug)]
+pub struct Earlier {
+    /// Its number.
+    pub key: Key,
+    /// The memory as of then.
+    pub memory: Memory,
+    /// It has another text now.
+    pub reworded: bool,
+}
+
+/// In how many documents of a tenant terms are.
+#[derive(Clone, Debug, Default)]
+pub struct Frequencies {
+    /// Documents in all.
+    pub documents: i64,
+    /// Documents with each term.
+    pub with: Vec<i64>,
 }
 
 /// A change that the index has to follow.
@@ -136,6 +167,8 @@ pub struct LexicalSearch {
     pub terms: Vec<String>,
     /// Only those that satisfy it.
     pub filter: Option<Filter>,
+    /// Only those that have not changed since.
+    pub as_of: Option<Timestamp>,
     /// At most so many.
     pub limit: usize,
 }
@@ -187,6 +220,22 @@ pub trait Relational: Send + Sync {
     /// One memory of the tenant, deleted ones included.
     async fn get(&self, tenant: &TenantId, id: MemoryId) -> Result<Option<Stored>, MemoryError>;
 
+    /// One memory of the tenant as it was at a time; `None` when it was not there then, or was removed for good since.
+    async fn past(&self, tenant: &TenantId, id: MemoryId, at: Timestamp) -> Result<Option<Memory>, MemoryError>;
+
+    /// The memories of the scopes that were shown and true at a time and satisfied a filter then; of those that have changed
+    /// since at most `limit`, the last changed first.
+    async fn as_of(
+        &self,
+        scopes: &[ScopeKey],
+        filter: Option<&Filter>,
+        at: Timestamp,
+        limit: usize,
+    ) -> Result<AsOf, MemoryError>;
+
+    /// In how many of the tenant's texts terms are, or were not long ago.
+    async fn frequencies(&self, tenant: &TenantId, terms: &[String]) -> Result<Frequencies, MemoryError>;
+
     /// The scopes of a tenant that a view shows, only in `layers` when some are named.
     async fn visible(&self, tenant: &TenantId, view: &View, layers: &[Layer]) -> Result<Vec<ScopeKey>, MemoryError>;
 
@@ -206,7 +255,7 @@ pub trait Relational: Send + Sync {
     /// For turns of conversations, the turns directly before and after them: `(turn, neighbour)`.
     async fn neighbours(&self, keys: &[Key]) -> Result<Vec<(Key, Key)>, MemoryError>;
 
-    /// Cosines of memories' vectors with a unit vector, at full size; memories without a vector are left out.
+    /// Cosines of memories' vectors with a vector, over as many dimensions as it has; memories without a vector are left out.
     async fn cosines(&self, model: &str, keys: &[Key], vector: &[f32]) -> Result<Vec<(Key, f32)>, MemoryError>;
 
     /// Vectors by number, at full size.

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
 
 use futures::future::join_all;
 
@@ -49,6 +50,7 @@ impl App {
         let info = self.models[index].info();
         let dimension = wanted.size.map_or(info.dimension, |size| size.min(info.dimension));
         let mut answers = Vec::with_capacity(texts.len());
+        let (alone, began) = (texts.len() == 1, Instant::now());
         let waiting: Vec<_> = texts
             .into_iter()
             .map(|text| self.one(index, text, wanted.kind))
@@ -56,6 +58,9 @@ impl App {
         // All at once, so that a model can gather them into batches.
         for answer in join_all(waiting).await {
             answers.push(answer?);
+        }
+        if alone && answers.iter().all(|(_, cached)| !cached) {
+            self.latencies.note(index, dimension, began.elapsed());
         }
         let cached = answers.iter().filter(|(_, cached)| *cached).count();
         let fresh = || answers.iter().filter(|(_, cached)| !cached);
@@ -132,7 +137,7 @@ mod tests {
         let meter = opentelemetry::global::meter("t");
         let shared: Arc<dyn Model> = model.clone();
         (
-            App::new(vec![shared], "", 1 << 20, Metrics::new(&meter)).unwrap(),
+            App::new(vec![shared], "", 1 << 20, None, Metrics::new(&meter)).unwrap(),
             model,
         )
     }

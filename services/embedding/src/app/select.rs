@@ -1,15 +1,54 @@
 //! Choosing how many dimensions a search should use: the specification's rule as a table.
 
+use std::collections::HashMap;
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
 use super::App;
 use crate::error::EmbeddingError;
+
+/// Who chooses.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Choice {
+    /// The rule.
+    #[default]
+    Rule,
+    /// The use case, which names a size.
+    Size(usize),
+    /// What was measured: the best quality that fits the budget.
+    Measured,
+}
+
+/// How long single texts took of late, by model and size: a moving average in milliseconds. Answers from the cache do not
+/// count.
+#[derive(Debug, Default)]
+pub struct Latencies(Mutex<HashMap<(usize, usize), f64>>);
+
+impl Latencies {
+    /// Notes what one text took.
+    pub fn note(&self, model: usize, size: usize, took: Duration) {
+        let took = took.as_secs_f64() * 1e3;
+        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        all.entry((model, size))
+            .and_modify(|average| *average += 0.2 * (took - *average))
+            .or_insert(took);
+    }
+
+    /// What a size takes; a size that nobody has asked for yet takes as long as the next larger one that somebody has.
+    fn of(&self, model: usize, size: usize) -> Option<f64> {
+        let all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = all.iter().filter(|((of, other), _)| *of == model && *other >= size);
+        known.min_by_key(|((_, other), _)| *other).map(|(_, ms)| *ms)
+    }
+}
 
 /// What is known about a search.
 #[derive(Clone, Debug, Default)]
 pub struct SelectionRequest {
     /// Name of the model; empty: the default.
     pub model: String,
-    /// The size that the use case names; `None`: let the rule choose.
-    pub size: Option<usize>,
+    /// What the use case names.
+    pub choice: Choice,
     /// Characters of the query; `None`: unknown.
     pub query_length: Option<usize>,
     /// Results wanted; `None`: unknown.
@@ -58,8 +97,12 @@ impl App {
     /// # Errors
     /// When the model is unknown.
     pub fn select(&self, request: &SelectionRequest) -> Result<Selection, EmbeddingError> {
-        let info = self.models[self.model(&request.model)?].info();
-        let (rule, size) = choose(request);
+        let index = self.model(&request.model)?;
+        let info = self.models[index].info();
+        let (rule, size) = match request.choice {
+            Choice::Measured => self.measured(index, request.budget_ms),
+            _ => choose(request),
+        };
         let dimension = size.min(info.dimension);
         Ok(Selection {
             dimension,
@@ -68,10 +111,25 @@ impl App {
             untrained_truncation: dimension < info.dimension && !info.matryoshka,
         })
     }
+
+    /// The largest size whose measured latency fits the budget; the smallest one when none does.
+    fn measured(&self, index: usize, budget_ms: Option<u32>) -> (&'static str, usize) {
+        let sizes = self.models[index].info().sizes();
+        let (least, full) = (sizes.first().copied().unwrap_or(0), sizes.last().copied().unwrap_or(0));
+        let Some(budget) = budget_ms.map(f64::from) else {
+            return ("no latency budget: full size", full);
+        };
+        let fits = |size: &usize| self.latencies.of(index, *size).is_none_or(|ms| ms <= budget);
+        match sizes.into_iter().rev().find(fits) {
+            Some(size) if self.latencies.of(index, size).is_none() => ("nothing was measured yet: full size", size),
+            Some(size) => ("the largest size whose measured latency fits the budget", size),
+            None => ("no size fits the latency budget: the smallest", least),
+        }
+    }
 }
 
 fn choose(request: &SelectionRequest) -> (&'static str, usize) {
-    if let Some(size) = request.size {
+    if let Choice::Size(size) = request.choice {
         return ("use case", size);
     }
     let row = RULES.iter().find(|(_, _, applies)| applies(request));
@@ -81,6 +139,18 @@ fn choose(request: &SelectionRequest) -> (&'static str, usize) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_was_measured_speaks_for_smaller_sizes_too() {
+        let latencies = Latencies::default();
+        assert_eq!(latencies.of(0, 256), None);
+        latencies.note(0, 1536, Duration::from_millis(100));
+        latencies.note(0, 384, Duration::from_millis(20));
+        assert_eq!((latencies.of(0, 256), latencies.of(0, 768)), (Some(20.0), Some(100.0)));
+        assert_eq!(latencies.of(1, 256), None);
+        latencies.note(0, 384, Duration::from_millis(70));
+        assert!((latencies.of(0, 384).unwrap() - 30.0).abs() < 1e-9);
+    }
 
     #[test]
     fn the_table_is_the_specification() {

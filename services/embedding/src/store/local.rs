@@ -9,7 +9,7 @@ use async_trait::async_trait;
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 use candle_transformers::models::bert::{BertModel, Config};
-use tokenizers::{Tokenizer, TruncationParams};
+use tokenizers::{Encoding, Tokenizer, TruncationParams};
 use tokio::sync::oneshot;
 
 use super::{Embedded, Model, ModelInfo, TextKind, normalise};
@@ -60,16 +60,39 @@ pub fn check_directory(dir: &Path) -> Result<(), String> {
     }
 }
 
-impl LocalModel {
-    /// Loads a directory and starts `threads` workers.
+/// What a directory of the BERT family holds.
+pub struct Loaded {
+    /// The layers.
+    pub bert: BertModel,
+    /// Cuts texts at `max_tokens`, and pads nothing.
+    pub tokenizer: Tokenizer,
+    /// Tokens that it reads.
+    pub max_tokens: usize,
+    /// The directory's name.
+    pub name: String,
+    /// Digest of its files.
+    pub revision: String,
+    /// Dimensions of a token's vector.
+    pub dimension: usize,
+    /// All weights, for what stands on the layers.
+    pub weights: VarBuilder<'static>,
+}
+
+/// What is wrong with a directory.
+pub fn bad(dir: &Path, why: String) -> EmbeddingError {
+    EmbeddingError::BadDirectory {
+        dir: dir.display().to_string(),
+        why,
+    }
+}
+
+impl Loaded {
+    /// Reads a directory.
     ///
     /// # Errors
     /// When a file is missing or damaged, or the model is not of the BERT family with mean pooling.
-    pub fn load(dir: &Path, threads: usize) -> Result<Self, EmbeddingError> {
-        let bad = |why: String| EmbeddingError::BadDirectory {
-            dir: dir.display().to_string(),
-            why,
-        };
+    pub fn from(dir: &Path) -> Result<Self, EmbeddingError> {
+        let bad = |why: String| bad(dir, why);
         check_directory(dir).map_err(bad)?;
         let read = |name: &str| fs::read(dir.join(name)).map_err(|e| bad(format!("can't read `{name}`: {e}")));
         let json = |name: &str| -> Result<serde_json::Value, EmbeddingError> {
@@ -102,38 +125,89 @@ impl LocalModel {
             .update(&weights)
             .update(&read("tokenizer.json")?)
             .update(&read("config.json")?);
-        let tokenizer = Tokenizer::from_bytes(read("tokenizer.json")?)
+        let mut tokenizer = Tokenizer::from_bytes(read("tokenizer.json")?)
             .map_err(|e| bad(format!("`tokenizer.json` is no tokenizer: {e}")))?;
-        let variables = VarBuilder::from_buffered_safetensors(weights, DType::F32, &Device::Cpu)
+        // The file's own settings cut and pad at a length of their own choosing.
+        tokenizer.with_padding(None);
+        let truncation = TruncationParams {
+            max_length: max_tokens,
+            ..Default::default()
+        };
+        tokenizer
+            .with_truncation(Some(truncation))
+            .map_err(|e| bad(format!("`tokenizer.json` can't truncate: {e}")))?;
+        let weights = VarBuilder::from_buffered_safetensors(weights, DType::F32, &Device::Cpu)
             .map_err(|e| bad(format!("`model.safetensors` can't be read: {e}")))?;
-        let bert = BertModel::load(variables, &config)
+        let bert = BertModel::load(weights.clone(), &config)
             .map_err(|e| bad(format!("`model.safetensors` does not fit `config.json`: {e}")))?;
-        let mut network = Network {
+        let name = dir
+            .file_name()
+            .map_or_else(|| "local".into(), |name| name.to_string_lossy().into_owned());
+        Ok(Self {
+            bert,
+            tokenizer,
+            max_tokens,
+            name,
+            revision: digest.finalize().to_hex()[..16].to_string(),
+            dimension: config.hidden_size,
+            weights,
+        })
+    }
+}
+
+/// Encoded texts as tensors of `(texts, tokens)`: ids, types and mask, padded with zeros.
+pub fn tensors(encodings: &[Encoding]) -> candle_core::Result<(Tensor, Tensor, Tensor)> {
+    let longest = encodings.iter().map(|e| e.len()).max().unwrap_or(1).max(1);
+    let (mut ids, mut types, mut mask) = (Vec::new(), Vec::new(), Vec::new());
+    for encoding in encodings {
+        let padding = longest - encoding.len();
+        let padded = |values: &[u32]| {
+            values
+                .iter()
+                .copied()
+                .chain(std::iter::repeat_n(0, padding))
+                .collect::<Vec<_>>()
+        };
+        ids.extend(padded(encoding.get_ids()));
+        types.extend(padded(encoding.get_type_ids()));
+        mask.extend(std::iter::repeat_n(1f32, encoding.len()).chain(std::iter::repeat_n(0.0, padding)));
+    }
+    let shape = (encodings.len(), longest);
+    Ok((
+        Tensor::from_vec(ids, shape, &Device::Cpu)?,
+        Tensor::from_vec(types, shape, &Device::Cpu)?,
+        Tensor::from_vec(mask, shape, &Device::Cpu)?,
+    ))
+}
+
+impl LocalModel {
+    /// Loads a directory and starts `threads` workers.
+    ///
+    /// # Errors
+    /// When a file is missing or damaged, or the model is not of the BERT family with mean pooling.
+    pub fn load(dir: &Path, threads: usize) -> Result<Self, EmbeddingError> {
+        let Loaded {
+            bert,
+            tokenizer,
+            max_tokens,
+            name,
+            revision,
+            dimension,
+            ..
+        } = Loaded::from(dir)?;
+        let network = Network {
             bert,
             tokenizer,
             max_tokens,
         };
-        // The file's own settings cut and pad at a length of their own choosing.
-        network.tokenizer.with_padding(None);
-        network
-            .tokenizer
-            .with_truncation(Some(TruncationParams {
-                max_length: max_tokens,
-                ..Default::default()
-            }))
-            .map_err(|e| bad(format!("`tokenizer.json` can't truncate: {e}")))?;
-
-        let name = dir
-            .file_name()
-            .map_or_else(|| "local".into(), |name| name.to_string_lossy().into_owned());
         let info = ModelInfo {
             name,
             provider: "local",
-            dimension: config.hidden_size,
+            dimension,
             matryoshka: false,
             lexical: false,
             max_tokens,
-            revision: digest.finalize().to_hex()[..16].to_string(),
+            revision,
         };
         let queue = Arc::new(Queue::default());
         let network = Arc::new(network);
@@ -142,7 +216,7 @@ impl LocalModel {
             std::thread::Builder::new()
                 .name(format!("embed-{index}"))
                 .spawn(move || queue.work(&network))
-                .map_err(|e| bad(format!("can't start a thread: {e}")))?;
+                .map_err(|e| bad(dir, format!("can't start a thread: {e}")))?;
         }
         Ok(Self { info, queue })
     }
@@ -236,23 +310,8 @@ impl Network {
     /// Mean over the tokens of the last hidden layer, scaled to length 1.
     fn embed(&self, texts: Vec<String>) -> Result<Vec<Embedded>, Box<dyn std::error::Error + Send + Sync>> {
         let encodings = self.tokenizer.encode_batch(texts, true)?;
-        let longest = encodings.iter().map(|e| e.len()).max().unwrap_or(1).max(1);
-        let (mut ids, mut mask) = (Vec::new(), Vec::new());
-        for encoding in &encodings {
-            let padding = longest - encoding.len();
-            ids.extend(
-                encoding
-                    .get_ids()
-                    .iter()
-                    .copied()
-                    .chain(std::iter::repeat_n(0, padding)),
-            );
-            mask.extend(std::iter::repeat_n(1f32, encoding.len()).chain(std::iter::repeat_n(0.0, padding)));
-        }
-        let shape = (encodings.len(), longest);
-        let ids = Tensor::from_vec(ids, shape, &Device::Cpu)?;
-        let mask = Tensor::from_vec(mask, shape, &Device::Cpu)?;
-        let hidden = self.bert.forward(&ids, &ids.zeros_like()?, Some(&mask))?;
+        let (ids, types, mask) = tensors(&encodings)?;
+        let hidden = self.bert.forward(&ids, &types, Some(&mask))?;
         let weights = mask.unsqueeze(2)?;
         let sums = hidden.broadcast_mul(&weights)?.sum(1)?;
         let means = sums.broadcast_div(&weights.sum(1)?)?;

@@ -1,13 +1,16 @@
 //! Adding memories.
 
+use std::collections::HashMap;
+
 use aeterna_error::Error;
 use aeterna_rpc::RequestContext;
-use aeterna_types::Scope;
+use aeterna_types::{MemoryId, Scope, TenantId};
 
 use super::App;
-use crate::domain::{Body, Idempotency, Sequence, Written};
+use crate::domain::{Body, Idempotency, Key, Memory, Outcome, Sequence, View, Written};
 use crate::error::MemoryError;
-use crate::store::Addition;
+use crate::store::code::Code;
+use crate::store::{Addition, Among};
 
 /// One memory as its writer sends it.
 #[derive(Clone, Debug)]
@@ -20,6 +23,22 @@ pub struct NewMemory {
     pub idempotency: Option<Idempotency>,
 }
 
+/// What became of an added memory, and what says nearly the same.
+#[derive(Clone, Debug)]
+pub struct Added {
+    /// The write.
+    pub written: Written,
+    /// Other memories of the scope with their cosines, nearest first.
+    pub near: Vec<(MemoryId, f64)>,
+}
+
+/// Cosine from which on two memories say nearly the same.
+const NEAR: f64 = 0.9;
+/// Near ones that are told, at most.
+const TOLD: usize = 5;
+/// Items of a batch up to which near ones are looked for: each costs a search.
+const SEARCHED: usize = 32;
+
 impl App {
     /// Adds memories; each has its own result. The vectors are made before the transaction begins.
     ///
@@ -29,7 +48,7 @@ impl App {
         &self,
         context: &RequestContext,
         items: Vec<Result<NewMemory, Error>>,
-    ) -> Result<Vec<Result<Written, Error>>, Error> {
+    ) -> Result<Vec<Result<Added, Error>>, Error> {
         let writer = self.writer(context);
         let mut results: Vec<Option<Result<Written, Error>>> = Vec::with_capacity(items.len());
         let mut wanted = Vec::new();
@@ -73,7 +92,51 @@ impl App {
         if last > Sequence::default() {
             self.await_index(last).await;
         }
-        Ok(results)
+        let told = results.len() <= SEARCHED;
+        let mut added = Vec::with_capacity(results.len());
+        for result in results {
+            let near = match &result {
+                Ok(written) if told && written.outcome == Outcome::Created => {
+                    self.near(&writer.tenant, &written.memory).await?
+                }
+                _ => Vec::new(),
+            };
+            added.push(result.map(|written| Added { written, near }));
+        }
+        Ok(added)
+    }
+
+    /// Other memories of the same place that say nearly the same; none as long as the vector is pending.
+    async fn near(&self, tenant: &TenantId, memory: &Memory) -> Result<Vec<(MemoryId, f64)>, Error> {
+        let (Some(own), Some(layer)) = (self.store.get(tenant, memory.id).await?, memory.layer()) else {
+            return Ok(Vec::new());
+        };
+        let vector = self.store.vectors(&self.model.identity, &[own.key]).await?.pop();
+        let Some((vector, code)) = vector.and_then(|(_, vector)| Code::encode(&vector).map(|code| (vector, code)))
+        else {
+            return Ok(Vec::new());
+        };
+        let view = View {
+            scope: memory.scope.clone(),
+            exact: true,
+        };
+        let among = Among {
+            scopes: self.store.visible(tenant, &view, &[layer]).await?.into_iter().collect(),
+            only: None,
+            exclude: [own.key].into(),
+        };
+        let keys = self.candidates(code, among, 4 * TOLD).await?;
+        let mut near = self.store.cosines(&self.model.identity, &keys, &vector).await?;
+        near.retain(|(_, cosine)| f64::from(*cosine) >= NEAR);
+        near.sort_unstable_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+        near.truncate(TOLD);
+        let keys: Vec<Key> = near.iter().map(|(key, _)| *key).collect();
+        let live = self.store.fetch(&keys, self.clock.now()).await?;
+        let live: HashMap<Key, MemoryId> = live.into_iter().map(|stored| (stored.key, stored.memory.id)).collect();
+        let told = near
+            .into_iter()
+            .filter_map(|(key, cosine)| Some((*live.get(&key)?, f64::from(cosine))));
+        Ok(told.collect())
     }
 
     async fn store_all(

@@ -2,7 +2,7 @@
 
 use aeterna_error::Error;
 use aeterna_rpc::RequestContext;
-use aeterna_types::{MemoryId, Scope};
+use aeterna_types::{MemoryId, Scope, Timestamp};
 
 use super::App;
 use crate::domain::{Memory, View};
@@ -22,25 +22,34 @@ pub fn view(context: &RequestContext, scope: Option<&Scope>) -> Result<View, Err
     })
 }
 
+/// What is asked for.
+#[derive(Clone, Debug)]
+pub struct GetQuery {
+    /// The memory.
+    pub id: MemoryId,
+    /// Where the caller stands.
+    pub scope: Option<Scope>,
+    /// Also when it is deleted or expired.
+    pub show_deleted: bool,
+    /// As it was then; `None`: as it is.
+    pub as_of: Option<Timestamp>,
+}
+
 impl App {
     /// One memory that the caller sees.
     ///
     /// # Errors
     /// NOT_FOUND when there is none, whatever the reason.
-    pub async fn get(
-        &self,
-        context: &RequestContext,
-        id: MemoryId,
-        scope: Option<&Scope>,
-        show_deleted: bool,
-    ) -> Result<Memory, Error> {
-        let view = view(context, scope)?;
-        let memory = self.find(context, id, &view).await?.memory;
-        if show_deleted || memory.is_live(self.clock.now()) {
-            Ok(memory)
-        } else {
-            Err(MemoryError::NotFound(id.to_string()).into())
-        }
+    pub async fn get(&self, context: &RequestContext, query: GetQuery) -> Result<Memory, Error> {
+        let view = view(context, query.scope.as_ref())?;
+        let memory = self.find(context, query.id, &view).await?.memory;
+        let tenant = &context.principal().tenant;
+        let (memory, at) = match query.as_of {
+            Some(at) => (self.store.past(tenant, query.id, at).await?, at),
+            None => (Some(memory), self.clock.now()),
+        };
+        let shown = memory.filter(|memory| query.show_deleted || memory.is_live(at));
+        shown.ok_or_else(|| MemoryError::NotFound(query.id.to_string()).into())
     }
 
     /// One memory within a view, deleted ones included.

@@ -2,7 +2,7 @@
 
 use aeterna_error::Error;
 use aeterna_rpc::RequestContext;
-use aeterna_types::{Layer, MemoryId, Scope};
+use aeterna_types::{Layer, MemoryId, Scope, Timestamp};
 
 use super::App;
 use super::get::view;
@@ -25,6 +25,8 @@ pub struct ListQuery {
     pub filter: Option<Filter>,
     /// Also deleted and expired ones.
     pub show_deleted: bool,
+    /// As it was then; `None`: as it is.
+    pub as_of: Option<Timestamp>,
 }
 
 /// A page and where the next one begins.
@@ -54,6 +56,7 @@ impl App {
             filter: query.filter,
             show_deleted: query.show_deleted,
             now: self.clock.now(),
+            as_of: query.as_of,
         };
         let mut memories: Vec<Memory> = self.store.list(&listing).await?.into_iter().map(|s| s.memory).collect();
         let more = memories.len() > query.limit;

@@ -1,12 +1,17 @@
-//! Finding memories: dense and lexical arms, fusion, neighbours in the conversation, layer tie-break.
+//! Finding memories: dense and lexical arms, fusion, neighbours in the conversation, what speaks for a memory itself,
+//! reranking, variety.
+
+mod diverse;
+mod past;
+mod score;
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Instant;
 
-use aeterna_error::Error;
+use aeterna_error::{Error, Reason};
 use aeterna_rpc::RequestContext;
-use aeterna_types::{Layer, MemoryId, Scope};
+use aeterna_types::{Layer, MemoryId, Scope, Timestamp};
 
 use super::App;
 use super::get::view;
@@ -15,8 +20,15 @@ use crate::filter::Filter;
 use crate::store::code::Code;
 use crate::store::{Among, LexicalSearch, Stored};
 
+use past::Past;
+use score::fuse;
+pub use score::{Breakdown, Fusion, Weights};
+
 /// Candidates that each arm brings, at least.
 const CANDIDATES: usize = 200;
+
+/// Results that the cross-encoder reads and that variety chooses from, at least.
+const RERANKED: usize = 50;
 
 /// Which arms are used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,52 +39,6 @@ pub enum Arms {
     Lexical,
     /// Embeddings only.
     Dense,
-}
-
-/// How the arms are brought together.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Fusion {
-    /// Weighted sum of min-max normalised scores.
-    Convex,
-    /// Reciprocal rank fusion (Cormack et al. 2009), scaled so that two first places make 1.
-    Rrf,
-}
-
-/// Weights of a search.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Weights {
-    /// Share of the dense arm, 0 to 1.
-    pub dense: f64,
-    /// The k of reciprocal rank fusion.
-    pub rrf_k: f64,
-    /// Part of its best neighbour's score that a turn receives.
-    pub neighbour: f64,
-    /// Weight of recency.
-    pub recency: f64,
-    /// Weight of importance.
-    pub importance: f64,
-    /// Width of the band within which scores count as tied.
-    pub tie_band: f64,
-}
-
-impl Weights {
-    /// The highest sum that the parts of a score can reach.
-    fn ceiling(&self) -> f64 {
-        1.0 + self.neighbour + self.recency + self.importance + self.tie_band
-    }
-}
-
-impl Default for Weights {
-    fn default() -> Self {
-        Self {
-            dense: 0.5,
-            rrf_k: 60.0,
-            neighbour: 0.3,
-            recency: 0.0,
-            importance: 0.0,
-            tie_band: 0.01,
-        }
-    }
 }
 
 /// What is looked for.
@@ -100,64 +66,21 @@ pub struct SearchQuery {
     pub filter: Option<Filter>,
     /// A write that must be seen.
     pub after: Sequence,
+    /// What was true and current then; `None`: what is current.
+    pub as_of: Option<Timestamp>,
+    /// Ask the cross-encoder.
+    pub rerank: bool,
+    /// Dimensions that are compared; `None`: all.
+    pub dimension: Option<usize>,
     /// Also say which terms matched.
     pub explain: bool,
-}
-
-/// How a score came about; the parts add up to it.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Breakdown {
-    /// Cosine with the query, when the dense arm found it.
-    pub cosine: Option<f64>,
-    /// BM25, when the lexical arm found it.
-    pub bm25: Option<f64>,
-    /// Rank in the dense arm, from 1; 0: not found.
-    pub dense_rank: usize,
-    /// Rank in the lexical arm, from 1; 0: not found.
-    pub lexical_rank: usize,
-    /// From the dense arm.
-    pub dense_part: f64,
-    /// From the lexical arm.
-    pub lexical_part: f64,
-    /// From the best neighbour.
-    pub neighbour_part: f64,
-    /// From recency.
-    pub recency_part: f64,
-    /// From importance.
-    pub importance_part: f64,
-    /// From the layer.
-    pub layer_part: f64,
-    /// Terms of the query found in it; only when they were asked for.
-    pub matched_terms: Vec<String>,
-}
-
-impl Breakdown {
-    /// Every part multiplied by the same.
-    fn scale(&mut self, factor: f64) {
-        for part in [
-            &mut self.dense_part,
-            &mut self.lexical_part,
-            &mut self.neighbour_part,
-            &mut self.recency_part,
-            &mut self.importance_part,
-            &mut self.layer_part,
-        ] {
-            *part *= factor;
-        }
-    }
-
-    fn fused(&self) -> f64 {
-        self.dense_part + self.lexical_part
-    }
-
-    fn total(&self) -> f64 {
-        self.fused() + self.neighbour_part + self.recency_part + self.importance_part + self.layer_part
-    }
 }
 
 /// One memory found.
 #[derive(Clone, Debug)]
 pub struct Hit {
+    /// Its number.
+    key: Key,
     /// The memory.
     pub memory: Memory,
     /// Its score.
@@ -194,8 +117,8 @@ pub struct Found {
     pub hits: Vec<Hit>,
     /// What was away.
     pub degraded: Vec<String>,
-    /// The dense arm was used.
-    pub dense_used: bool,
+    /// Dimensions that the dense arm compared; 0 when it was not used.
+    pub dimension: usize,
     /// What the search did.
     pub stats: SearchStats,
 }
@@ -218,21 +141,28 @@ impl App {
         if query.after > Sequence::default() && query.arms != Arms::Lexical && !self.reached(query.after).await {
             degraded.push("the vector index has not followed the write of `consistency_token` yet".to_owned());
         }
+        let past = match query.as_of {
+            Some(at) => Some(self.past(&scopes, query.filter.as_ref(), at).await?),
+            None => None,
+        };
+        if past.as_ref().is_some_and(|past| past.cut) {
+            degraded.push("of what has changed since `as_of`, only a part was looked at; narrow the scope".to_owned());
+        }
         // What has expired and is not reaped yet must not take the place of what lives.
-        let mut exclude: HashSet<Key> = self
-            .store
-            .expired(&scopes, self.clock.now())
-            .await?
-            .into_iter()
-            .collect();
+        let expired = match query.as_of {
+            Some(_) => Vec::new(),
+            None => self.store.expired(&scopes, self.clock.now()).await?,
+        };
+        let mut exclude: HashSet<Key> = expired.into_iter().collect();
         for id in &query.exclude {
             exclude.extend(self.store.get(tenant, *id).await?.map(|stored| stored.key));
         }
-        let only = match &query.filter {
-            Some(filter) => Some(self.store.matching(&scopes, filter).await?.into_iter().collect()),
-            None => None,
+        let only = match (&past, &query.filter) {
+            (Some(past), _) => Some(past.unchanged.clone()),
+            (None, Some(filter)) => Some(self.store.matching(&scopes, filter).await?.into_iter().collect()),
+            (None, None) => None,
         };
-        let among = Among {
+        let mut among = Among {
             scopes: scopes.iter().copied().collect(),
             only,
             exclude,
@@ -245,7 +175,10 @@ impl App {
         let mut dense = Vec::new();
         let mut dense_used = false;
         if query.arms != Arms::Lexical {
-            match self.dense(context, &query.text, &among, depth, &mut stats).await {
+            match self
+                .dense(context, &query, &among, past.as_ref(), depth, &mut stats)
+                .await
+            {
                 Ok(found) => {
                     dense = found;
                     dense_used = true;
@@ -268,9 +201,14 @@ impl App {
                 scopes,
                 terms,
                 filter: query.filter.clone(),
+                as_of: query.as_of,
                 limit: depth,
             };
             lexical = self.store.lexical(&lexical_search).await?;
+            if let Some(past) = &past {
+                lexical.extend(self.past_lexical(tenant, past, &lexical_search.terms).await?);
+                best_first(&mut lexical);
+            }
             lexical.retain(|(key, _)| !among.exclude.contains(key));
             stats.lexical_ms = ms(began);
         }
@@ -282,8 +220,26 @@ impl App {
             (true, Arms::Hybrid) => query.weights.dense,
         };
         let mut scores = fuse(&dense, &lexical, query.fusion, share, query.weights.rrf_k);
+        if let Some((past, only)) = past.as_ref().zip(among.only.as_mut()) {
+            only.extend(past.changed.keys());
+        }
         self.spread(&mut scores, query.weights.neighbour, &among).await?;
-        let hits = self.rank(scores, &query, &stats.terms).await?;
+        let mut hits = self.rank(scores, &query, past).await?;
+        if query.rerank
+            && let Err(error) = self.rerank(context, &mut hits, &query).await
+        {
+            if error.reason() != Reason::DependencyUnavailable {
+                return Err(error);
+            }
+            tracing::warn!(error = %error.chain(), "a search goes without its reranking");
+            degraded.push(format!("not reranked: {error}"));
+        }
+        hits.retain(|hit| query.threshold.is_none_or(|threshold| hit.score >= threshold));
+        self.vary(&mut hits, &query).await?;
+        hits.truncate(query.top_k);
+        if query.explain {
+            mark(&mut hits, &stats.terms);
+        }
         if !degraded.is_empty() {
             self.metrics.degraded.add(1, &[]);
         }
@@ -291,7 +247,11 @@ impl App {
         Ok(Found {
             hits,
             degraded,
-            dense_used,
+            dimension: if dense_used {
+                query.dimension.unwrap_or(self.model.dimension)
+            } else {
+                0
+            },
             stats,
         })
     }
@@ -300,14 +260,15 @@ impl App {
     async fn dense(
         &self,
         context: &RequestContext,
-        text: &str,
+        query: &SearchQuery,
         among: &Among,
+        past: Option<&Past>,
         depth: usize,
         stats: &mut SearchStats,
     ) -> Result<Vec<(Key, f64)>, Error> {
         let began = Instant::now();
         let vector = self
-            .embed(context, vec![text.to_owned()], true)
+            .embed(context, vec![query.text.clone()], true)
             .await?
             .pop()
             .unwrap_or_default();
@@ -316,22 +277,32 @@ impl App {
         let Some(code) = Code::encode(&vector) else {
             return Ok(Vec::new());
         };
-        let (index, among) = (Arc::clone(&self.index), among.clone());
-        stats.scanned = index.len();
-        let candidates = tokio::task::spawn_blocking(move || index.search(&code, &among, depth)).await;
-        let keys: Vec<Key> = candidates
-            .map_err(Error::internal)?
-            .into_iter()
-            .map(|(key, _)| key)
-            .collect();
-        let cosines = self.store.cosines(&self.model.identity, &keys, &vector).await?;
+        stats.scanned = self.index.len();
+        let keys = self.candidates(code, among.clone(), depth).await?;
+        let compared = &vector[..query.dimension.unwrap_or(vector.len()).min(vector.len())];
+        let cosines = self.store.cosines(&self.model.identity, &keys, compared).await?;
         let mut scored: Vec<(Key, f64)> = cosines
             .into_iter()
             .map(|(key, cosine)| (key, f64::from(cosine)))
             .collect();
-        scored.sort_unstable_by(|a, b| b.1.total_cmp(&a.1).then(b.0.cmp(&a.0)));
+        if let Some(past) = past {
+            let earlier = self.past_cosines(context, past, &vector).await?;
+            scored.extend(earlier.into_iter().filter(|(key, _)| !among.exclude.contains(key)));
+        }
+        best_first(&mut scored);
         stats.dense_ms = ms(began);
         Ok(scored)
+    }
+
+    /// The nearest vectors by the index, to be rescored.
+    pub(super) async fn candidates(&self, code: Code, among: Among, limit: usize) -> Result<Vec<Key>, Error> {
+        let index = Arc::clone(&self.index);
+        let found = tokio::task::spawn_blocking(move || index.search(&code, &among, limit)).await;
+        Ok(found
+            .map_err(Error::internal)?
+            .into_iter()
+            .map(|(key, _)| key)
+            .collect())
     }
 
     /// Gives each turn of a conversation a part of its best neighbour's score; neighbours become candidates themselves.
@@ -356,125 +327,119 @@ impl App {
         Ok(())
     }
 
-    /// Reads the candidates, adds what depends on the memory itself, and orders them.
+    /// Reads the candidates, adds what depends on the memory itself, and orders them; those that can't reach the top are left
+    /// out.
     async fn rank(
         &self,
         scores: HashMap<Key, Breakdown>,
         query: &SearchQuery,
-        terms: &[String],
+        past: Option<Past>,
     ) -> Result<Vec<Hit>, Error> {
-        let now = self.clock.now();
+        let now = query.as_of.unwrap_or_else(|| self.clock.now());
         let weights = query.weights;
-        // Recency, importance and layer add a bounded amount: what can't reach the top any more need not be read.
-        let bonus = weights.recency + weights.importance + weights.tie_band;
         let mut order: Vec<(Key, Breakdown)> = scores.into_iter().collect();
         order.sort_unstable_by(|a, b| b.1.total().total_cmp(&a.1.total()).then(b.0.cmp(&a.0)));
+        // What depends on the memory itself adds a bounded amount: what can't reach the top any more need not be read.
         let floor = order
-            .get(2 * query.top_k)
-            .map_or(f64::NEG_INFINITY, |(_, b)| b.total() - bonus);
+            .get(query.looked_at())
+            .map_or(f64::NEG_INFINITY, |(_, b)| b.total() - weights.bonus());
         order.retain(|(_, breakdown)| breakdown.total() >= floor);
-        let keys: Vec<Key> = order.iter().map(|(key, _)| *key).collect();
-        let mut memories: HashMap<Key, Memory> = self
-            .store
-            .fetch(&keys, now)
-            .await?
-            .into_iter()
-            .map(|Stored { key, memory }| (key, memory))
+        let mut memories = past.map(|past| past.changed).unwrap_or_default();
+        let keys: Vec<Key> = order
+            .iter()
+            .map(|(key, _)| *key)
+            .filter(|key| !memories.contains_key(key))
             .collect();
-        let wanted: HashSet<&String> = terms.iter().collect();
-        let mut hits: Vec<Hit> = order
-            .into_iter()
-            .filter_map(|(key, mut breakdown)| {
-                let memory = memories.remove(&key)?;
-                let told = memory.body.event_at.unwrap_or(memory.created_at);
-                let days = now.seconds_since(told).max(0.0) / 86_400.0;
-                breakdown.recency_part = weights.recency * 0.5f64.powf(days / 30.0);
-                breakdown.importance_part = weights.importance * memory.body.importance;
-                breakdown.layer_part = weights.tie_band * memory.layer().map_or(0.0, Layer::specificity);
-                breakdown.scale(1.0 / weights.ceiling());
-                let score = breakdown.total();
-                Some(Hit {
-                    memory,
-                    score,
-                    breakdown,
-                })
+        let fetched = self.store.fetch(&keys, now).await?;
+        memories.extend(fetched.into_iter().map(|Stored { key, memory }| (key, memory)));
+        let hit = |(key, mut breakdown): (Key, Breakdown)| {
+            let memory = memories.remove(&key)?;
+            let told = memory.body.event_at.unwrap_or(memory.created_at);
+            let days = now.seconds_since(told).max(0.0) / 86_400.0;
+            breakdown.recency_part = weights.recency * 0.5f64.powf(days / 30.0);
+            breakdown.importance_part = weights.importance * memory.body.importance;
+            breakdown.confidence_part = weights.confidence * memory.body.confidence(now);
+            breakdown.layer_part = weights.tie_band * memory.layer().map_or(0.0, Layer::specificity);
+            breakdown.scale(1.0 / weights.ceiling());
+            Some(Hit {
+                key,
+                score: breakdown.total(),
+                memory,
+                breakdown,
             })
-            .filter(|hit| query.threshold.is_none_or(|threshold| hit.score >= threshold))
-            .collect();
-        hits.sort_by(|a, b| b.score.total_cmp(&a.score).then(b.memory.id.cmp(&a.memory.id)));
-        hits.truncate(query.top_k);
-        for hit in hits.iter_mut().filter(|_| query.explain) {
-            let mut matched = aeterna_text::analyse(&hit.memory.body.lexical_text());
-            matched.retain(|term| wanted.contains(term));
-            matched.sort();
-            matched.dedup();
-            hit.breakdown.matched_terms = matched;
-        }
+        };
+        let mut hits: Vec<Hit> = order.into_iter().filter_map(hit).collect();
+        sort(&mut hits);
+        hits.truncate(query.looked_at());
         Ok(hits)
     }
-}
 
-/// Brings two ranked lists together; `share` is the dense arm's weight.
-fn fuse(dense: &[(Key, f64)], lexical: &[(Key, f64)], fusion: Fusion, share: f64, k: f64) -> HashMap<Key, Breakdown> {
-    let mut scores: HashMap<Key, Breakdown> = HashMap::new();
-    // Two first places make 1, and so does one first place of the only arm.
-    let both = !dense.is_empty() && !lexical.is_empty();
-    let place = |rank: usize| (k + 1.0) / (k + rank as f64) * if both { 0.5 } else { 1.0 };
-    let scaled = min_max(dense);
-    for ((index, (key, cosine)), part) in dense.iter().enumerate().zip(scaled) {
-        let breakdown = scores.entry(*key).or_default();
-        breakdown.cosine = Some(*cosine);
-        breakdown.dense_rank = index + 1;
-        breakdown.dense_part = match fusion {
-            Fusion::Convex => share * part,
-            Fusion::Rrf => place(index + 1),
+    /// Has the cross-encoder read the best of them with the query, and orders them by what it says and what they had before.
+    async fn rerank(&self, context: &RequestContext, hits: &mut [Hit], query: &SearchQuery) -> Result<(), Error> {
+        let count = hits.len().min(RERANKED.max(query.top_k));
+        let (read, _) = hits.split_at_mut(count);
+        let texts = read.iter().map(|hit| hit.memory.body.dense_text()).collect();
+        let scores = self.cross_encode(context, &query.text, texts).await?;
+        let share = query.weights.rerank;
+        for (hit, score) in read.iter_mut().zip(scores) {
+            hit.breakdown.rerank = Some(score);
+            hit.breakdown.rerank_part = share * score;
+        }
+        for hit in hits.iter_mut() {
+            let part = hit.breakdown.rerank_part;
+            hit.breakdown.scale(1.0 - share);
+            hit.breakdown.rerank_part = part;
+            hit.score = hit.breakdown.total();
+        }
+        sort(hits);
+        Ok(())
+    }
+
+    /// Puts what says something else before what says the same again.
+    async fn vary(&self, hits: &mut Vec<Hit>, query: &SearchQuery) -> Result<(), Error> {
+        let Some(lambda) = query.weights.mmr_lambda else {
+            return Ok(());
         };
+        let keys: Vec<Key> = hits.iter().map(|hit| hit.key).collect();
+        let vectors = self.store.vectors(&self.model.identity, &keys).await?;
+        let mut vectors: HashMap<Key, Vec<f32>> = vectors.into_iter().collect();
+        let vectors: Vec<Option<Vec<f32>>> = keys.iter().map(|key| vectors.remove(key)).collect();
+        let relevance: Vec<f64> = hits.iter().map(|hit| hit.score).collect();
+        let order = diverse::order(&relevance, &vectors, lambda, query.top_k);
+        let mut all: Vec<Option<Hit>> = std::mem::take(hits).into_iter().map(Some).collect();
+        hits.extend(order.into_iter().filter_map(|place| all[place].take()));
+        Ok(())
     }
-    let scaled = min_max(lexical);
-    for ((index, (key, bm25)), part) in lexical.iter().enumerate().zip(scaled) {
-        let breakdown = scores.entry(*key).or_default();
-        breakdown.bm25 = Some(*bm25);
-        breakdown.lexical_rank = index + 1;
-        breakdown.lexical_part = match fusion {
-            Fusion::Convex => (1.0 - share) * part,
-            Fusion::Rrf => place(index + 1),
-        };
-    }
-    scores
 }
 
-/// Scores scaled so that the best is 1 and the worst 0; all 1 when they are the same.
-fn min_max(list: &[(Key, f64)]) -> Vec<f64> {
-    let (low, high) = list
-        .iter()
-        .fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), (_, x)| {
-            (low.min(*x), high.max(*x))
-        });
-    list.iter()
-        .map(|(_, x)| if high > low { (x - low) / (high - low) } else { 1.0 })
-        .collect()
+impl SearchQuery {
+    /// How many of the best are looked at, for the sake of the best `top_k`.
+    fn looked_at(&self) -> usize {
+        let usual = 2 * self.top_k;
+        if self.rerank || self.weights.mmr_lambda.is_some() {
+            usual.max(RERANKED)
+        } else {
+            usual
+        }
+    }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
+fn best_first(scored: &mut [(Key, f64)]) {
+    scored.sort_unstable_by(|a, b| b.1.total_cmp(&a.1).then(b.0.cmp(&a.0)));
+}
 
-    #[test]
-    fn convex_fusion_weighs_distances_and_rrf_only_ranks() {
-        let dense = [(Key(1), 0.9), (Key(2), 0.1)];
-        let lexical = [(Key(2), 7.0), (Key(3), 6.0), (Key(1), 1.0)];
-        let convex = fuse(&dense, &lexical, Fusion::Convex, 0.5, 60.0);
-        assert!((convex[&Key(1)].total() - 0.5).abs() < 1e-9);
-        assert!((convex[&Key(2)].total() - 0.5).abs() < 1e-9);
-        assert!((convex[&Key(3)].total() - 0.5 * 5.0 / 6.0).abs() < 1e-9);
-        let rrf = fuse(&dense, &lexical, Fusion::Rrf, 0.5, 60.0);
-        assert!((rrf[&Key(2)].total() - 0.5 * (61.0 / 62.0 + 1.0)).abs() < 1e-9);
-        assert_eq!((rrf[&Key(3)].dense_rank, rrf[&Key(3)].lexical_rank), (0, 2));
-    }
+fn sort(hits: &mut [Hit]) {
+    hits.sort_by(|a, b| b.score.total_cmp(&a.score).then(b.memory.id.cmp(&a.memory.id)));
+}
 
-    #[test]
-    fn equal_scores_are_all_the_best() {
-        assert_eq!(min_max(&[(Key(1), 2.0), (Key(2), 2.0)]), [1.0, 1.0]);
-        assert!(min_max(&[]).is_empty());
+/// Says which terms of the query each has.
+fn mark(hits: &mut [Hit], terms: &[String]) {
+    let wanted: HashSet<&String> = terms.iter().collect();
+    for hit in hits {
+        let mut matched = aeterna_text::analyse(&hit.memory.body.lexical_text());
+        matched.retain(|term| wanted.contains(term));
+        matched.sort();
+        matched.dedup();
+        hit.breakdown.matched_terms = matched;
     }
 }

@@ -2,16 +2,19 @@
 
 use aeterna_error::{Error, Violations};
 use aeterna_proto::memory::v1 as wire;
+use aeterna_types::Timestamp;
 
-use super::{check_token, filter, id, layers, memory, not_served, scope};
+use super::{check_token, filter, id, layers, memory, past, scope};
 use crate::app::{Arms, Breakdown, Found, Fusion, Model, SearchQuery, SearchStats, Weights};
 
 const MAX_QUERY_BYTES: usize = 8192;
 const MAX_RESULTS: i32 = 1000;
+/// The Matryoshka sizes.
+const SIZES: [usize; 4] = [256, 384, 768, 1536];
 const MAX_EXCLUDED: usize = 10_000;
 
-/// What Search asks for.
-pub fn search_request(request: wire::SearchRequest) -> Result<SearchQuery, Error> {
+/// What Search asks for; vectors have `full` dimensions.
+pub fn search_request(request: wire::SearchRequest, now: Timestamp, full: usize) -> Result<SearchQuery, Error> {
     let mut violations = Violations::default();
     if request.query.trim().is_empty() || request.query.len() > MAX_QUERY_BYTES {
         violations.add(
@@ -56,23 +59,16 @@ pub fn search_request(request: wire::SearchRequest) -> Result<SearchQuery, Error
         .collect();
     let after = check_token(&mut violations, &request.consistency_token);
     let filter = filter(&mut violations, &request.filter);
-    if request.dimension < 0 {
-        violations.add("dimension", format!("is {}; leave it out", request.dimension));
+    let dimension = usize::try_from(request.dimension).ok().filter(|size| *size > 0);
+    if request.dimension != 0 && !dimension.is_some_and(|size| SIZES.contains(&size)) {
+        let sent = request.dimension;
+        violations.add(
+            "dimension",
+            format!("is {sent}; send 256, 384, 768 or 1536, or 0 for all that there are"),
+        );
     }
+    let as_of = past(&mut violations, request.as_of, now);
     violations.into_result()?;
-    let later = [
-        ("as_of", request.as_of.is_some()),
-        ("rerank", request.rerank),
-        ("dimension", request.dimension > 0),
-        (
-            "weights.confidence",
-            asked.confidence.is_some_and(|weight| weight > 0.0),
-        ),
-        ("weights.mmr_lambda", asked.mmr_lambda.is_some()),
-    ];
-    if let Some((field, _)) = later.into_iter().find(|(_, asked)| *asked) {
-        return Err(not_served(field));
-    }
     let top_k = if request.top_k == 0 {
         10
     } else {
@@ -90,6 +86,9 @@ pub fn search_request(request: wire::SearchRequest) -> Result<SearchQuery, Error
         exclude,
         filter,
         after,
+        as_of,
+        rerank: request.rerank,
+        dimension: dimension.map(|size| size.min(full)),
         explain: request.explain,
     };
     Ok(query)
@@ -105,9 +104,11 @@ fn weights(violations: &mut Violations, asked: &wire::SearchWeights) -> Weights 
             default
         }
     };
-    within("confidence", asked.confidence, 0.0, 0.0, 1.0);
-    within("mmr_lambda", asked.mmr_lambda, 0.0, 0.0, 1.0);
+    let mmr = within("mmr_lambda", asked.mmr_lambda, 1.0, 0.0, 1.0);
     Weights {
+        confidence: within("confidence", asked.confidence, default.confidence, 0.0, 1.0),
+        rerank: within("rerank", asked.rerank, default.rerank, 0.0, 1.0),
+        mmr_lambda: asked.mmr_lambda.map(|_| mmr),
         dense: within("dense", asked.dense, default.dense, 0.0, 1.0),
         rrf_k: within("rrf_k", asked.rrf_k, default.rrf_k, 1.0, 1000.0),
         neighbour: within("neighbour", asked.neighbour, default.neighbour, 0.0, 1.0),
@@ -132,12 +133,12 @@ pub fn search_response(found: Found, explain: bool, model: &Model) -> wire::Sear
         results: results.collect(),
         degraded: !found.degraded.is_empty(),
         degraded_reasons: found.degraded,
-        model: if found.dense_used {
+        model: if found.dimension > 0 {
             model.name.clone()
         } else {
             String::new()
         },
-        dimension: if found.dense_used { int(model.dimension) } else { 0 },
+        dimension: int(found.dimension),
         stats: explain.then(|| stats(found.stats)),
     }
 }
@@ -153,9 +154,10 @@ fn breakdown(parts: Breakdown) -> wire::ScoreBreakdown {
         neighbour_part: parts.neighbour_part,
         recency_part: parts.recency_part,
         importance_part: parts.importance_part,
-        confidence_part: 0.0,
+        confidence_part: parts.confidence_part,
         layer_part: parts.layer_part,
-        rerank: None,
+        rerank: parts.rerank,
+        rerank_part: parts.rerank_part,
         matched_terms: parts.matched_terms,
     }
 }

@@ -33,6 +33,7 @@ fn scope(layer: Layer, id: &str) -> Scope {
     Scope::default().with(layer, id).unwrap()
 }
 
+/// A body that says this.
 pub fn body(content: &str) -> Body {
     Body::of(content.into())
 }
@@ -104,6 +105,7 @@ fn listing(scopes: Vec<ScopeKey>) -> Listing {
         filter: None,
         show_deleted: false,
         now: at(100),
+        as_of: None,
     }
 }
 
@@ -121,6 +123,7 @@ pub async fn find(
         scopes: scopes.to_vec(),
         terms: terms.to_vec(),
         filter: filter.cloned(),
+        as_of: None,
         limit,
     };
     store.lexical(&search).await

@@ -2,6 +2,7 @@
 
 mod filter;
 mod lexical;
+mod past;
 mod read;
 mod write;
 
@@ -14,8 +15,10 @@ use sqlx::Row as _;
 use sqlx::sqlite::SqliteRow;
 
 use super::code::Code;
-use super::{Addition, ChangeItem, Counts, IndexEvent, IndexState, LexicalSearch, Listing, Relational, Stored};
-use crate::domain::{self, Idempotency, Key, ScopeKey, Sequence, Version, View, Writer, Written};
+use super::{
+    Addition, AsOf, ChangeItem, Counts, Frequencies, IndexEvent, IndexState, LexicalSearch, Listing, Relational, Stored,
+};
+use crate::domain::{self, Idempotency, Key, Memory, ScopeKey, Sequence, Version, View, Writer, Written};
 use crate::error::MemoryError;
 use crate::filter::Filter;
 
@@ -32,7 +35,7 @@ pub const MIGRATIONS: &[(&str, &str)] = &[
 
 /// The store.
 #[derive(Clone, Debug)]
-pub struct SqliteStore(Sqlite, lexical::Frequencies);
+pub struct SqliteStore(Sqlite, lexical::Cache);
 
 impl SqliteStore {
     /// Opens the database, and brings its schema and its lexical tables up to date.
@@ -40,10 +43,7 @@ impl SqliteStore {
     /// # Errors
     /// When it can't be opened, or was written by a newer version.
     pub async fn open(options: &SqliteOptions) -> Result<Self, MemoryError> {
-        let store = Self(
-            Sqlite::open(options, MIGRATIONS).await?,
-            lexical::Frequencies::default(),
-        );
+        let store = Self(Sqlite::open(options, MIGRATIONS).await?, lexical::Cache::default());
         lexical::analyse_again(&store).await?;
         Ok(store)
     }
@@ -147,6 +147,30 @@ impl Relational for SqliteStore {
         self.read(move |connection| read::memory(connection, &tenant, id)).await
     }
 
+    async fn past(&self, tenant: &TenantId, id: MemoryId, at: Timestamp) -> Result<Option<Memory>, MemoryError> {
+        let tenant = tenant.clone();
+        self.read(move |connection| past::memory(connection, &tenant, id, at))
+            .await
+    }
+
+    async fn as_of(
+        &self,
+        scopes: &[ScopeKey],
+        filter: Option<&Filter>,
+        at: Timestamp,
+        limit: usize,
+    ) -> Result<AsOf, MemoryError> {
+        let (scopes, filter) = (scopes.to_vec(), filter.cloned());
+        self.read(move |connection| past::as_of(connection, &scopes, filter.as_ref(), at, limit))
+            .await
+    }
+
+    async fn frequencies(&self, tenant: &TenantId, terms: &[String]) -> Result<Frequencies, MemoryError> {
+        let (tenant, terms, cache) = (tenant.clone(), terms.to_vec(), self.1.clone());
+        self.read(move |connection| lexical::frequencies(connection, &cache, &tenant, &terms))
+            .await
+    }
+
     async fn visible(&self, tenant: &TenantId, view: &View, layers: &[Layer]) -> Result<Vec<ScopeKey>, MemoryError> {
         let (tenant, view, layers) = (tenant.clone(), view.clone(), layers.to_vec());
         self.read(move |connection| read::visible(connection, &tenant, &view, &layers))
@@ -185,7 +209,7 @@ impl Relational for SqliteStore {
         let cosines = move |connection: &Connection| {
             let mut cosines = Vec::with_capacity(keys.len());
             read::codes(connection, &model, &keys, |key, code| {
-                if code.dimension() == vector.len() {
+                if code.dimension() >= vector.len() {
                     cosines.push((key, code.cosine(&vector)));
                 }
             })?;

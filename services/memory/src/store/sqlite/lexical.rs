@@ -13,7 +13,7 @@ use super::read::rows;
 use super::{SqliteStore, failed, parsed, storage};
 use crate::domain::{Key, Memory, ScopeKey};
 use crate::error::MemoryError;
-use crate::store::LexicalSearch;
+use crate::store::{Frequencies, LexicalSearch};
 
 /// The name of a tenant's table.
 pub fn table(tenant: i64) -> String {
@@ -96,7 +96,7 @@ const KEPT: usize = 100_000;
 
 /// How many documents have a term, as it was not long ago: counting reads the whole list of them.
 #[derive(Clone, Debug, Default)]
-pub struct Frequencies(Arc<Mutex<HashMap<Counted, Count>>>);
+pub struct Cache(Arc<Mutex<HashMap<Counted, Count>>>);
 
 /// A tenant, a column and a term.
 type Counted = (i64, &'static str, String);
@@ -108,7 +108,7 @@ struct Count {
     newest: i64,
 }
 
-impl Frequencies {
+impl Cache {
     fn cached(&self, counted: &Counted, newest: i64) -> Option<i64> {
         let counts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let count = counts.get(counted)?;
@@ -155,11 +155,7 @@ fn quoted(term: &str) -> String {
 
 /// BM25 over the visible documents. Where there are many, only as many terms count, rarest first, as bring a bounded number
 /// of documents: a term that is in most of them tells little, and costs the most.
-pub fn search(
-    connection: &Connection,
-    frequencies: &Frequencies,
-    search: &LexicalSearch,
-) -> Result<Vec<(Key, f64)>, MemoryError> {
+pub fn search(connection: &Connection, cache: &Cache, search: &LexicalSearch) -> Result<Vec<(Key, f64)>, MemoryError> {
     let tenant = rows(
         connection,
         "SELECT key, (SELECT count(*) FROM scopes WHERE tenant = ?1), (SELECT coalesce(max(key), 0) FROM memories) \
@@ -180,7 +176,7 @@ pub fn search(
     if i64::try_from(search.scopes.len()) != Ok(all) {
         visible = 0;
         for scope in &search.scopes {
-            visible += frequencies.of(connection, tenant, "scope", &scope_mark(scope), newest)?;
+            visible += cache.of(connection, tenant, "scope", &scope_mark(scope), newest)?;
         }
         let marks: Vec<String> = search.scopes.iter().map(|scope| quoted(&scope_mark(scope))).collect();
         words = format!("scope : ({}) AND ", marks.join(" OR "));
@@ -189,7 +185,7 @@ pub fn search(
     if visible > RANKED {
         let mut counted = Vec::with_capacity(terms.len());
         for term in terms {
-            counted.push((frequencies.of(connection, tenant, "body", &term, newest)?, term));
+            counted.push((cache.of(connection, tenant, "body", &term, newest)?, term));
         }
         counted.sort();
         let mut documents = 0;
@@ -204,27 +200,61 @@ pub fn search(
     ranked(connection, tenant, search, words)
 }
 
+/// In how many of a tenant's documents terms are.
+pub fn frequencies(
+    connection: &Connection,
+    cache: &Cache,
+    tenant: &TenantId,
+    terms: &[String],
+) -> Result<Frequencies, MemoryError> {
+    let query = "SELECT key, (SELECT count(*) FROM memories m WHERE m.tenant = ?1 AND m.deleted_at IS NULL), \
+                 (SELECT coalesce(max(key), 0) FROM memories) FROM tenants WHERE name = ?1";
+    let found = rows(connection, query, [tenant.as_str()], |row| {
+        row.try_into().map_err(failed)
+    })?;
+    let Some((tenant, documents, newest)) = found.into_iter().next() else {
+        return Ok(Frequencies::default());
+    };
+    let with = terms
+        .iter()
+        .map(|term| cache.of(connection, tenant, "body", term, newest));
+    Ok(Frequencies {
+        documents,
+        with: with.collect::<Result<_, _>>()?,
+    })
+}
+
 fn ranked(
     connection: &Connection,
     tenant: i64,
     search: &LexicalSearch,
     words: String,
 ) -> Result<Vec<(Key, f64)>, MemoryError> {
-    let filter = search.filter.as_ref().map(|filter| Sql::of(Some(filter)));
+    let filter = Sql::of(search.filter.as_ref());
     let table = table(tenant);
-    let (join, condition) = match &filter {
-        Some(filter) => (
-            format!("JOIN memories m ON m.key = {table}.rowid JOIN scopes s ON s.key = m.scope"),
-            format!(" AND {}", filter.text),
-        ),
-        None => (String::new(), String::new()),
-    };
+    let (mut join, mut condition) = (String::new(), String::new());
+    if search.filter.is_some() || search.as_of.is_some() {
+        join = format!("JOIN memories m ON m.key = {table}.rowid JOIN scopes s ON s.key = m.scope");
+        condition = format!(" AND {}", filter.text);
+    }
+    if search.as_of.is_some() {
+        condition.push_str(
+            " AND json_extract(m.record, '$.updated_at') <= ? AND coalesce(json_extract(m.record, '$.body.valid_at') <= ?, 1) \
+             AND coalesce(json_extract(m.record, '$.body.invalid_at') > ?, 1)",
+        );
+    }
     let text = format!(
         "SELECT key, score FROM (SELECT {table}.rowid AS key, -bm25({table}, 0.0, 1.0) AS score FROM {table} {join} \
          WHERE {table} MATCH ?{condition} ORDER BY {table}.rowid DESC LIMIT {RANKED}) ORDER BY score DESC, key DESC LIMIT ?"
     );
     let mut bound = vec![Value::from(words)];
-    bound.extend(filter.iter().flat_map(Sql::binds));
+    bound.extend(filter.binds());
+    bound.extend(
+        search
+            .as_of
+            .iter()
+            .flat_map(|at| [Value::from(at.micros()), at.micros().into(), at.micros().into()]),
+    );
     bound.push(i64::try_from(search.limit).unwrap_or(i64::MAX).into());
     rows(connection, &text, params_from_iter(bound), |row| {
         let (key, score): (i64, f64) = row.try_into().map_err(failed)?;

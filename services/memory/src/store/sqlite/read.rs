@@ -6,7 +6,7 @@ use aeterna_types::{Layer, MemoryId, Scope, TenantId, Timestamp};
 
 use super::filter::Sql;
 use super::write::{REPLAY, answered};
-use super::{damaged, encode, failed, parsed};
+use super::{damaged, encode, failed, parsed, past};
 use crate::domain::{Change, Idempotency, Key, Kind, Memory, ScopeKey, Sequence, Version, View, Writer, Written};
 use crate::error::MemoryError;
 use crate::filter::Filter;
@@ -30,12 +30,15 @@ pub(super) fn rows<T>(
 }
 
 /// A column that is there.
-fn get<T: aeterna_storage::rusqlite::types::FromSql>(row: &Row<'_>, column: usize) -> Result<T, MemoryError> {
+pub(super) fn get<T: aeterna_storage::rusqlite::types::FromSql>(
+    row: &Row<'_>,
+    column: usize,
+) -> Result<T, MemoryError> {
     row.get(column).map_err(failed)
 }
 
 /// A text, read where it lies.
-fn text<'r>(row: &'r Row<'_>, column: usize) -> Result<&'r str, MemoryError> {
+pub(super) fn text<'r>(row: &'r Row<'_>, column: usize) -> Result<&'r str, MemoryError> {
     let value = row.get_ref(column).map_err(failed)?;
     value.as_str().map_err(|_| damaged("text"))
 }
@@ -46,14 +49,14 @@ fn blob<'r>(row: &'r Row<'_>, column: usize) -> Result<&'r [u8], MemoryError> {
 }
 
 /// Key and record in the first two columns.
-fn stored(row: &Row<'_>) -> Result<Stored, MemoryError> {
+pub(super) fn stored(row: &Row<'_>) -> Result<Stored, MemoryError> {
     Ok(Stored {
         key: Key(get(row, 0)?),
         memory: parsed(text(row, 1)?, "memory")?,
     })
 }
 
-fn limit(limit: usize) -> i64 {
+pub(super) fn limit(limit: usize) -> i64 {
     i64::try_from(limit).unwrap_or(i64::MAX)
 }
 
@@ -74,7 +77,7 @@ fn keys_json(keys: &[Key]) -> String {
     numbers(keys.iter().map(|key| key.0))
 }
 
-fn scopes_json(scopes: &[ScopeKey]) -> String {
+pub(super) fn scopes_json(scopes: &[ScopeKey]) -> String {
     numbers(scopes.iter().map(|scope| scope.0))
 }
 
@@ -130,6 +133,9 @@ pub fn visible(
 const FILTERED: &str = "memories m JOIN scopes s ON s.key = m.scope";
 
 pub fn list(connection: &Connection, listing: &Listing) -> Result<Vec<Stored>, MemoryError> {
+    if let Some(at) = listing.as_of {
+        return past::list(connection, listing, at);
+    }
     let filter = Sql::of(listing.filter.as_ref());
     let mut text = format!(
         "SELECT m.key, m.record FROM {FILTERED} WHERE m.scope IN (SELECT value FROM json_each(?)) AND {}",

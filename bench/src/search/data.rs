@@ -1,0 +1,131 @@
+//! The vectors.
+
+use rayon::prelude::*;
+use simsimd::SpatialSimilarity as _;
+
+use super::engines::FULL;
+use super::{K, SCOPES};
+use crate::stats::Rng;
+
+const TOPICS: usize = 64;
+/// Vectors of a cluster.
+const CLUSTER: usize = 50;
+/// How strongly topic, cluster and noise pull.
+const PULLS: [f32; 3] = [0.5, 0.5, 0.5];
+
+/// Vectors and queries, unit length, side by side.
+pub struct Data {
+    vectors: Vec<f32>,
+    queries: Vec<f32>,
+}
+
+impl Data {
+    pub fn new(n: usize, queries: usize, spectrum: &str, seed: u64) -> Self {
+        let deviations = deviations(if spectrum == "hard" { 0.46 } else { 0.79 });
+        let clusters = (n / CLUSTER).max(TOPICS);
+        let make = |count: usize, salt: u64| {
+            let mut all = vec![0f32; count * FULL];
+            all.par_chunks_mut(FULL).enumerate().for_each(|(number, vector)| {
+                let mut rng = Rng::new(seed ^ salt ^ ((number as u64) << 8));
+                let cluster = rng.below(clusters);
+                let seeds = [
+                    1 << 60 | (cluster % TOPICS) as u64,
+                    1 << 61 | cluster as u64,
+                    rng.next(),
+                ];
+                for (pull, own) in PULLS.iter().zip(seeds) {
+                    let mut rng = Rng::new(seed ^ own);
+                    for (value, deviation) in vector.iter_mut().zip(&deviations) {
+                        *value += pull * deviation * normal(&mut rng);
+                    }
+                }
+                let norm = vector.iter().map(|x| x * x).sum::<f32>().sqrt();
+                vector.iter_mut().for_each(|x| *x /= norm);
+            });
+            all
+        };
+        Self {
+            vectors: make(n, 0),
+            queries: make(queries, 1 << 62),
+        }
+    }
+
+    pub fn len(&self) -> usize {
+        self.vectors.len() / FULL
+    }
+
+    pub fn queries(&self) -> usize {
+        self.queries.len() / FULL
+    }
+
+    pub fn query(&self, number: usize) -> &[f32] {
+        &self.queries[number * FULL..(number + 1) * FULL]
+    }
+
+    pub fn vector(&self, number: usize) -> &[f32] {
+        &self.vectors[number * FULL..(number + 1) * FULL]
+    }
+
+    /// The part of the squared length that lies in the first 256 dimensions.
+    pub fn energy(&self) -> f64 {
+        let some = self.len().min(1000);
+        let squares = |vector: &[f32]| vector[..256].iter().map(|x| f64::from(x * x)).sum::<f64>();
+        (0..some).map(|number| squares(self.vector(number))).sum::<f64>() / some as f64
+    }
+
+    /// The nearest vectors of each query among those of the first so many scopes.
+    pub fn truth(&self, scopes: usize) -> Vec<Vec<usize>> {
+        let queries = (0..self.queries()).into_par_iter();
+        queries
+            .map(|query| self.nearest(self.query(query), FULL, scopes))
+            .collect()
+    }
+
+    fn nearest(&self, query: &[f32], dimensions: usize, scopes: usize) -> Vec<usize> {
+        let among = (0..self.len()).filter(|number| number % SCOPES < scopes);
+        nearest(among.map(|number| (number, &self.vector(number)[..dimensions])), query)
+    }
+}
+
+/// The nearest of some vectors, by inner product.
+pub fn nearest<'a>(among: impl Iterator<Item = (usize, &'a [f32])>, query: &[f32]) -> Vec<usize> {
+    let mut best: Vec<(f64, usize)> = Vec::with_capacity(K + 1);
+    for (number, vector) in among {
+        let score = f32::dot(vector, query).unwrap_or(f64::MIN);
+        if best.len() == K && score <= best[K - 1].0 {
+            continue;
+        }
+        let place = best.partition_point(|(other, _)| *other >= score);
+        best.insert(place, (score, number));
+        best.truncate(K);
+    }
+    best.into_iter().map(|(_, number)| number).collect()
+}
+
+/// Standard deviations that fall as a power law, with this part of the energy in the first 256 dimensions.
+fn deviations(energy: f64) -> Vec<f32> {
+    let part = |power: f64| {
+        let sum = |end: usize| (1..=end).map(|i| (i as f64).powf(-power)).sum::<f64>();
+        sum(256) / sum(FULL)
+    };
+    let (mut low, mut high) = (0.0, 4.0);
+    for _ in 0..50 {
+        let middle = (low + high) / 2.0;
+        if part(middle) < energy {
+            low = middle
+        } else {
+            high = middle
+        }
+    }
+    (1..=FULL).map(|i| (i as f64).powf(-low / 2.0) as f32).collect()
+}
+
+/// A standard normal number: the sum of 12 uniform ones, which is near enough and quick (Irwin and Hall).
+fn normal(rng: &mut Rng) -> f32 {
+    let mut sum = 0u64;
+    for _ in 0..3 {
+        let bits = rng.next();
+        sum += (bits & 0xffff) + (bits >> 16 & 0xffff) + (bits >> 32 & 0xffff) + (bits >> 48);
+    }
+    sum as f32 / 65_536.0 - 6.0
+}

@@ -1,0 +1,148 @@
+//! Searching the past: what has changed since then is scored here, by its text of that time.
+
+use std::collections::{HashMap, HashSet};
+
+use aeterna_error::Error;
+use aeterna_rpc::RequestContext;
+use aeterna_types::{TenantId, Timestamp};
+
+use super::{App, Filter};
+use crate::domain::{Key, Memory, ScopeKey};
+use crate::store::Earlier;
+
+/// Memories that have changed since and are scored by their text of that time, at most.
+const CHANGED: usize = 2_000;
+/// Texts that are embedded for a search, at most; the others have their lexical score.
+const EMBEDDED: usize = 200;
+
+/// The constants of BM25, as SQLite has them.
+const K1: f64 = 1.2;
+const B: f64 = 0.75;
+
+/// What there was at a time.
+#[derive(Clone, Debug, Default)]
+pub struct Past {
+    /// Those that are still as they were.
+    pub unchanged: HashSet<Key>,
+    /// Those that are not, as they were.
+    pub changed: HashMap<Key, Memory>,
+    /// Those whose vector is of another text by now.
+    reworded: HashSet<Key>,
+    /// There were more.
+    pub cut: bool,
+}
+
+impl App {
+    pub(super) async fn past(
+        &self,
+        scopes: &[ScopeKey],
+        filter: Option<&Filter>,
+        at: Timestamp,
+    ) -> Result<Past, Error> {
+        let found = self.store.as_of(scopes, filter, at, CHANGED + 1).await?;
+        let mut past = Past {
+            unchanged: found.unchanged.into_iter().collect(),
+            cut: found.changed.len() > CHANGED,
+            ..Past::default()
+        };
+        for Earlier { key, memory, reworded } in found.changed.into_iter().take(CHANGED) {
+            past.changed.insert(key, memory);
+            if reworded {
+                past.reworded.insert(key);
+            }
+        }
+        Ok(past)
+    }
+
+    /// Cosines of what has changed since.
+    pub(super) async fn past_cosines(
+        &self,
+        context: &RequestContext,
+        past: &Past,
+        vector: &[f32],
+    ) -> Result<Vec<(Key, f64)>, Error> {
+        let kept: Vec<Key> = past
+            .changed
+            .keys()
+            .filter(|key| !past.reworded.contains(key))
+            .copied()
+            .collect();
+        let kept = self.store.cosines(&self.model.identity, &kept, vector).await?;
+        let mut cosines: Vec<(Key, f64)> = kept.into_iter().map(|(key, cosine)| (key, f64::from(cosine))).collect();
+        let reworded = past
+            .changed
+            .iter()
+            .filter(|(key, _)| past.reworded.contains(key))
+            .take(EMBEDDED);
+        let (keys, texts): (Vec<Key>, Vec<String>) =
+            reworded.map(|(key, memory)| (*key, memory.body.dense_text())).unzip();
+        if !texts.is_empty() {
+            let vectors = self.embed(context, texts, false).await?;
+            let cosine = |other: &Vec<f32>| f64::from(other.iter().zip(vector).map(|(a, b)| a * b).sum::<f32>());
+            cosines.extend(keys.into_iter().zip(vectors.iter().map(cosine)));
+        }
+        Ok(cosines)
+    }
+
+    /// BM25 of what has changed since, by the tenant's present frequencies.
+    pub(super) async fn past_lexical(
+        &self,
+        tenant: &TenantId,
+        past: &Past,
+        terms: &[String],
+    ) -> Result<Vec<(Key, f64)>, Error> {
+        if past.changed.is_empty() || terms.is_empty() {
+            return Ok(Vec::new());
+        }
+        let frequencies = self.store.frequencies(tenant, terms).await?;
+        let texts: Vec<(Key, Vec<String>)> = past
+            .changed
+            .iter()
+            .map(|(key, memory)| (*key, aeterna_text::analyse(&memory.body.lexical_text())))
+            .collect();
+        Ok(bm25(&texts, terms, &frequencies.with, frequencies.documents))
+    }
+}
+
+/// Scores of the texts that have one of the terms (Robertson and Zaragoza 2009), best first; `with` says in how many of the
+/// `documents` each term is.
+fn bm25(texts: &[(Key, Vec<String>)], terms: &[String], with: &[i64], documents: i64) -> Vec<(Key, f64)> {
+    let length = texts.iter().map(|(_, text)| text.len() as f64).sum::<f64>() / texts.len().max(1) as f64;
+    let weight = |with: i64| {
+        let (with, all) = (with as f64, documents.max(with) as f64);
+        ((all - with + 0.5) / (with + 0.5)).ln().max(1e-6)
+    };
+    let mut scored = Vec::new();
+    for (key, text) in texts {
+        let mut score = 0.0;
+        for (term, with) in terms.iter().zip(with) {
+            let count = text.iter().filter(|word| *word == term).count() as f64;
+            let norm = K1 * (1.0 - B + B * text.len() as f64 / length.max(1.0));
+            score += weight(*with) * count * (K1 + 1.0) / (count + norm);
+        }
+        if score > 0.0 {
+            scored.push((*key, score));
+        }
+    }
+    scored
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rare_words_and_short_texts_count_more() {
+        let text = |key: i64, words: &str| (Key(key), words.split(' ').map(str::to_owned).collect::<Vec<_>>());
+        let texts = [
+            text(1, "cat sat"),
+            text(2, "dog sat"),
+            text(3, "dog sat on a very long mat"),
+            text(4, "none"),
+        ];
+        let terms = ["cat".to_owned(), "dog".to_owned()];
+        let scores: HashMap<Key, f64> = bm25(&texts, &terms, &[1, 20], 100).into_iter().collect();
+        assert!(scores[&Key(1)] > scores[&Key(2)] && scores[&Key(2)] > scores[&Key(3)]);
+        assert!(!scores.contains_key(&Key(4)));
+    }
+}
