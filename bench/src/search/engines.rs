@@ -91,8 +91,8 @@ pub struct Funnel {
 }
 
 const MODEL: &str = "synthetic@1";
-/// Candidates that are rescored at full size.
-const RESCORED: usize = 100;
+/// Candidates that are rescored at full size, as many as in the service.
+const RESCORED: usize = 200;
 /// Vectors in one transaction.
 const BATCH: usize = 1000;
 
@@ -136,6 +136,9 @@ impl Funnel {
 fn fill(data: &Data, path: &Path, index: &FlatIndex) -> anyhow::Result<()> {
     let mut connection = Connection::open(path)?;
     connection.execute("INSERT INTO models (key, identity) VALUES (1, ?)", [MODEL])?;
+    let table = "CREATE TABLE vectors_1 (memory INTEGER PRIMARY KEY REFERENCES memories (key) ON DELETE CASCADE, \
+                 code BLOB NOT NULL) STRICT";
+    connection.execute(table, [])?;
     connection.execute(
         "INSERT INTO scopes (key, tenant, layer, path) VALUES (1, 'bench', 1, '{}')",
         [],
@@ -153,7 +156,7 @@ fn fill(data: &Data, path: &Path, index: &FlatIndex) -> anyhow::Result<()> {
                 )?
                 .execute(params![key, key.to_be_bytes()])?;
             transaction
-                .prepare_cached("INSERT INTO vectors (memory, model, code) VALUES (?, 1, ?)")?
+                .prepare_cached("INSERT INTO vectors_1 (memory, code) VALUES (?, ?)")?
                 .execute(params![key, code.as_bytes()])?;
         }
         transaction.commit()?;
@@ -172,7 +175,7 @@ fn fill(data: &Data, path: &Path, index: &FlatIndex) -> anyhow::Result<()> {
 /// Bytes of the pages that vectors take in the store.
 fn table_bytes(path: &Path) -> anyhow::Result<u64> {
     let connection = Connection::open(path)?;
-    let text = "SELECT sum(pgsize) FROM dbstat WHERE name IN ('vectors', 'vectors_of')";
+    let text = "SELECT sum(pgsize) FROM dbstat WHERE name = 'vectors_1'";
     let bytes: i64 = connection.query_row(text, [], |row| row.get(0))?;
     Ok(bytes.unsigned_abs())
 }

@@ -45,8 +45,7 @@ impl Readers {
         })
     }
 
-    /// Runs `work` with a connection, off the async threads. It sees one state of the database when it begins a transaction,
-    /// and the newest one with each statement when it does not.
+    /// Runs `work` with a connection, off the async threads. All of it sees one state of the database.
     ///
     /// # Errors
     /// What `work` says, or that no connection came free in time.
@@ -68,7 +67,9 @@ impl Readers {
             let connection = connection.ok_or_else(|| away("the store is closed"))?;
             let lent = Lent(idle, Some(connection));
             let connection = lent.1.as_ref().ok_or_else(|| away("the store is closed"))?;
-            work(connection)
+            // One state of the database for all of it, and its locks are taken once.
+            let transaction = connection.unchecked_transaction().map_err(StorageError::from)?;
+            work(&transaction)
         });
         done.await.map_err(|error| StorageError::Other(Box::new(error)))?
     }

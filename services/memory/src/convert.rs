@@ -1,6 +1,8 @@
 //! Wire types to domain types and back; refusals name the field.
 
 mod change;
+mod knowledge;
+mod policy;
 mod search;
 mod value;
 
@@ -14,6 +16,15 @@ use prost::Message as _;
 pub use change::{
     batch_delete_request, batch_delete_response, delete_request, delete_response, history_request, history_response,
     news, stats_request, stats_response, watch_request,
+};
+pub use knowledge::{
+    delete_document_request, diff_request, diff_response, document, get_document_request, list_documents_request,
+    list_documents_response, put_document_request, restore_request, versions_request, versions_response,
+    written_document,
+};
+pub use policy::{
+    effective_request, effective_response, list_policies_request, list_policies_response, policy, policy_name,
+    put_policy_request,
 };
 pub use search::{search_request, search_response};
 
@@ -95,6 +106,21 @@ fn chars(violations: &mut Violations, field: &str, text: &str, most: usize) {
     }
 }
 
+/// Tags, sorted and without duplicates.
+fn tags(violations: &mut Violations, field: &str, mut tags: Vec<String>) -> Vec<String> {
+    if tags.len() > MAX_TAGS {
+        violations.add(field, format!("has {} tags; send at most 64", tags.len()));
+    }
+    for (index, tag) in tags.iter().take(MAX_TAGS).enumerate() {
+        if tag.is_empty() || tag.chars().take(65).count() > 64 {
+            violations.add(&format!("{field}[{index}]"), "must have 1 to 64 characters");
+        }
+    }
+    tags.sort();
+    tags.dedup();
+    tags
+}
+
 fn body(violations: &mut Violations, message: wire::Memory) -> Body {
     if message.content.is_empty() {
         violations.add("memory.content", "is empty; send 1 to 65,536 bytes");
@@ -105,17 +131,7 @@ fn body(violations: &mut Violations, message: wire::Memory) -> Body {
     let metadata = message
         .metadata
         .and_then(|metadata| from_struct(violations, "memory.metadata", metadata));
-    let mut tags = message.tags;
-    if tags.len() > MAX_TAGS {
-        violations.add("memory.tags", format!("has {} tags; send at most 64", tags.len()));
-    }
-    for (index, tag) in tags.iter().take(MAX_TAGS).enumerate() {
-        if tag.is_empty() || tag.chars().take(65).count() > 64 {
-            violations.add(&format!("memory.tags[{index}]"), "must have 1 to 64 characters");
-        }
-    }
-    tags.sort();
-    tags.dedup();
+    let tags = tags(violations, "memory.tags", message.tags);
     let importance = message.importance.unwrap_or(DEFAULT_IMPORTANCE);
     if !(0.0..=1.0).contains(&importance) {
         violations.add("memory.importance", format!("is {importance}; send 0 to 1"));
@@ -370,12 +386,19 @@ pub(super) fn page_limit(violations: &mut Violations, page_size: i32) -> usize {
 
 /// Where a page begins, by its token; `N` is the size of the place.
 pub(super) fn cursor<const N: usize>(token: &str, binding: &[u8]) -> Result<Option<[u8; N]>, Error> {
+    place(token, binding, |place| place.try_into().ok())
+}
+
+/// The same for a place that is a text.
+pub(super) fn cursor_text(token: &str, binding: &[u8]) -> Result<Option<String>, Error> {
+    place(token, binding, |place| String::from_utf8(place).ok())
+}
+
+fn place<T>(token: &str, binding: &[u8], read: impl Fn(Vec<u8>) -> Option<T>) -> Result<Option<T>, Error> {
     if token.is_empty() {
         return Ok(None);
     }
-    let place = PageToken::decode(token, binding)
-        .ok()
-        .and_then(|place| place.try_into().ok());
+    let place = PageToken::decode(token, binding).ok().and_then(read);
     place.map(Some).ok_or_else(|| {
         let message = "`page_token` does not belong to this request; start again without it";
         Error::new(Reason::InvalidPageToken, message)
@@ -440,6 +463,20 @@ pub fn list_response(page: Page, binding: &[u8], budget: usize) -> wire::ListRes
     }
 }
 
+/// A scope on the wire.
+pub(super) fn scope_message(scope: &Scope) -> common::Scope {
+    let get = |layer| scope.get(layer).unwrap_or_default().to_owned();
+    common::Scope {
+        company: get(Layer::Company),
+        org: get(Layer::Org),
+        team: get(Layer::Team),
+        project: get(Layer::Project),
+        user: get(Layer::User),
+        session: get(Layer::Session),
+        agent: get(Layer::Agent),
+    }
+}
+
 /// One memory.
 pub fn memory(memory: Memory) -> wire::Memory {
     let (etag, layer) = (memory.etag(), memory.layer());
@@ -449,16 +486,7 @@ pub fn memory(memory: Memory) -> wire::Memory {
         .iter()
         .map(|byte| format!("{byte:02x}"))
         .collect();
-    let get = |layer| memory.scope.get(layer).unwrap_or_default().to_owned();
-    let scope = common::Scope {
-        company: get(Layer::Company),
-        org: get(Layer::Org),
-        team: get(Layer::Team),
-        project: get(Layer::Project),
-        user: get(Layer::User),
-        session: get(Layer::Session),
-        agent: get(Layer::Agent),
-    };
+    let scope = scope_message(&memory.scope);
     let body = memory.body;
     let source = (body.source != Source::default()).then_some(wire::Source {
         conversation: body.source.conversation,

@@ -1,7 +1,13 @@
 //! What the service is about, without wire or storage.
 
+mod document;
+mod policy;
+
 use aeterna_types::{Layer, MemoryId, RequestId, Scope, TenantId, Timestamp, fingerprint};
 use serde::{Deserialize, Serialize};
+
+pub use document::{Document, DocumentChange, Edit, Text};
+pub use policy::{Effective, Policy, Rules, Writers};
 
 /// Importance of a memory whose writer did not say.
 pub const DEFAULT_IMPORTANCE: f64 = 0.5;
@@ -309,18 +315,27 @@ pub struct Version {
 pub struct Change {
     /// Its place in the outbox.
     pub sequence: Sequence,
-    /// Whose memory.
+    /// Whose it is.
     pub tenant: TenantId,
-    /// Which memory.
-    pub id: MemoryId,
     /// Where it lives, or lived.
     pub scope: Scope,
     /// What was done; never [`Kind::Embedded`].
     pub kind: Kind,
     /// When.
     pub committed_at: Timestamp,
-    /// The memory after it; `None` after it was removed for good.
-    pub memory: Option<Memory>,
+    /// What it was done to.
+    pub subject: Subject,
+}
+
+/// What was changed, as it was after the change.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Subject {
+    /// A memory; without itself after it was removed for good.
+    Memory(MemoryId, Option<Box<Memory>>),
+    /// A document, without its content.
+    Document(Box<Document>),
+    /// A policy; only its name after it was deleted.
+    Policy(String, Option<Box<Policy>>),
 }
 
 /// What a write answered; kept with its request id.

@@ -8,14 +8,31 @@ pub enum MemoryError {
     /// There is no such memory, or the caller can't see it.
     #[error("there is no memory `{0}` in the scopes that the token allows")]
     NotFound(String),
+    /// There is no such document, or the caller can't see it.
+    #[error("there is no document `{0}` in this scope")]
+    NoDocument(String),
+    /// A document has no such version.
+    #[error("the document has no version {0}")]
+    NoVersion(i64),
+    /// There is no such policy.
+    #[error("there is no policy `{0}`; ListPolicies has the names")]
+    NoPolicy(String),
+    /// A policy forbids it.
+    #[error("the policy `{policy}` forbids this: {why}")]
+    Forbidden {
+        /// Its name.
+        policy: String,
+        /// What it says.
+        why: String,
+    },
     /// The etag is not the current one.
-    #[error("the memory was changed since; read it again and send its etag")]
+    #[error("it was changed since; read it again and send its etag")]
     EtagMismatch,
     /// The request id was used with another body.
     #[error("`request_id` was used before with another body; use a new one")]
     RequestIdReused,
     /// The memory is deleted.
-    #[error("the memory is deleted and can't be changed")]
+    #[error("it is deleted and can't be changed")]
     Deleted,
     /// Another memory of the scope has this content already.
     #[error("another memory of this scope has the same content and source")]
@@ -28,7 +45,13 @@ pub enum MemoryError {
 impl From<MemoryError> for Error {
     fn from(error: MemoryError) -> Self {
         let reason = match error {
-            MemoryError::NotFound(_) => Reason::NotFound,
+            MemoryError::NotFound(_)
+            | MemoryError::NoDocument(_)
+            | MemoryError::NoVersion(_)
+            | MemoryError::NoPolicy(_) => Reason::NotFound,
+            MemoryError::Forbidden { ref policy, .. } => {
+                return Self::new(Reason::PolicyDenied, error.to_string()).with("policy", policy);
+            }
             MemoryError::EtagMismatch => Reason::EtagMismatch,
             MemoryError::RequestIdReused => Reason::RequestIdReused,
             MemoryError::Deleted | MemoryError::Duplicate => Reason::InvalidState,

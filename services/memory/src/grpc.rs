@@ -1,5 +1,8 @@
 //! Decode, call, encode.
 
+mod knowledge;
+mod policies;
+
 use std::sync::Arc;
 
 use aeterna_error::{Error, Reason, item_error};
@@ -12,15 +15,18 @@ use tonic::{Request, Response, Status};
 use crate::app::App;
 use crate::convert;
 
+pub use knowledge::Knowledge;
+pub use policies::Policies;
+
 /// The contract, served.
 pub struct Memories(pub Arc<App>);
 
 type Answer<T> = Result<Response<T>, Status>;
 
-impl Memories {
+impl App {
     /// An answer that is larger than a message may be is refused with the limit, and what to do.
     fn fitting<T: prost::Message>(&self, answer: T, advice: &str) -> Answer<T> {
-        let (bytes, limit) = (answer.encoded_len(), self.0.message_bytes);
+        let (bytes, limit) = (answer.encoded_len(), self.message_bytes);
         if bytes <= limit {
             return Ok(Response::new(answer));
         }
@@ -43,7 +49,8 @@ impl MemoryService for Memories {
         let context = RequestContext::of(&request)?;
         let items = convert::batch_request(request.into_inner(), self.0.message_bytes)?;
         let written = self.0.add(&context, items).await?;
-        self.fitting(convert::batch_response(written, item_error), "everything was stored")
+        self.0
+            .fitting(convert::batch_response(written, item_error), "everything was stored")
     }
 
     async fn get(&self, request: Request<wire::GetRequest>) -> Answer<wire::GetResponse> {
@@ -81,7 +88,7 @@ impl MemoryService for Memories {
         let items = convert::batch_delete_request(request.into_inner())?;
         let written = self.0.delete(&context, items).await?;
         let answer = convert::batch_delete_response(written, item_error);
-        self.fitting(answer, "everything was deleted")
+        self.0.fitting(answer, "everything was deleted")
     }
 
     async fn history(&self, request: Request<wire::HistoryRequest>) -> Answer<wire::HistoryResponse> {
@@ -89,7 +96,7 @@ impl MemoryService for Memories {
         let query = convert::history_request(request.into_inner(), &context.principal().tenant)?;
         let page = self.0.history(&context, query.id, query.before, query.limit).await?;
         let answer = convert::history_response(page, &query.binding, self.0.page_bytes());
-        self.fitting(answer, "lower `page_size`")
+        self.0.fitting(answer, "lower `page_size`")
     }
 
     async fn watch(&self, request: Request<wire::WatchRequest>) -> Answer<BoxStream<wire::WatchResponse>> {
@@ -120,7 +127,8 @@ impl MemoryService for Memories {
         let (query, binding) = convert::list_request(request.into_inner(), tenant, self.0.clock.now())?;
         let page = self.0.list(&context, query).await?;
         let budget = self.0.page_bytes();
-        self.fitting(convert::list_response(page, &binding, budget), "lower `page_size`")
+        self.0
+            .fitting(convert::list_response(page, &binding, budget), "lower `page_size`")
     }
 
     async fn search(&self, request: Request<wire::SearchRequest>) -> Answer<wire::SearchResponse> {
@@ -129,6 +137,6 @@ impl MemoryService for Memories {
         let explain = query.explain;
         let found = self.0.search(&context, query).await?;
         let answer = convert::search_response(found, explain, &self.0.model);
-        self.fitting(answer, "lower `top_k`")
+        self.0.fitting(answer, "lower `top_k`")
     }
 }

@@ -16,7 +16,9 @@ use std::time::Duration;
 use aeterna_config::{Reader, Setting, StoreUri};
 use aeterna_error::{Error, Reason};
 use aeterna_proto::embedding::v1 as embedding;
+use aeterna_proto::memory::v1::knowledge_service_server::KnowledgeServiceServer;
 use aeterna_proto::memory::v1::memory_service_server::MemoryServiceServer;
+use aeterna_proto::memory::v1::policy_service_server::PolicyServiceServer;
 use aeterna_rpc::{AnyChannel, Credentials, Dependency, Health, RequestContext};
 use aeterna_storage::{DirectoryLock, SqliteOptions};
 use aeterna_types::{SystemClock, TenantId};
@@ -211,11 +213,18 @@ pub async fn build(config: Config, deps: Deps) -> Result<Service, Error> {
         store.close().await;
         drop(lock);
     });
-    let server = MemoryServiceServer::new(grpc::Memories(app))
-        .max_decoding_message_size(deps.message_bytes)
-        .max_encoding_message_size(deps.message_bytes);
+    let most = deps.message_bytes;
+    let memories = MemoryServiceServer::new(grpc::Memories(Arc::clone(&app)))
+        .max_decoding_message_size(most)
+        .max_encoding_message_size(most);
+    let knowledge = KnowledgeServiceServer::new(grpc::Knowledge(Arc::clone(&app)))
+        .max_decoding_message_size(most)
+        .max_encoding_message_size(most);
+    let policies = PolicyServiceServer::new(grpc::Policies(app))
+        .max_decoding_message_size(most)
+        .max_encoding_message_size(most);
     Ok(Service {
-        routes: Routes::new(server),
+        routes: Routes::new(memories).add_service(knowledge).add_service(policies),
         background,
     })
 }

@@ -11,7 +11,10 @@ use std::collections::HashSet;
 use aeterna_types::{Layer, MemoryId, Scope, TenantId, Timestamp};
 use async_trait::async_trait;
 
-use crate::domain::{self, Body, Idempotency, Key, Memory, ScopeKey, Sequence, Version, View, Writer, Written};
+use crate::domain::{
+    self, Body, Document, DocumentChange, Idempotency, Key, Memory, Policy, ScopeKey, Sequence, Version, View, Writer,
+    Written,
+};
 use crate::error::MemoryError;
 use crate::filter::Filter;
 use code::Code;
@@ -25,6 +28,8 @@ pub struct Addition {
     pub body: Body,
     /// Its vector.
     pub vector: Option<StoredVector>,
+    /// Only while its scope holds fewer memories, by the policy of that name.
+    pub most: Option<(i64, String)>,
     /// Makes a retry safe.
     pub idempotency: Option<Idempotency>,
 }
@@ -184,7 +189,7 @@ pub struct Stored {
 
 /// The relational store.
 #[async_trait]
-pub trait Relational: Send + Sync {
+pub trait Relational: Policies + Documents {
     /// Adds memories in one transaction; an item that is refused does not touch the others.
     async fn add(
         &self,
@@ -297,6 +302,85 @@ pub trait Relational: Send + Sync {
 
     /// Closes the store.
     async fn close(&self);
+}
+
+/// Where rules are kept.
+#[async_trait]
+pub trait Policies: Send + Sync {
+    /// All policies of a tenant, by name.
+    async fn policies(&self, tenant: &TenantId) -> Result<Vec<Policy>, MemoryError>;
+
+    /// Writes a policy; its version, time and author are given by the store.
+    async fn put_policy(
+        &self,
+        writer: &Writer,
+        policy: Policy,
+        etag: Option<String>,
+        idempotency: Option<Idempotency>,
+    ) -> Result<Policy, MemoryError>;
+
+    /// Deletes a policy.
+    async fn delete_policy(&self, writer: &Writer, name: &str, etag: Option<String>) -> Result<(), MemoryError>;
+
+    /// Removes for good what was deleted in a scope before a time, at most `limit` memories; how many there were.
+    async fn purge_deleted(
+        &self,
+        scope: ScopeKey,
+        before: Timestamp,
+        now: Timestamp,
+        limit: usize,
+    ) -> Result<usize, MemoryError>;
+
+    /// All scopes of tenants that have policies.
+    async fn governed(&self) -> Result<Vec<(TenantId, Vec<(ScopeKey, Scope)>)>, MemoryError>;
+}
+
+/// Which documents to list.
+#[derive(Clone, Debug)]
+pub struct DocumentListing {
+    /// The scopes that are visible.
+    pub scopes: Vec<ScopeKey>,
+    /// Only at or below this path; empty: all.
+    pub prefix: String,
+    /// Only what comes after this place.
+    pub after: Option<(String, i64)>,
+    /// At most so many.
+    pub limit: usize,
+    /// Also deleted ones.
+    pub show_deleted: bool,
+}
+
+/// Where documents are kept.
+#[async_trait]
+pub trait Documents: Send + Sync {
+    /// Changes a document; the version written, and its place in the outbox.
+    async fn change_document(
+        &self,
+        writer: &Writer,
+        change: DocumentChange,
+    ) -> Result<(Document, Sequence), MemoryError>;
+
+    /// One version of the document that lives in a scope, the newest without a number.
+    async fn document(
+        &self,
+        tenant: &TenantId,
+        scope: &Scope,
+        path: &str,
+        version: Option<i64>,
+    ) -> Result<Option<Document>, MemoryError>;
+
+    /// The newest versions without their content, by path, each with its number.
+    async fn documents(&self, listing: &DocumentListing) -> Result<Vec<(i64, Document)>, MemoryError>;
+
+    /// The versions of a document without their content, newest first, older than one of them.
+    async fn document_versions(
+        &self,
+        tenant: &TenantId,
+        scope: &Scope,
+        path: &str,
+        before: Option<i64>,
+        limit: usize,
+    ) -> Result<Vec<Document>, MemoryError>;
 }
 
 /// One vector on its way into the index.

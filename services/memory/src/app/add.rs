@@ -50,16 +50,18 @@ impl App {
         items: Vec<Result<NewMemory, Error>>,
     ) -> Result<Vec<Result<Added, Error>>, Error> {
         let writer = self.writer(context);
+        let law = self.law(&writer.tenant).await?;
         let mut results: Vec<Option<Result<Written, Error>>> = Vec::with_capacity(items.len());
         let mut wanted = Vec::new();
         for item in items {
             let placed = item.and_then(|mut item| {
                 item.scope = context.principal().stand_in(&item.scope)?;
-                Ok(item)
+                let most = law.admit(context.principal(), &item.scope, &mut item.body, writer.now)?;
+                Ok((item, most))
             });
             match placed {
                 Err(error) => results.push(Some(Err(error))),
-                Ok(item) => {
+                Ok((item, most)) => {
                     // A retry needs no vectors; its answer is kept.
                     let replayed = match &item.idempotency {
                         Some(idempotency) => self.store.replay(&writer, idempotency).await,
@@ -67,7 +69,7 @@ impl App {
                     };
                     match replayed {
                         Ok(None) => {
-                            wanted.push(item);
+                            wanted.push((item, most));
                             results.push(None);
                         }
                         Ok(Some(written)) => results.push(Some(Ok(written))),
@@ -142,7 +144,7 @@ impl App {
     async fn store_all(
         &self,
         context: &RequestContext,
-        items: Vec<NewMemory>,
+        items: Vec<(NewMemory, Option<(i64, String)>)>,
     ) -> Result<Vec<Result<Written, Error>>, Error> {
         if items.is_empty() {
             return Ok(Vec::new());
@@ -151,23 +153,24 @@ impl App {
         // What is there already will be merged, and needs no vector: an import that is repeated costs no model.
         let places: Vec<_> = items
             .iter()
-            .map(|item| (item.scope.clone(), item.body.identity()))
+            .map(|(item, _)| (item.scope.clone(), item.body.identity()))
             .collect();
         let known = self.store.known(&writer.tenant, &places).await?;
         let fresh = items.iter().zip(&known).filter(|(_, known)| !**known);
-        let texts: Vec<String> = fresh.map(|(item, _)| item.body.dense_text()).collect();
+        let texts: Vec<String> = fresh.map(|((item, _), _)| item.body.dense_text()).collect();
         let codes = match texts.is_empty() {
             true => None,
             false => self.codes(context, texts).await,
         };
         let mut codes = codes.into_iter().flatten();
-        let additions = items.into_iter().zip(known).map(|(item, known)| Addition {
+        let additions = items.into_iter().zip(known).map(|((item, most), known)| Addition {
             scope: item.scope,
             body: item.body,
             vector: (!known)
                 .then(|| codes.next().flatten())
                 .flatten()
                 .map(|code| self.stored_vector(code)),
+            most,
             idempotency: item.idempotency,
         });
         let additions = additions.collect();

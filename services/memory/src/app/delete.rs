@@ -6,6 +6,7 @@ use aeterna_types::MemoryId;
 
 use super::App;
 use super::get::view;
+use super::policy::Law;
 use crate::domain::{Idempotency, Sequence, Written};
 use crate::store::{Change, ChangeItem};
 
@@ -37,8 +38,9 @@ impl App {
         let writer = self.writer(context);
         let mut results: Vec<Option<Result<Written, Error>>> = Vec::with_capacity(items.len());
         let mut changes = Vec::new();
+        let law = self.law(&writer.tenant).await?;
         for item in items {
-            match self.deletable(context, item).await {
+            match self.deletable(context, item, &law).await {
                 Ok(Checked::Change(item)) => {
                     changes.push(item);
                     results.push(None);
@@ -62,7 +64,12 @@ impl App {
         Ok(results)
     }
 
-    async fn deletable(&self, context: &RequestContext, item: Result<Deletion, Error>) -> Result<Checked, Error> {
+    async fn deletable(
+        &self,
+        context: &RequestContext,
+        item: Result<Deletion, Error>,
+        law: &Law,
+    ) -> Result<Checked, Error> {
         let item = item?;
         if item.purge {
             context.principal().administers()?;
@@ -74,6 +81,7 @@ impl App {
         }
         let memory = self.find(context, item.id, &view(context, None)?).await?.memory;
         context.principal().may_change(&memory.scope)?;
+        law.may_write(context.principal(), &memory.scope)?;
         Ok(Checked::Change(ChangeItem {
             id: item.id,
             etag: item.etag,

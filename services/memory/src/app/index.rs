@@ -26,6 +26,8 @@ const REAPED: usize = 500;
 const PAUSE: Duration = Duration::from_secs(1);
 /// How long changes of the index may wait to survive a loss of power; the outbox still has them.
 const FLUSH: Duration = Duration::from_secs(5);
+/// How often policies are asked about what was deleted.
+const FORGET: Duration = Duration::from_secs(10);
 /// Nothing is pending.
 const NOTHING: i64 = i64::MAX;
 
@@ -250,9 +252,20 @@ impl Background {
         Ok(vectors)
     }
 
-    /// Deletes what has expired; searches and lists have not shown it since.
+    /// Deletes what has expired, and removes for good what policies keep no longer; searches and lists have not shown it since.
     async fn reap(&self, stop: &CancellationToken) {
+        let mut forgotten = None;
         loop {
+            if forgotten.is_none_or(|at: Instant| at.elapsed() > FORGET) {
+                match self.app.forget().await {
+                    Ok(0) => {}
+                    Ok(_) => {
+                        self.app.committed.send_replace(());
+                    }
+                    Err(error) => tracing::warn!(%error, "what was deleted long ago can't be removed; trying again"),
+                }
+                forgotten = Some(Instant::now());
+            }
             match self.app.store.reap(self.app.clock.now(), REAPED).await {
                 Ok(REAPED) => continue,
                 Ok(0) => {}

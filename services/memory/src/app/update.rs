@@ -63,6 +63,7 @@ impl App {
             return Ok(earlier);
         }
         let view = view(context, None)?;
+        let law = self.law(&writer.tenant).await?;
         loop {
             let current = self.find(context, patch.id, &view).await?.memory;
             context.principal().may_change(&current.scope)?;
@@ -73,6 +74,8 @@ impl App {
                 .filter(|(name, _)| patch.fields.iter().any(|field| field == name));
             named.for_each(|(_, copy)| copy(&mut body, &patch.values));
             check_validity(&body)?;
+            law.may_write(context.principal(), &current.scope)?;
+            law.check_size(&current.scope, &body)?;
             let reindex = body.dense_text() != current.body.dense_text();
             let vector = if reindex {
                 let codes = self.codes(context, vec![body.dense_text()]).await;

@@ -17,7 +17,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::App;
 use super::get::view;
-use crate::domain::{Change, Sequence, View};
+use crate::domain::{Change, Sequence, Subject, View};
 use crate::filter::Filter;
 
 /// Changes that the ring holds.
@@ -36,6 +36,10 @@ pub struct WatchQuery {
     pub layers: Vec<Layer>,
     /// Only memories that satisfy it; what was removed for good satisfies every filter.
     pub filter: Option<Filter>,
+    /// Also tell changes of documents.
+    pub documents: bool,
+    /// Also tell changes of policies.
+    pub policies: bool,
     /// Continue after this change; `None`: from now on.
     pub after: Option<Sequence>,
 }
@@ -56,6 +60,8 @@ pub struct Watcher {
     view: View,
     layers: Vec<Layer>,
     filter: Option<Filter>,
+    documents: bool,
+    policies: bool,
     position: Sequence,
     backlog: VecDeque<Arc<Change>>,
     live: Option<broadcast::Receiver<Arc<Change>>>,
@@ -86,6 +92,8 @@ impl App {
             view,
             layers: query.layers,
             filter: query.filter,
+            documents: query.documents,
+            policies: query.policies,
             position,
             backlog: VecDeque::new(),
             live: query.after.is_none().then_some(live),
@@ -176,13 +184,16 @@ impl Watcher {
         }
         self.position = change.sequence;
         let layer = change.scope.layer();
+        let everywhere = matches!(change.subject, Subject::Policy(..));
         let shown = change.tenant == self.tenant
             && self.view.sees(&change.scope)
-            && (self.layers.is_empty() || layer.is_some_and(|layer| self.layers.contains(&layer)));
-        let memory = change.memory.as_ref();
-        let wanted = memory
-            .zip(self.filter.as_ref())
-            .is_none_or(|(memory, filter)| filter.matches(memory));
+            && (everywhere || self.layers.is_empty() || layer.is_some_and(|layer| self.layers.contains(&layer)));
+        let wanted = match &change.subject {
+            Subject::Memory(_, None) => true,
+            Subject::Memory(_, Some(memory)) => self.filter.as_ref().is_none_or(|filter| filter.matches(memory)),
+            Subject::Document(_) => self.documents,
+            Subject::Policy(..) => self.policies,
+        };
         (shown && wanted).then_some(News::Change(change))
     }
 }

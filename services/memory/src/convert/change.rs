@@ -10,7 +10,7 @@ use super::{
     batch_size, consistency_token, cursor, filter, id, idempotency, layers, memory, page_limit, scope, sequence, value,
 };
 use crate::app::{Deletion, News, Stats, Versions, WatchQuery};
-use crate::domain::{Kind, Sequence, Version, Written};
+use crate::domain::{Kind, Sequence, Subject, Version, Written};
 
 /// One memory to delete; `prefix` is the path of the request in a batch.
 pub fn delete_request(mut request: wire::DeleteRequest, prefix: &str) -> Result<Deletion, Error> {
@@ -179,6 +179,8 @@ pub fn watch_request(request: wire::WatchRequest) -> Result<WatchQuery, Error> {
         scope,
         layers,
         filter,
+        documents: request.documents,
+        policies: request.policies,
         after,
     })
 }
@@ -193,17 +195,30 @@ pub fn news(news: News) -> wire::WatchResponse {
             ..Default::default()
         },
         News::Change(change) => {
-            let gone = || wire::Memory {
-                id: change.id.to_string(),
-                ..Default::default()
-            };
-            wire::WatchResponse {
+            let mut told = wire::WatchResponse {
                 kind: kind(change.kind),
-                memory: Some(change.memory.clone().map_or_else(gone, memory)),
                 resume_token: resume_token(change.sequence),
                 committed_at: Some(value::timestamp(change.committed_at)),
-                heartbeat: false,
+                ..Default::default()
+            };
+            match change.subject.clone() {
+                Subject::Memory(_, Some(after)) => told.memory = Some(memory(*after)),
+                Subject::Memory(id, None) => {
+                    told.memory = Some(wire::Memory {
+                        id: id.to_string(),
+                        ..Default::default()
+                    });
+                }
+                Subject::Document(after) => told.document = Some(super::document(*after)),
+                Subject::Policy(_, Some(after)) => told.policy = Some(super::policy(*after)),
+                Subject::Policy(name, None) => {
+                    told.policy = Some(wire::Policy {
+                        name,
+                        ..Default::default()
+                    });
+                }
             }
+            told
         }
     }
 }

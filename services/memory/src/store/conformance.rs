@@ -11,7 +11,7 @@ use super::code::Code;
 use super::{
     Addition, Among, Change, ChangeItem, Entry, LexicalSearch, Listing, Relational, StoredVector, VectorIndex,
 };
-use crate::domain::{Body, Idempotency, Key, Kind, Outcome, ScopeKey, Sequence, Source, View, Writer};
+use crate::domain::{Body, Idempotency, Key, Kind, Outcome, ScopeKey, Sequence, Source, Subject, View, Writer};
 use crate::error::MemoryError;
 use crate::filter::Filter;
 
@@ -75,6 +75,7 @@ fn addition(scope: Scope, body: Body, seed: Option<u32>) -> Addition {
             model: MODEL.into(),
             code: code(seed),
         }),
+        most: None,
         idempotency: None,
     }
 }
@@ -571,7 +572,10 @@ async fn what_is_purged_leaves_nothing_behind(store: &dyn Relational) {
     let changes = store.changes(Some(&tenant), Sequence::default(), 100).await.unwrap();
     let told: Vec<_> = changes
         .iter()
-        .map(|change| (change.id, change.kind, change.memory.is_some()))
+        .map(|change| match &change.subject {
+            Subject::Memory(id, memory) => (*id, change.kind, memory.is_some()),
+            other => panic!("{other:?}"),
+        })
         .collect();
     assert_eq!(told, [(kept, Kind::Added, true), (secret, Kind::Purged, false)]);
     assert_eq!(changes[1].scope, scope(Layer::User, "ann"));

@@ -19,7 +19,7 @@ use super::{Among, Entry, VectorIndex};
 use crate::domain::{Key, ScopeKey, Sequence};
 pub use file::Layout;
 use file::{Files, Head};
-use scan::{Rows, Signs, Slots};
+use scan::{Rows, Signs};
 
 /// The index of one model.
 #[derive(Debug)]
@@ -37,8 +37,12 @@ struct Inner {
     keys: Vec<Key>,
     /// Per slot, the place of its scope in `scopes`; [`FREE`] when there is no vector.
     owners: Vec<u32>,
+    /// Per slot, its place in the list of its scope's slots.
+    places: Vec<u32>,
     scopes: Vec<ScopeKey>,
     by_scope: HashMap<ScopeKey, u32>,
+    /// Per scope, its slots.
+    members: Vec<Vec<u32>>,
     free: Vec<usize>,
     signs: Signs,
 }
@@ -97,8 +101,10 @@ impl Inner {
             by_key: HashMap::new(),
             keys: Vec::new(),
             owners: Vec::new(),
+            places: Vec::new(),
             scopes: Vec::new(),
             by_scope: HashMap::new(),
+            members: Vec::new(),
             free: Vec::new(),
             signs: Signs::new(prefix),
         }
@@ -113,12 +119,13 @@ impl Inner {
                 .ok_or_else(|| format!("the checksum of vector {slot} does not fit"))?;
             self.keys.push(head.key);
             self.owners.push(FREE);
+            self.places.push(0);
             if !head.live {
                 self.free.push(slot);
             } else if self.by_key.insert(head.key, slot).is_some() {
                 return Err(format!("vector {slot} is there twice"));
             } else {
-                self.owners[slot] = self.owner(head.scope);
+                self.own(slot, Some(head.scope));
             }
         }
         self.signs
@@ -126,14 +133,31 @@ impl Inner {
         Ok(())
     }
 
-    /// The place of a scope in the list.
-    fn owner(&mut self, scope: ScopeKey) -> u32 {
+    /// Gives a slot to a scope, or to nobody.
+    fn own(&mut self, slot: usize, scope: Option<ScopeKey>) {
+        let before = self.owners[slot] as usize;
+        if let Some(members) = self.members.get_mut(before) {
+            let place = self.places[slot] as usize;
+            members.swap_remove(place);
+            if let Some(moved) = members.get(place) {
+                self.places[*moved as usize] = self.places[slot];
+            }
+        }
+        let Some(scope) = scope else {
+            self.owners[slot] = FREE;
+            return;
+        };
         let next = u32::try_from(self.scopes.len()).unwrap_or(FREE - 1);
         let owner = *self.by_scope.entry(scope).or_insert(next);
         if owner == next {
             self.scopes.push(scope);
+            self.members.push(Vec::new());
         }
-        owner
+        let members = &mut self.members[owner as usize];
+        self.owners[slot] = owner;
+        // Slots are counted in 32 bits: a file of so many rows would be larger than any disk.
+        self.places[slot] = u32::try_from(members.len()).unwrap_or(0);
+        members.extend(u32::try_from(slot));
     }
 
     /// A slot that is free, at the end of the file when there is no other.
@@ -144,6 +168,7 @@ impl Inner {
         let slot = self.files.push()?;
         self.keys.push(Key(0));
         self.owners.push(FREE);
+        self.places.push(0);
         Ok(slot)
     }
 
@@ -155,7 +180,7 @@ impl Inner {
                 scope: ScopeKey(0),
             };
             self.files.put(slot, &head, None);
-            self.owners[slot] = FREE;
+            self.own(slot, None);
             self.free.push(slot);
         }
     }
@@ -172,7 +197,7 @@ impl Inner {
         };
         self.files.put(slot, &head, Some(&entry.code));
         self.keys[slot] = entry.key;
-        self.owners[slot] = self.owner(entry.scope);
+        self.own(slot, Some(entry.scope));
         self.by_key.insert(entry.key, slot);
         let rows = Rows::new(self.files.rows(), prefix);
         self.signs.put(&rows, slot, self.keys.len());
@@ -181,33 +206,33 @@ impl Inner {
 
     /// Those that a search may find and that the signs let pass.
     fn nearest(&self, query: &Code, among: &Among, limit: usize) -> Vec<u32> {
-        let allowed: Vec<bool> = self.scopes.iter().map(|scope| among.scopes.contains(scope)).collect();
-        let excluded: HashSet<usize> = among
+        let excluded: HashSet<u32> = among
             .exclude
             .iter()
-            .filter_map(|key| self.by_key.get(key).copied())
+            .filter_map(|key| u32::try_from(*self.by_key.get(key)?).ok())
             .collect();
-        let everything = self.free.is_empty() && excluded.is_empty() && allowed.iter().all(|allowed| *allowed);
-        let shown = |slot: usize| {
-            let allowed = || allowed.get(self.owners[slot] as usize).copied().unwrap_or(false);
-            everything || (allowed() && (excluded.is_empty() || !excluded.contains(&slot)))
-        };
-        let slots = match &among.only {
-            Some(only) => {
-                let found = only.iter().filter_map(|key| self.by_key.get(key).copied());
-                Slots::These(
-                    found
-                        .filter(|slot| shown(*slot))
-                        .filter_map(|slot| u32::try_from(slot).ok())
-                        .collect(),
-                )
-            }
-            None => Slots::All {
-                count: self.owners.len(),
-                shown: &shown,
-            },
-        };
-        self.signs.nearest(query, slots, limit)
+        let kept = |slot: &u32| excluded.is_empty() || !excluded.contains(slot);
+        let allowed: Vec<bool> = self.scopes.iter().map(|scope| among.scopes.contains(scope)).collect();
+        let allows = |slot: usize| allowed.get(self.owners[slot] as usize).copied().unwrap_or(false);
+        if let Some(only) = &among.only {
+            let chosen = only.iter().filter_map(|key| self.by_key.get(key).copied());
+            let chosen = chosen
+                .filter(|slot| allows(*slot))
+                .filter_map(|slot| u32::try_from(slot).ok());
+            return self.signs.nearest(query, chosen.filter(kept).collect(), limit);
+        }
+        let members = || self.members.iter().zip(&allowed).filter(|(_, allowed)| **allowed);
+        let count: usize = members().map(|(slots, _)| slots.len()).sum();
+        if count * 4 < self.owners.len() {
+            let chosen = members().flat_map(|(slots, _)| slots.iter().copied());
+            return self.signs.nearest(query, chosen.filter(kept).collect(), limit);
+        }
+        let slots = self.owners.len();
+        if count == slots && excluded.is_empty() {
+            return self.signs.nearest_of_all(query, slots, |_| true, limit);
+        }
+        let shown = |slot: usize| allows(slot) && u32::try_from(slot).is_ok_and(|slot| kept(&slot));
+        self.signs.nearest_of_all(query, slots, shown, limit)
     }
 }
 

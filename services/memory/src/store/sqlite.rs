@@ -1,8 +1,10 @@
 //! The relational port on SQLite.
 
+mod documents;
 mod filter;
 mod lexical;
 mod past;
+mod policies;
 mod read;
 mod write;
 
@@ -31,6 +33,7 @@ pub const MIGRATIONS: &[(&str, &str)] = &[
         "vectors in the pages of their rows",
         include_str!("sqlite/schema_4.sql"),
     ),
+    ("policies, documents, imports", include_str!("sqlite/schema_5.sql")),
 ];
 
 /// The store.

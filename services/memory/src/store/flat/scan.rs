@@ -1,20 +1,21 @@
 //! The stages of the funnel that need no more than the index.
 
 use rayon::prelude::*;
-use simsimd::SpatialSimilarity as _;
 
 use super::super::code::{BLOCK, Code, SCALE, STEP, scales};
 use super::file::HEAD;
 use super::row_size;
 
 /// Vectors up to which int8 alone is fast enough.
-const FEW: usize = 8192;
+const FEW: usize = 16_384;
 /// Of the vectors that the signs rank, one in so many goes on to int8: a rank by signs is coarse.
-const SHARE: usize = 32;
+const SHARE: usize = 64;
 /// Vectors that go on to int8, at least.
-const KEPT: usize = 2000;
+const KEPT: usize = 1600;
 /// Vectors from which on threads share the work of one search.
 const PARALLEL: usize = 1 << 18;
+/// Rows that are asked for before they are read.
+const AHEAD: usize = 6;
 /// Vectors that a thread takes at a time.
 const CHUNK: usize = 1 << 15;
 /// Vectors that the centre is the mean of, at most.
@@ -59,18 +60,10 @@ impl<'a> Rows<'a> {
             .take(self.blocks)
             .map(|scale| scale * f32::from(STEP * STEP))
             .collect();
-        let score = |slot: u32| {
-            let (values, scales) = (self.values(slot as usize), self.scales(slot as usize));
-            let blocks = values.chunks_exact(BLOCK).zip(wanted.chunks_exact(BLOCK));
-            let parts = blocks.zip(scales.zip(&factors)).map(|((a, b), (scale, factor))| {
-                let dot = i8::dot(a, b).unwrap_or(0.0);
-                dot as f32 * scale * factor
-            });
-            parts.sum::<f32>()
-        };
+        let score = |part: &[u32]| self.scores(part, wanted, &factors);
         let mut scored: Vec<(u32, f32)> = match slots.len() * SHARE < PARALLEL {
-            true => slots.iter().map(|slot| (*slot, score(*slot))).collect(),
-            false => slots.par_iter().map(|slot| (*slot, score(*slot))).collect(),
+            true => score(slots),
+            false => slots.par_chunks(CHUNK / SHARE).flat_map_iter(score).collect(),
         };
         let order = |a: &(u32, f32), b: &(u32, f32)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
         if scored.len() > limit {
@@ -79,6 +72,52 @@ impl<'a> Rows<'a> {
         }
         scored.sort_unstable_by(order);
         scored
+    }
+
+    /// Inner products of the prefixes of some slots with a query's.
+    fn scores(&self, slots: &[u32], wanted: &[i8], factors: &[f32]) -> Vec<(u32, f32)> {
+        #[cfg(target_arch = "x86_64")]
+        if std::arch::is_x86_feature_detected!("avx2") {
+            // SAFETY: the processor has the instructions, as was just asked.
+            return unsafe { self.scores_avx2(slots, wanted, factors) };
+        }
+        self.scores_plain(slots, wanted, factors)
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx2")]
+    fn scores_avx2(&self, slots: &[u32], wanted: &[i8], factors: &[f32]) -> Vec<(u32, f32)> {
+        self.scores_plain(slots, wanted, factors)
+    }
+
+    #[inline(always)]
+    fn scores_plain(&self, slots: &[u32], wanted: &[i8], factors: &[f32]) -> Vec<(u32, f32)> {
+        let mut scored = Vec::with_capacity(slots.len());
+        for (place, slot) in slots.iter().enumerate() {
+            if let Some(ahead) = slots.get(place + AHEAD) {
+                self.prefetch(*ahead as usize);
+            }
+            let (values, scales) = (self.values(*slot as usize), self.scales(*slot as usize));
+            let blocks = values.chunks_exact(BLOCK).zip(wanted.chunks_exact(BLOCK));
+            let mut sum = 0f32;
+            for ((a, b), (scale, factor)) in blocks.zip(scales.zip(factors)) {
+                let products = a.iter().zip(b).map(|(a, b)| i32::from(i16::from(*a) * i16::from(*b)));
+                sum += products.sum::<i32>() as f32 * scale * factor;
+            }
+            scored.push((*slot, sum));
+        }
+        scored
+    }
+
+    /// Asks for a row that will be read soon: rows lie far apart, and waiting for memory costs more than the arithmetic.
+    #[inline(always)]
+    fn prefetch(&self, slot: usize) {
+        #[cfg(target_arch = "x86_64")]
+        for line in self.bytes[slot * self.size..(slot + 1) * self.size].chunks(64) {
+            use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+            // SAFETY: the address is that of a byte of the slice, and nothing is read.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast()) };
+        }
     }
 
     /// The signs of a row around a centre.
@@ -158,51 +197,57 @@ impl Signs {
     }
 
     /// Of many slots, those nearest to the query by their signs; few ones all go on. At least `limit` remain.
-    pub fn nearest(&self, query: &Code, slots: Slots<'_>, limit: usize) -> Vec<u32> {
-        let keep = |count: usize| (count / SHARE).max(KEPT).max(4 * limit);
-        let few = |count: usize| count <= FEW.max(keep(count));
-        match slots {
-            Slots::These(slots) if few(slots.len()) => slots,
-            Slots::These(slots) => {
-                let wanted = self.wanted(query);
-                let words = self.words;
-                let rows = slots
-                    .iter()
-                    .map(|slot| &self.bits[*slot as usize * words..(*slot as usize + 1) * words]);
-                let distances: Vec<u16> = rows.map(|row| distance(row, &wanted)).collect();
-                let near = slots.iter().copied().zip(distances.iter().copied());
-                let (cut, _) = cut(near.clone(), self.words * BLOCK, keep);
-                near.filter(|(_, distance)| *distance <= cut)
-                    .map(|(slot, _)| slot)
-                    .collect()
-            }
-            Slots::All { count, shown } => {
-                if few(count) {
-                    return (0..count)
-                        .filter(|slot| shown(*slot))
-                        .filter_map(|slot| u32::try_from(slot).ok())
-                        .collect();
-                }
-                let wanted = self.wanted(query);
-                let mut distances = vec![0u16; count];
-                let bits = &self.bits[..count * self.words];
-                match count < PARALLEL {
-                    true => distances_to(&wanted, bits, &mut distances),
-                    false => {
-                        let parts = bits.par_chunks(CHUNK * self.words).zip(distances.par_chunks_mut(CHUNK));
-                        parts.for_each(|(bits, distances)| distances_to(&wanted, bits, distances));
-                    }
-                }
-                let all = distances.iter().copied().enumerate();
-                let (cut, found) = cut(all.clone().filter(|(slot, _)| shown(*slot)), self.words * BLOCK, keep);
-                let mut near = Vec::with_capacity(found);
-                near.extend(
-                    all.filter(|(slot, distance)| *distance <= cut && shown(*slot))
-                        .filter_map(|(slot, _)| u32::try_from(slot).ok()),
-                );
-                near
+    pub fn nearest(&self, query: &Code, slots: Vec<u32>, limit: usize) -> Vec<u32> {
+        let keep = keep(slots.len(), limit);
+        if slots.len() <= keep.max(FEW) {
+            return slots;
+        }
+        let wanted = self.wanted(query);
+        let rows = slots.iter().map(|slot| *slot as usize * self.words);
+        let rows = rows.map(|start| &self.bits[start..start + self.words]);
+        let distances: Vec<u16> = rows.map(|row| distance(row, &wanted)).collect();
+        let counts = histogram(&distances, &|_| true, self.words * BLOCK);
+        let cut = cut(&counts, keep);
+        let near = slots
+            .into_iter()
+            .zip(distances)
+            .filter(|(_, distance)| *distance <= cut);
+        near.map(|(slot, _)| slot).collect()
+    }
+
+    /// The same out of the first `count` slots, those that are shown.
+    pub fn nearest_of_all(&self, query: &Code, count: usize, shown: impl Fn(usize) -> bool, limit: usize) -> Vec<u32> {
+        let number = |slot: usize| u32::try_from(slot).ok();
+        let keep = keep(count, limit);
+        if count <= keep.max(FEW) {
+            return (0..count).filter(|slot| shown(*slot)).filter_map(number).collect();
+        }
+        let wanted = self.wanted(query);
+        let mut distances = vec![0u16; count];
+        let bits = &self.bits[..count * self.words];
+        match count < PARALLEL {
+            true => distances_to(&wanted, bits, &mut distances),
+            false => {
+                let parts = bits.par_chunks(CHUNK * self.words).zip(distances.par_chunks_mut(CHUNK));
+                parts.for_each(|(bits, distances)| distances_to(&wanted, bits, distances));
             }
         }
+        let farthest = self.words * BLOCK;
+        let counts = histogram(&distances, &shown, farthest);
+        let cut = cut(&counts, keep);
+        let mut near = Vec::with_capacity(2 * keep);
+        for (chunk, first) in distances.chunks(64).zip((0..).step_by(64)) {
+            // Few chunks have any that is near, which a chunk as a whole tells quicker than each of its own.
+            if chunk.iter().fold(u16::MAX, |least, distance| least.min(*distance)) > cut {
+                continue;
+            }
+            let found = chunk
+                .iter()
+                .zip(first..)
+                .filter(|(distance, slot)| **distance <= cut && shown(*slot));
+            near.extend(found.filter_map(|(_, slot)| number(slot)));
+        }
+        near
     }
 
     /// The signs of a query.
@@ -219,31 +264,32 @@ impl Signs {
     }
 }
 
-/// What a search may find, as slots.
-pub enum Slots<'a> {
-    /// These.
-    These(Vec<u32>),
-    /// Of the first `count`, those that are shown.
-    All {
-        /// Slots in all.
-        count: usize,
-        /// Which of them may be found.
-        shown: &'a dyn Fn(usize) -> bool,
-    },
+/// How many of so many go on.
+fn keep(count: usize, limit: usize) -> usize {
+    (count / SHARE).max(KEPT).max(4 * limit)
 }
 
-/// The distance up to which slots go on, so that at least as many do as `keep` says for their number, and how many do. A
-/// histogram of distances, of which there are few, tells where to cut without sorting.
-fn cut<S>(near: impl Iterator<Item = (S, u16)>, farthest: usize, keep: impl Fn(usize) -> usize) -> (u16, usize) {
-    let mut counts = vec![0usize; farthest + 1];
-    near.for_each(|(_, distance)| counts[usize::from(distance)] += 1);
-    let wanted = keep(counts.iter().sum());
+/// How many of those that are shown have each distance.
+fn histogram(distances: &[u16], shown: &impl Fn(usize) -> bool, farthest: usize) -> Vec<u32> {
+    // Neighbours count in tables of their own: counting one distance twice in a row would wait for the first count.
+    let mut tables = vec![[0u32; 4]; farthest + 1];
+    for (four, first) in distances.chunks(4).zip((0..).step_by(4)) {
+        for (lane, distance) in four.iter().enumerate() {
+            tables[usize::from(*distance)][lane] += u32::from(shown(first + lane));
+        }
+    }
+    tables.iter().map(|counts| counts.iter().sum()).collect()
+}
+
+/// The distance up to which slots go on, so that at least `keep` do: of distances there are few, so that nothing need be
+/// sorted.
+fn cut(counts: &[u32], keep: usize) -> u16 {
     let mut total = 0;
     let cut = counts.iter().position(|count| {
-        total += count;
-        total >= wanted
+        total += *count as usize;
+        total >= keep
     });
-    (cut.and_then(|cut| u16::try_from(cut).ok()).unwrap_or(u16::MAX), total)
+    cut.and_then(|cut| u16::try_from(cut).ok()).unwrap_or(u16::MAX)
 }
 
 /// Bits that differ.

@@ -7,7 +7,9 @@ use aeterna_types::{Layer, MemoryId, Scope, TenantId, Timestamp};
 use super::filter::Sql;
 use super::write::{REPLAY, answered};
 use super::{damaged, encode, failed, parsed, past};
-use crate::domain::{Change, Idempotency, Key, Kind, Memory, ScopeKey, Sequence, Version, View, Writer, Written};
+use crate::domain::{
+    Change, Idempotency, Key, Kind, Memory, ScopeKey, Sequence, Subject, Version, View, Writer, Written,
+};
 use crate::error::MemoryError;
 use crate::filter::Filter;
 use crate::store::code::Code;
@@ -201,16 +203,18 @@ pub fn counts(
     scopes: &[ScopeKey],
     now: Timestamp,
 ) -> Result<Counts, MemoryError> {
-    let text = "SELECT s.layer, m.deleted_at IS NULL AS shown, count(*), \
-                sum(length(CAST(json_extract(m.record, '$.body.content') AS BLOB))), \
-                sum(v.code IS NULL), coalesce(sum(length(v.code)), 0) \
-                FROM memories m JOIN scopes s ON s.key = m.scope LEFT JOIN vectors v ON v.memory = m.key \
-                AND v.model = (SELECT key FROM models WHERE identity = ?) \
-                WHERE m.scope IN (SELECT value FROM json_each(?)) \
-                AND (m.deleted_at IS NOT NULL OR m.expires_at IS NULL OR m.expires_at > ?) GROUP BY s.layer, shown";
+    let vectors = vectors(connection, model)?;
+    let text = format!(
+        "SELECT s.layer, m.deleted_at IS NULL AS shown, count(*), \
+         sum(length(CAST(json_extract(m.record, '$.body.content') AS BLOB))), \
+         sum(v.code IS NULL), coalesce(sum(length(v.code)), 0) \
+         FROM memories m JOIN scopes s ON s.key = m.scope LEFT JOIN {vectors} v ON v.memory = m.key \
+         WHERE m.scope IN (SELECT value FROM json_each(?)) \
+         AND (m.deleted_at IS NOT NULL OR m.expires_at IS NULL OR m.expires_at > ?) GROUP BY s.layer, shown"
+    );
     let mut counts = Counts::default();
-    let bound = params![model, scopes_json(scopes), now.micros()];
-    rows(connection, text, bound, |row| {
+    let bound = params![scopes_json(scopes), now.micros()];
+    rows(connection, &text, bound, |row| {
         counts.embedding_bytes += get::<i64>(row, 5)?;
         if !get::<bool>(row, 1)? {
             counts.deleted += get::<i64>(row, 2)?;
@@ -272,15 +276,19 @@ pub fn neighbours(connection: &Connection, keys: &[Key]) -> Result<Vec<(Key, Key
     })
 }
 
-/// The number of a model; `None`: nothing was stored by it.
-fn model_key(connection: &Connection, model: &str) -> Result<Option<i64>, MemoryError> {
+/// The table of a model's vectors; an empty one when nothing was stored by it.
+fn vectors(connection: &Connection, model: &str) -> Result<String, MemoryError> {
     let mut statement = connection
         .prepare_cached("SELECT key FROM models WHERE identity = ?")
         .map_err(failed)?;
-    statement
+    let found: Option<i64> = statement
         .query_row([model], |row| row.get(0))
         .optional()
-        .map_err(failed)
+        .map_err(failed)?;
+    Ok(match found {
+        Some(model) => format!("vectors_{model}"),
+        None => "(SELECT 0 AS memory, NULL AS code WHERE 0)".to_owned(),
+    })
 }
 
 /// Hands the code of each memory to `take`, where it lies in its page.
@@ -290,14 +298,15 @@ pub fn codes(
     keys: &[Key],
     mut take: impl FnMut(Key, &Code<&[u8]>),
 ) -> Result<(), MemoryError> {
-    let Some(model) = model_key(connection, model)? else {
-        return Ok(());
-    };
+    let table = vectors(connection, model)?;
     let mut statement = connection
-        .prepare_cached("SELECT code FROM vectors WHERE memory = ? AND model = ?")
+        .prepare_cached(&format!("SELECT code FROM {table} WHERE memory = ?"))
         .map_err(failed)?;
-    for key in keys {
-        let mut found = statement.query([key.0, model]).map_err(failed)?;
+    // In the order in which they lie.
+    let mut keys = keys.to_vec();
+    keys.sort_unstable();
+    for key in &keys {
+        let mut found = statement.query([key.0]).map_err(failed)?;
         if let Some(row) = found.next().map_err(failed)? {
             let code = Code::from_bytes(blob(row, 0)?).ok_or_else(|| damaged("vector"))?;
             take(*key, &code);
@@ -323,25 +332,46 @@ pub fn changes(
     count: usize,
 ) -> Result<Vec<Change>, MemoryError> {
     // A change whose version is gone is told by the removal that follows it.
-    let text = "SELECT o.sequence, o.tenant, o.id, o.kind, o.committed_at, s.path, h.record FROM outbox o \
-                JOIN scopes s ON s.key = o.scope LEFT JOIN history h ON h.memory = o.id AND h.version = o.version \
+    let text = "SELECT o.sequence, o.tenant, o.kind, o.committed_at, s.path, o.id, h.record, o.resource, v.record, p.record \
+                FROM outbox o LEFT JOIN scopes s ON s.key = o.scope \
+                LEFT JOIN history h ON h.memory = o.id AND h.version = o.version \
+                LEFT JOIN documents d ON d.scope = o.scope AND 'document:' || d.path = o.resource \
+                LEFT JOIN document_versions v ON v.document = d.key AND v.version = o.version \
+                LEFT JOIN policies p ON p.tenant = o.tenant AND 'policy:' || p.name = o.resource \
                 WHERE o.sequence > ?1 AND (?2 IS NULL OR o.tenant = ?2) AND o.kind <> 'embedded' \
-                AND (o.kind = 'purged' OR h.record IS NOT NULL) ORDER BY o.sequence LIMIT ?3";
+                AND (o.kind = 'purged' OR o.resource IS NOT NULL OR h.record IS NOT NULL) ORDER BY o.sequence LIMIT ?3";
     let bound = params![after.0, tenant.map(TenantId::as_str), limit(count)];
     rows(connection, text, bound, change)
 }
 
+/// A JSON column that may be empty.
+fn optional<T: serde::de::DeserializeOwned>(
+    row: &Row<'_>,
+    column: usize,
+    what: &str,
+) -> Result<Option<T>, MemoryError> {
+    let value = row.get_ref(column).map_err(failed)?;
+    let record = value.as_str_or_null().map_err(|_| damaged(what))?;
+    record.map(|record| parsed(record, what)).transpose()
+}
+
 fn change(row: &Row<'_>) -> Result<Change, MemoryError> {
-    let record = row.get_ref(6).map_err(failed)?;
-    let record = record.as_str_or_null().map_err(|_| damaged("version"))?;
+    let resource: Option<String> = get(row, 7)?;
+    let subject = match resource.as_deref().and_then(|resource| resource.split_once(':')) {
+        Some(("policy", name)) => Subject::Policy(name.to_owned(), optional(row, 9, "policy")?),
+        Some(_) => Subject::Document(optional(row, 8, "document")?.ok_or_else(|| damaged("document"))?),
+        None => {
+            let id = blob(row, 5)?.try_into().map_err(|_| damaged("id"))?;
+            Subject::Memory(MemoryId::from_bytes(id), optional(row, 6, "version")?)
+        }
+    };
     Ok(Change {
         sequence: Sequence(get(row, 0)?),
         tenant: text(row, 1)?.parse().map_err(|_| damaged("tenant"))?,
-        id: MemoryId::from_bytes(blob(row, 2)?.try_into().map_err(|_| damaged("id"))?),
-        scope: parsed(text(row, 5)?, "scope")?,
-        kind: Kind::from_name(text(row, 3)?).ok_or_else(|| damaged("kind of change"))?,
-        committed_at: Timestamp::from_micros(get(row, 4)?).ok_or_else(|| damaged("time"))?,
-        memory: record.map(|record| parsed(record, "version")).transpose()?,
+        kind: Kind::from_name(text(row, 2)?).ok_or_else(|| damaged("kind of change"))?,
+        committed_at: Timestamp::from_micros(get(row, 3)?).ok_or_else(|| damaged("time"))?,
+        scope: optional(row, 4, "scope")?.unwrap_or_default(),
+        subject,
     })
 }
 
@@ -352,9 +382,14 @@ pub fn last_sequence(connection: &Connection) -> Result<Sequence, MemoryError> {
     statement.query_row([], |row| row.get(0)).map(Sequence).map_err(failed)
 }
 
-const STATE: &str = "SELECT m.key, m.scope, m.tenant, m.version, m.record, v.code FROM memories m \
-                     LEFT JOIN vectors v ON v.memory = m.key AND v.model = (SELECT key FROM models WHERE identity = ?) \
-                     WHERE m.deleted_at IS NULL";
+/// Memories that are there, with their vectors by a model.
+fn state_query(connection: &Connection, model: &str) -> Result<String, MemoryError> {
+    let vectors = vectors(connection, model)?;
+    Ok(format!(
+        "SELECT m.key, m.scope, m.tenant, m.version, m.record, v.code FROM memories m \
+         LEFT JOIN {vectors} v ON v.memory = m.key WHERE m.deleted_at IS NULL"
+    ))
+}
 
 fn state(row: &Row<'_>) -> Result<IndexState, MemoryError> {
     let memory: Memory = parsed(text(row, 4)?, "memory")?;
@@ -372,8 +407,9 @@ fn state(row: &Row<'_>) -> Result<IndexState, MemoryError> {
 }
 
 pub fn states(connection: &Connection, model: &str, keys: &[Key]) -> Result<Vec<IndexState>, MemoryError> {
-    let text = format!("{STATE} AND m.key IN (SELECT value FROM json_each(?))");
-    rows(connection, &text, params![model, keys_json(keys)], state)
+    let query = state_query(connection, model)?;
+    let text = format!("{query} AND m.key IN (SELECT value FROM json_each(?))");
+    rows(connection, &text, [keys_json(keys)], state)
 }
 
 pub fn scan(
@@ -384,6 +420,7 @@ pub fn scan(
     pending: bool,
 ) -> Result<Vec<IndexState>, MemoryError> {
     let only = if pending { " AND v.code IS NULL" } else { "" };
-    let text = format!("{STATE}{only} AND m.key > ? ORDER BY m.key LIMIT ?");
-    rows(connection, &text, params![model, after.0, limit(count)], state)
+    let query = state_query(connection, model)?;
+    let text = format!("{query}{only} AND m.key > ? ORDER BY m.key LIMIT ?");
+    rows(connection, &text, [after.0, limit(count)], state)
 }

@@ -1,7 +1,9 @@
 //! Writes: row, history, outbox event, lexical text, vector and request id in one transaction.
 
 use aeterna_types::{Layer, MemoryId, Scope, Timestamp};
-use sqlx::{Row as _, SqliteConnection};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use sqlx::{AssertSqlSafe, Row as _, SqliteConnection};
 
 use super::{SqliteStore, damaged, encode, lexical, parsed, read, storage, stored};
 use crate::domain::{Body, Idempotency, Key, Kind, Memory, Outcome, ScopeKey, Sequence, Writer, Written};
@@ -44,6 +46,9 @@ async fn add_one(connection: &mut SqliteConnection, writer: &Writer, item: Addit
     let written = match there.as_ref().map(stored).transpose()? {
         Some(existing) => merge(connection, writer, existing.key, existing.memory, item.body).await?,
         None => {
+            if let Some((most, policy)) = &item.most {
+                has_room(connection, scope, *most, policy).await?;
+            }
             let memory = Memory {
                 id: MemoryId::new(writer.now),
                 scope: item.scope,
@@ -66,6 +71,27 @@ async fn add_one(connection: &mut SqliteConnection, writer: &Writer, item: Addit
     };
     remember(connection, writer, item.idempotency.as_ref(), &written).await?;
     Ok(written)
+}
+
+/// Refuses one memory more than a scope may hold.
+async fn has_room(
+    connection: &mut SqliteConnection,
+    scope: ScopeKey,
+    most: i64,
+    policy: &str,
+) -> Result<(), MemoryError> {
+    let there: i64 = sqlx::query_scalar("SELECT count(*) FROM memories WHERE scope = ? AND deleted_at IS NULL")
+        .bind(scope.0)
+        .fetch_one(connection)
+        .await
+        .map_err(storage)?;
+    if there < most {
+        return Ok(());
+    }
+    Err(MemoryError::Forbidden {
+        policy: policy.to_owned(),
+        why: format!("the scope holds {there} memories, and `max_memories` is {most}; delete some first"),
+    })
 }
 
 /// Unites the tags and keeps the higher importance.
@@ -172,11 +198,7 @@ async fn change_one(
         Change::Replace { body, vector, reindex } => {
             memory.body = *body;
             if reindex {
-                sqlx::query("DELETE FROM vectors WHERE memory = ?")
-                    .bind(key.0)
-                    .execute(&mut *connection)
-                    .await
-                    .map_err(storage)?;
+                drop_vectors(connection, key).await?;
                 memory.embedding_model = vector.as_ref().map(|v| v.model.clone()).unwrap_or_default();
                 put_vector(connection, key, vector.as_ref()).await?;
             }
@@ -222,11 +244,11 @@ async fn purge(
 }
 
 /// What an earlier write with this request id answered.
-pub async fn replay(
+pub async fn replay<T: DeserializeOwned>(
     connection: &mut SqliteConnection,
     writer: &Writer,
     idempotency: &Idempotency,
-) -> Result<Option<Written>, MemoryError> {
+) -> Result<Option<T>, MemoryError> {
     let row = sqlx::query(REPLAY)
         .bind(writer.tenant.as_str())
         .bind(&writer.subject)
@@ -243,7 +265,7 @@ pub async fn replay(
 }
 
 /// The answer that is kept, when it was given to the same call.
-pub fn answered(idempotency: &Idempotency, digest: &[u8], answer: &str) -> Result<Written, MemoryError> {
+pub fn answered<T: DeserializeOwned>(idempotency: &Idempotency, digest: &[u8], answer: &str) -> Result<T, MemoryError> {
     if digest != idempotency.digest {
         return Err(MemoryError::RequestIdReused);
     }
@@ -253,11 +275,12 @@ pub fn answered(idempotency: &Idempotency, digest: &[u8], answer: &str) -> Resul
 /// Finds the answer to a request id.
 pub const REPLAY: &str = "SELECT digest, answer FROM requests WHERE tenant = ? AND subject = ? AND request_id = ?";
 
-async fn remember(
+/// Keeps the answer to a request id.
+pub async fn remember<T: Serialize>(
     connection: &mut SqliteConnection,
     writer: &Writer,
     idempotency: Option<&Idempotency>,
-    written: &Written,
+    written: &T,
 ) -> Result<(), MemoryError> {
     let Some(idempotency) = idempotency else { return Ok(()) };
     sqlx::query("INSERT INTO requests (tenant, subject, request_id, digest, answer, at) VALUES (?, ?, ?, ?, ?, ?)")
@@ -273,7 +296,12 @@ async fn remember(
     Ok(())
 }
 
-async fn scope_key(connection: &mut SqliteConnection, writer: &Writer, scope: &Scope) -> Result<ScopeKey, MemoryError> {
+/// The number of a scope, which is made when it is new.
+pub async fn scope_key(
+    connection: &mut SqliteConnection,
+    writer: &Writer,
+    scope: &Scope,
+) -> Result<ScopeKey, MemoryError> {
     let path = encode(scope)?;
     let find = "SELECT key FROM scopes WHERE tenant = ? AND path = ?";
     let found: Option<i64> = sqlx::query_scalar(find)
@@ -368,26 +396,78 @@ async fn put_vector(
     vector: Option<&StoredVector>,
 ) -> Result<(), MemoryError> {
     let Some(vector) = vector else { return Ok(()) };
-    let put = || {
-        sqlx::query(
-            "INSERT INTO vectors (memory, model, code) SELECT ?, key, ? FROM models WHERE identity = ? \
-             ON CONFLICT (memory, model) DO UPDATE SET code = excluded.code",
-        )
+    let find = "SELECT key FROM models WHERE identity = ?";
+    let found: Option<i64> = sqlx::query_scalar(find)
+        .bind(&vector.model)
+        .fetch_optional(&mut *connection)
+        .await
+        .map_err(storage)?;
+    let model = match found {
+        Some(model) => model,
+        None => new_model(connection, &vector.model).await?,
+    };
+    let text = format!("INSERT OR REPLACE INTO vectors_{model} (memory, code) VALUES (?, ?)");
+    sqlx::query(AssertSqlSafe(text))
         .bind(key.0)
         .bind(vector.code.as_bytes())
-        .bind(&vector.model)
-    };
-    let done = put().execute(&mut *connection).await.map_err(storage)?;
-    if done.rows_affected() == 0 {
-        // The first vector of this model.
-        sqlx::query("INSERT INTO models (identity) VALUES (?)")
-            .bind(&vector.model)
+        .execute(connection)
+        .await
+        .map_err(storage)?;
+    Ok(())
+}
+
+/// A model whose first vector is to be stored.
+async fn new_model(connection: &mut SqliteConnection, identity: &str) -> Result<i64, MemoryError> {
+    let added = sqlx::query("INSERT INTO models (identity) VALUES (?)")
+        .bind(identity)
+        .execute(&mut *connection)
+        .await
+        .map_err(storage)?;
+    let model = added.last_insert_rowid();
+    let text = format!(
+        "CREATE TABLE vectors_{model} (memory INTEGER PRIMARY KEY REFERENCES memories (key) ON DELETE CASCADE, \
+         code BLOB NOT NULL) STRICT"
+    );
+    sqlx::query(AssertSqlSafe(text))
+        .execute(connection)
+        .await
+        .map_err(storage)?;
+    Ok(model)
+}
+
+/// Removes what all models have made of a memory.
+async fn drop_vectors(connection: &mut SqliteConnection, key: Key) -> Result<(), MemoryError> {
+    let models: Vec<i64> = sqlx::query_scalar("SELECT key FROM models")
+        .fetch_all(&mut *connection)
+        .await
+        .map_err(storage)?;
+    for model in models {
+        let text = format!("DELETE FROM vectors_{model} WHERE memory = ?");
+        let deleted = sqlx::query(AssertSqlSafe(text))
+            .bind(key.0)
             .execute(&mut *connection)
-            .await
-            .map_err(storage)?;
-        put().execute(connection).await.map_err(storage)?;
+            .await;
+        deleted.map_err(storage)?;
     }
     Ok(())
+}
+
+/// Forgets all vectors that a model has made.
+pub async fn forget_model(store: &SqliteStore, identity: &str) -> Result<(), MemoryError> {
+    let mut transaction = store.0.begin().await?;
+    let found: Option<i64> = sqlx::query_scalar("DELETE FROM models WHERE identity = ? RETURNING key")
+        .bind(identity)
+        .fetch_optional(&mut *transaction)
+        .await
+        .map_err(storage)?;
+    if let Some(model) = found {
+        let text = format!("DROP TABLE vectors_{model}");
+        sqlx::query(AssertSqlSafe(text))
+            .execute(&mut *transaction)
+            .await
+            .map_err(storage)?;
+    }
+    transaction.commit().await.map_err(storage)
 }
 
 /// Stores vectors that were pending, with an event for each; the memory says then which model has it. A memory that was
@@ -428,7 +508,7 @@ pub async fn put_codes(
 }
 
 /// The service itself, where it writes on its own.
-fn system(tenant: &str, now: Timestamp) -> Result<Writer, MemoryError> {
+pub fn system(tenant: &str, now: Timestamp) -> Result<Writer, MemoryError> {
     Ok(Writer {
         tenant: tenant.parse().map_err(|_| damaged("tenant"))?,
         subject: "system".into(),
@@ -507,6 +587,43 @@ async fn event(
     .bind(writer.now.micros())
     .bind(memory.id.as_bytes().as_slice())
     .bind(key.0)
+    .execute(connection)
+    .await
+    .map_err(storage)?;
+    Ok(Sequence(event.last_insert_rowid()))
+}
+
+/// What stands in the outbox beside memories.
+#[derive(Clone, Copy, Debug)]
+pub enum Resource<'a> {
+    /// A document, by its path.
+    Document(&'a str),
+    /// A policy, by its name.
+    Policy(&'a str),
+}
+
+/// A row of the outbox for something else than a memory.
+pub async fn resource_event(
+    connection: &mut SqliteConnection,
+    writer: &Writer,
+    scope: Option<ScopeKey>,
+    resource: Resource<'_>,
+    version: i64,
+    kind: Kind,
+) -> Result<Sequence, MemoryError> {
+    let resource = match resource {
+        Resource::Document(path) => format!("document:{path}"),
+        Resource::Policy(name) => format!("policy:{name}"),
+    };
+    let event = sqlx::query(
+        "INSERT INTO outbox (tenant, memory, kind, version, committed_at, scope, resource) VALUES (?, 0, ?, ?, ?, ?, ?)",
+    )
+    .bind(writer.tenant.as_str())
+    .bind(kind.name())
+    .bind(version)
+    .bind(writer.now.micros())
+    .bind(scope.map(|scope| scope.0))
+    .bind(resource)
     .execute(connection)
     .await
     .map_err(storage)?;

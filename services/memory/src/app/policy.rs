@@ -1,0 +1,181 @@
+//! Rules per scope: keeping them, and asking them before a write.
+
+use aeterna_auth::{Principal, Role};
+use aeterna_error::Error;
+use aeterna_rpc::RequestContext;
+use aeterna_types::{Layer, Scope, TenantId, Timestamp};
+
+use super::App;
+use crate::domain::{Body, Effective, Idempotency, Policy, Writers};
+use crate::error::MemoryError;
+
+/// Memories purged at a time.
+const PURGED: usize = 500;
+
+/// A policy as an admin sends it.
+#[derive(Clone, Debug)]
+pub struct NewPolicy {
+    /// The policy; version, time and author are the store's.
+    pub policy: Policy,
+    /// Only on this version.
+    pub etag: Option<String>,
+    /// Makes a retry safe.
+    pub idempotency: Option<Idempotency>,
+}
+
+/// The policies of a tenant, to be asked for several places.
+pub(super) struct Law(Vec<Policy>);
+
+impl Law {
+    fn effective(&self, scope: &Scope) -> Effective {
+        Effective::of(&self.0, scope, scope.layer().unwrap_or(Layer::Company))
+    }
+
+    /// Refuses a caller who may not write there.
+    pub fn may_write(&self, principal: &Principal, scope: &Scope) -> Result<(), MemoryError> {
+        let effective = self.effective(scope);
+        let why = match effective.rules.writers {
+            Some(Writers::Nobody) => "nobody may write here",
+            Some(Writers::Admins) if principal.role < Role::Admin => "only admins may write here",
+            _ => return Ok(()),
+        };
+        Err(MemoryError::Forbidden {
+            policy: effective.origin("writers").to_owned(),
+            why: why.to_owned(),
+        })
+    }
+
+    /// Refuses a body that is too large there.
+    pub fn check_size(&self, scope: &Scope, body: &Body) -> Result<(), MemoryError> {
+        let effective = self.effective(scope);
+        let bytes = body.content.len();
+        match effective.rules.max_content_bytes {
+            Some(most) if i64::try_from(bytes).is_ok_and(|bytes| bytes > most) => Err(MemoryError::Forbidden {
+                policy: effective.origin("max_content_bytes").to_owned(),
+                why: format!("`content` has {bytes} bytes, and `max_content_bytes` is {most}"),
+            }),
+            _ => Ok(()),
+        }
+    }
+
+    /// Asks about a new memory, and gives it the expiry that the rules say when it has none of its own; answers how many the
+    /// scope may hold, by which policy.
+    pub fn admit(
+        &self,
+        principal: &Principal,
+        scope: &Scope,
+        body: &mut Body,
+        now: Timestamp,
+    ) -> Result<Option<(i64, String)>, MemoryError> {
+        if self.0.is_empty() {
+            return Ok(None);
+        }
+        self.may_write(principal, scope)?;
+        self.check_size(scope, body)?;
+        let effective = self.effective(scope);
+        let expiry = |life: i64| Timestamp::from_micros(now.micros().saturating_add(life));
+        body.expires_at = body
+            .expires_at
+            .or_else(|| effective.rules.time_to_live.and_then(expiry));
+        let most = effective.rules.max_memories;
+        Ok(most.map(|most| (most, effective.origin("max_memories").to_owned())))
+    }
+}
+
+impl App {
+    /// The rules of a tenant.
+    pub(super) async fn law(&self, tenant: &TenantId) -> Result<Law, MemoryError> {
+        Ok(Law(self.store.policies(tenant).await?))
+    }
+
+    /// Writes a policy.
+    ///
+    /// # Errors
+    /// ABORTED when the etag does not fit.
+    pub async fn put_policy(&self, context: &RequestContext, new: NewPolicy) -> Result<Policy, Error> {
+        let writer = self.writer(context);
+        context.principal().may_change(&new.policy.scope)?;
+        let put = self
+            .store
+            .put_policy(&writer, new.policy, new.etag, new.idempotency)
+            .await?;
+        self.committed.send_replace(());
+        Ok(put)
+    }
+
+    /// One policy of the tenant.
+    ///
+    /// # Errors
+    /// NOT_FOUND.
+    pub async fn policy(&self, context: &RequestContext, name: &str) -> Result<Policy, Error> {
+        let all = self.store.policies(&context.principal().tenant).await?;
+        let found = all.into_iter().find(|policy| policy.name == name);
+        found.ok_or_else(|| MemoryError::NoPolicy(name.to_owned()).into())
+    }
+
+    /// Policies of the tenant by name, after one of them; true when there are more.
+    ///
+    /// # Errors
+    /// When the store fails.
+    pub async fn policies(
+        &self,
+        context: &RequestContext,
+        after: &str,
+        limit: usize,
+    ) -> Result<(Vec<Policy>, bool), Error> {
+        let mut all = self.store.policies(&context.principal().tenant).await?;
+        all.retain(|policy| policy.name.as_str() > after);
+        let more = all.len() > limit;
+        all.truncate(limit);
+        Ok((all, more))
+    }
+
+    /// Deletes a policy.
+    ///
+    /// # Errors
+    /// NOT_FOUND, or ABORTED when the etag does not fit.
+    pub async fn delete_policy(&self, context: &RequestContext, name: &str, etag: Option<String>) -> Result<(), Error> {
+        let policy = self.policy(context, name).await?;
+        context.principal().may_change(&policy.scope)?;
+        self.store.delete_policy(&self.writer(context), name, etag).await?;
+        self.committed.send_replace(());
+        Ok(())
+    }
+
+    /// The rules in force in a layer of a scope.
+    ///
+    /// # Errors
+    /// SCOPE_DENIED, or when the store fails.
+    pub async fn effective_policy(
+        &self,
+        context: &RequestContext,
+        scope: &Scope,
+        layer: Option<Layer>,
+    ) -> Result<Effective, Error> {
+        let scope = context.principal().stand_in(scope)?;
+        let layer = layer.or_else(|| scope.layer()).unwrap_or(Layer::Company);
+        let all = self.store.policies(&context.principal().tenant).await?;
+        Ok(Effective::of(&all, &scope, layer))
+    }
+
+    /// Removes for good what was deleted longer ago than the rules keep it; how many memories.
+    pub(super) async fn forget(&self) -> Result<usize, MemoryError> {
+        let now = self.clock.now();
+        let mut count = 0;
+        for (tenant, scopes) in self.store.governed().await? {
+            let law = self.law(&tenant).await?;
+            for (key, scope) in scopes {
+                let Some(kept) = law.effective(&scope).rules.deleted_retention else {
+                    continue;
+                };
+                let Some(before) = Timestamp::from_micros(now.micros().saturating_sub(kept)) else {
+                    continue;
+                };
+                while self.store.purge_deleted(key, before, now, PURGED).await? == PURGED {
+                    count += PURGED;
+                }
+            }
+        }
+        Ok(count)
+    }
+}

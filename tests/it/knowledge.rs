@@ -1,0 +1,385 @@
+//! Documents by path with their versions, and rules per scope that hold where memories are written.
+
+use std::time::Duration;
+
+use aeterna_auth::Role;
+use aeterna_proto::common::v1::Scope;
+use aeterna_proto::memory::v1::knowledge_service_client::KnowledgeServiceClient;
+use aeterna_proto::memory::v1::memory_service_client::MemoryServiceClient;
+use aeterna_proto::memory::v1::policy_service_client::PolicyServiceClient;
+use aeterna_proto::memory::v1::{
+    AddRequest, ChangeKind, DeleteDocumentRequest, DeletePolicyRequest, DeleteRequest, DiffDocumentRequest, Document,
+    GetDocumentRequest, GetEffectivePolicyRequest, GetRequest, ListDocumentVersionsRequest, ListDocumentsRequest,
+    ListPoliciesRequest, Memory, Policy, PolicyRules, PutDocumentRequest, PutPolicyRequest, RestoreDocumentRequest,
+    WatchRequest, WriterRule,
+};
+use aeterna_testkit::{NEVER, SECRET, bearing, refusal, token};
+use tonic::Code;
+
+use crate::sandbox::Sandbox;
+
+fn team(name: &str) -> Option<Scope> {
+    Some(Scope {
+        team: name.into(),
+        ..Default::default()
+    })
+}
+
+fn put(team_name: &str, path: &str, content: &str) -> PutDocumentRequest {
+    PutDocumentRequest {
+        document: Some(Document {
+            scope: team(team_name),
+            path: path.into(),
+            content: content.into(),
+            ..Default::default()
+        }),
+        request_id: String::new(),
+    }
+}
+
+#[tokio::test]
+async fn a_document_has_versions_that_can_be_compared_and_brought_back() {
+    let sandbox = Sandbox::start(&[]).await;
+    for (way, channel) in sandbox.ways() {
+        let mut client = KnowledgeServiceClient::new(channel.clone());
+        let mut memories = MemoryServiceClient::new(channel);
+        let watch = WatchRequest {
+            documents: true,
+            ..Default::default()
+        };
+        let mut events = memories.watch(watch).await.unwrap().into_inner();
+        let path = "runbooks/failover.md";
+        let first = client
+            .put_document(put(way, path, "one\ntwo\nthree\n"))
+            .await
+            .unwrap()
+            .into_inner();
+        let first = first.document.unwrap();
+        assert_eq!(
+            (first.version, first.media_type.as_str()),
+            (1, "text/markdown"),
+            "{way}"
+        );
+        let mut again = put(way, path, "one\n2\nthree\nfour\n");
+        again.document.as_mut().unwrap().etag = first.etag.clone();
+        again.request_id = format!("edit-{way}");
+        let second = client.put_document(again.clone()).await.unwrap().into_inner();
+        // The same request answers the same, and an old etag is refused.
+        let repeated = client.put_document(again.clone()).await.unwrap().into_inner();
+        assert_eq!(repeated, second, "{way}");
+        again.request_id.clear();
+        let status = client.put_document(again).await.unwrap_err();
+        assert_eq!(
+            (status.code(), refusal(&status).0.as_str()),
+            (Code::Aborted, "ETAG_MISMATCH"),
+            "{way}"
+        );
+
+        let diff = DiffDocumentRequest {
+            scope: team(way),
+            path: path.into(),
+            from_version: 1,
+            to_version: 0,
+        };
+        let diff = client.diff_document(diff).await.unwrap().into_inner();
+        assert_eq!(
+            (diff.added_lines, diff.removed_lines),
+            (2, 1),
+            "{way}: {}",
+            diff.unified_diff
+        );
+        assert!(
+            diff.unified_diff.contains("-two\n+2\n three\n+four\n"),
+            "{way}: {}",
+            diff.unified_diff
+        );
+
+        let restore = RestoreDocumentRequest {
+            scope: team(way),
+            path: path.into(),
+            version: 1,
+            request_id: String::new(),
+        };
+        let restored = client
+            .restore_document(restore.clone())
+            .await
+            .unwrap()
+            .into_inner()
+            .document
+            .unwrap();
+        assert_eq!(
+            (restored.version, restored.content.as_str()),
+            (3, "one\ntwo\nthree\n"),
+            "{way}"
+        );
+        let delete = DeleteDocumentRequest {
+            scope: team(way),
+            path: path.into(),
+            ..Default::default()
+        };
+        client.delete_document(delete).await.unwrap();
+        let get = |version: i64| GetDocumentRequest {
+            scope: team(way),
+            path: path.into(),
+            version,
+            ..Default::default()
+        };
+        assert_eq!(
+            client.get_document(get(0)).await.unwrap_err().code(),
+            Code::NotFound,
+            "{way}"
+        );
+        let old = client
+            .get_document(get(2))
+            .await
+            .unwrap()
+            .into_inner()
+            .document
+            .unwrap();
+        assert_eq!(old.content, "one\n2\nthree\nfour\n", "{way}");
+        let versions = ListDocumentVersionsRequest {
+            scope: team(way),
+            path: path.into(),
+            page_size: 3,
+            page_token: String::new(),
+        };
+        let page = client
+            .list_document_versions(versions.clone())
+            .await
+            .unwrap()
+            .into_inner();
+        let rest = ListDocumentVersionsRequest {
+            page_token: page.next_page_token,
+            ..versions
+        };
+        let rest = client.list_document_versions(rest).await.unwrap().into_inner();
+        let numbers: Vec<i64> = page
+            .documents
+            .iter()
+            .chain(&rest.documents)
+            .map(|one| one.version)
+            .collect();
+        assert_eq!(numbers, [4, 3, 2, 1], "{way}");
+        assert!(rest.next_page_token.is_empty(), "{way}");
+        let restored = client
+            .restore_document(restore)
+            .await
+            .unwrap()
+            .into_inner()
+            .document
+            .unwrap();
+        assert_eq!((restored.version, restored.deleted_at), (5, None), "{way}");
+
+        // Listed by path, below a prefix, over pages.
+        for path in ["runbooks/a.md", "runbooks-old/a.md", "notes.md", "runbooks/z/deep.md"] {
+            client.put_document(put(way, path, "text")).await.unwrap();
+        }
+        let mut list = ListDocumentsRequest {
+            scope: team(way),
+            path_prefix: "runbooks/".into(),
+            page_size: 2,
+            ..Default::default()
+        };
+        let mut paths = Vec::new();
+        loop {
+            let page = client.list_documents(list.clone()).await.unwrap().into_inner();
+            paths.extend(page.documents.into_iter().map(|one| (one.path, one.content)));
+            list.page_token = page.next_page_token;
+            if list.page_token.is_empty() {
+                break;
+            }
+        }
+        let wanted = ["runbooks/a.md", "runbooks/failover.md", "runbooks/z/deep.md"];
+        assert_eq!(paths, wanted.map(|path| (path.to_owned(), String::new())), "{way}");
+
+        // And whoever watches documents is told, in order.
+        let mut told = Vec::new();
+        while told.len() < 5 {
+            let event = tokio::time::timeout(Duration::from_secs(10), events.message()).await;
+            let event = event.expect("an event comes").unwrap().unwrap();
+            told.extend(event.document.as_ref().map(|document| (event.kind(), document.version)));
+        }
+        let wanted = [
+            (ChangeKind::Added, 1),
+            (ChangeKind::Updated, 2),
+            (ChangeKind::Updated, 3),
+            (ChangeKind::Deleted, 4),
+            (ChangeKind::Updated, 5),
+        ];
+        assert_eq!(told, wanted, "{way}");
+        for path in ["", "/a", "a//b", "../a", "a/"] {
+            let status = client.put_document(put(way, path, "x")).await.unwrap_err();
+            assert_eq!(refusal(&status).1, ["document.path"], "{way}: {path}");
+        }
+    }
+    sandbox.stop().await;
+}
+
+fn policy(name: &str, scope: Option<Scope>, rules: PolicyRules) -> PutPolicyRequest {
+    PutPolicyRequest {
+        policy: Some(Policy {
+            name: name.into(),
+            scope,
+            rules: Some(rules),
+            ..Default::default()
+        }),
+        request_id: String::new(),
+    }
+}
+
+fn add(team_name: &str, content: &str) -> AddRequest {
+    AddRequest {
+        memory: Some(Memory {
+            scope: team(team_name),
+            content: content.into(),
+            ..Default::default()
+        }),
+        request_id: String::new(),
+    }
+}
+
+#[tokio::test]
+async fn policies_hold_where_memories_are_written_and_kept() {
+    let sandbox = Sandbox::start(&[("auth.hs256_secret", SECRET)]).await;
+    for (way, channel) in sandbox.ways() {
+        let admin = token(way, Role::Admin, &[], NEVER);
+        let writer = token(way, Role::Writer, &[], NEVER);
+        let mut policies = PolicyServiceClient::new(channel.clone());
+        let mut memories = MemoryServiceClient::new(channel.clone());
+        let mut documents = KnowledgeServiceClient::new(channel);
+        let rules = PolicyRules {
+            max_content_bytes: Some(20),
+            max_memories: Some(2),
+            time_to_live: Some(prost_types::Duration {
+                seconds: 3600,
+                nanos: 0,
+            }),
+            ..Default::default()
+        };
+        let small = policy("small", team("core"), rules);
+        let status = policies.put_policy(bearing(small.clone(), &writer)).await.unwrap_err();
+        assert_eq!(refusal(&status).0, "PERMISSION_DENIED", "{way}: rules are an admin's");
+        policies.put_policy(bearing(small, &admin)).await.unwrap();
+
+        let status = memories
+            .add(bearing(add("core", &"x".repeat(21)), &writer))
+            .await
+            .unwrap_err();
+        assert_eq!(refusal(&status).0, "POLICY_DENIED", "{way}");
+        assert!(
+            status.message().contains("`small`") && status.message().contains("20"),
+            "{status:?}"
+        );
+        let kept = memories
+            .add(bearing(add("core", "a note"), &writer))
+            .await
+            .unwrap()
+            .into_inner();
+        let kept = kept.memory.unwrap();
+        assert!(kept.expires_at.is_some(), "{way}: it lives an hour");
+        memories.add(bearing(add("core", "another"), &writer)).await.unwrap();
+        let status = memories
+            .add(bearing(add("core", "a third"), &writer))
+            .await
+            .unwrap_err();
+        assert!(status.message().contains("max_memories"), "{way}: {status:?}");
+        memories
+            .add(bearing(add("ops", &"x".repeat(99)), &writer))
+            .await
+            .unwrap();
+
+        let closed = PolicyRules {
+            writers: WriterRule::Admins.into(),
+            ..Default::default()
+        };
+        policies
+            .put_policy(bearing(policy("closed", None, closed), &admin))
+            .await
+            .unwrap();
+        let delete = DeleteRequest {
+            id: kept.id.clone(),
+            ..Default::default()
+        };
+        for status in [
+            memories.add(bearing(add("ops", "no"), &writer)).await.unwrap_err(),
+            memories.delete(bearing(delete.clone(), &writer)).await.unwrap_err(),
+            documents
+                .put_document(bearing(put("ops", "a.md", "no"), &writer))
+                .await
+                .unwrap_err(),
+        ] {
+            assert_eq!(refusal(&status).0, "POLICY_DENIED", "{way}: {status:?}");
+        }
+        memories.add(bearing(add("ops", "an admin's"), &admin)).await.unwrap();
+
+        let asked = GetEffectivePolicyRequest {
+            scope: team("core"),
+            layer: 0,
+        };
+        let rules = policies
+            .get_effective_policy(bearing(asked, &writer))
+            .await
+            .unwrap()
+            .into_inner();
+        assert_eq!(rules.origins["writers"], "closed", "{way}");
+        assert_eq!(rules.origins["max_memories"], "small", "{way}");
+        assert_eq!(rules.rules.unwrap().max_memories, Some(2), "{way}");
+
+        // What is deleted is kept as long as the rules say, and then removed for good.
+        let brief = PolicyRules {
+            deleted_retention: Some(prost_types::Duration {
+                seconds: 0,
+                nanos: 1_000_000,
+            }),
+            ..Default::default()
+        };
+        policies
+            .put_policy(bearing(policy("brief", team("core"), brief), &admin))
+            .await
+            .unwrap();
+        memories.delete(bearing(delete, &admin)).await.unwrap();
+        let get = GetRequest {
+            id: kept.id.clone(),
+            show_deleted: true,
+            ..Default::default()
+        };
+        let mut left = 300;
+        while memories.get(bearing(get.clone(), &admin)).await.is_ok() {
+            left -= 1;
+            assert!(left > 0, "{way}: it is kept although its time is over");
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        let list = ListPoliciesRequest {
+            page_size: 2,
+            ..Default::default()
+        };
+        let page = policies
+            .list_policies(bearing(list.clone(), &writer))
+            .await
+            .unwrap()
+            .into_inner();
+        let rest = ListPoliciesRequest {
+            page_token: page.next_page_token,
+            ..list
+        };
+        let rest = policies
+            .list_policies(bearing(rest, &writer))
+            .await
+            .unwrap()
+            .into_inner();
+        let names: Vec<_> = page
+            .policies
+            .iter()
+            .chain(&rest.policies)
+            .map(|one| one.name.as_str())
+            .collect();
+        assert_eq!(names, ["brief", "closed", "small"], "{way}");
+        let gone = DeletePolicyRequest {
+            name: "closed".into(),
+            ..Default::default()
+        };
+        policies.delete_policy(bearing(gone, &admin)).await.unwrap();
+        memories.add(bearing(add("ops", "open again"), &writer)).await.unwrap();
+    }
+    sandbox.stop().await;
+}
