@@ -16,4 +16,5 @@ mod sandbox;
 mod tenants;
 mod tidy;
 mod traces;
+mod transfer;
 mod watch;

@@ -211,17 +211,11 @@ async fn confidence_variety_and_near_duplicates() {
             scope: user(way),
             query: "when does the harbour open in the morning?".into(),
             top_k,
+            mode: 3,
             weights: Some(weights),
             explain: true,
             ..Default::default()
         };
-        let plain = client
-            .search(query(SearchWeights::default(), 3))
-            .await
-            .unwrap()
-            .into_inner()
-            .results;
-        assert_eq!(plain[0].memory.as_ref().unwrap().id, old.id, "{way}");
         let trusting = SearchWeights {
             confidence: Some(1.0),
             ..Default::default()

@@ -91,6 +91,7 @@ pub fn item_error(error: &Error) -> ItemError {
         reason: error.reason.into(),
         message: error.message.clone(),
         violations: error.violations.iter().map(violation).collect(),
+        index: 0,
     }
 }
 

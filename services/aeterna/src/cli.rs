@@ -3,6 +3,7 @@
 mod client;
 mod config;
 mod delete;
+mod export;
 mod get;
 mod history;
 mod import;
@@ -56,6 +57,8 @@ enum Verb {
     Watch(watch::Args),
     /// Count what there is
     Stats(stats::Args),
+    /// Write memories to a file that `import` takes
+    Export(export::Args),
     /// Take in a file of memories or conversations; run it again to continue where it stopped
     Import(import::Args),
     /// Embedding models: list the server's, or install one
@@ -126,6 +129,7 @@ async fn dispatch(verb: Verb, matches: &ArgMatches) -> anyhow::Result<ExitCode> 
         Verb::History(args) => history::run(args).await?,
         Verb::Watch(args) => watch::run(args).await?,
         Verb::Stats(args) => stats::run(args).await?,
+        Verb::Export(args) => export::run(args).await?,
         Verb::Import(args) => return import::run(args).await,
         Verb::Models(models::Verb::List(args)) => models::list(args).await?,
         Verb::Models(models::Verb::Fetch(args)) => models::fetch(&args, &sources(matches))?,

@@ -1,7 +1,8 @@
-//! Files that can be imported: JSON lines of memories, and LoCoMo-form conversations.
+//! Files that can be imported: exports, JSON lines of memories, dumps of mem0, and LoCoMo-form conversations.
 
 mod jsonl;
 mod locomo;
+mod mem0;
 
 use std::path::Path;
 
@@ -9,15 +10,20 @@ use aeterna_proto::common::v1::Scope;
 use aeterna_proto::memory::v1::Memory;
 use anyhow::Context as _;
 
+pub use jsonl::Lines;
 pub use locomo::{Conversation, Question, conversations};
 
 /// How a file is laid out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum Format {
-    /// By its first character: `[` begins conversations, anything else JSON lines.
+    /// By what it begins with.
     Auto,
+    /// What `aeterna export` has written.
+    Export,
     /// One memory a line, as JSON: `{"content": "…", "scope": {"user": "ann"}, "tags": ["…"]}`.
     Jsonl,
+    /// What mem0 answers or dumps: `{"results": [{"memory": "…", "user_id": "ann"}]}`, the list alone, or one a line.
+    Mem0,
     /// A JSON list of conversations with `session_1`, `session_1_date_time`, … (LoCoMo).
     Locomo,
 }
@@ -53,19 +59,40 @@ pub fn open(path: &Path, format: Format, scope: Option<&Scope>) -> anyhow::Resul
     };
     let source = match format {
         Format::Locomo => locomo::source(path, scope),
-        Format::Auto | Format::Jsonl => jsonl::source(path, scope),
+        Format::Mem0 => mem0::source(path, scope),
+        Format::Auto | Format::Export | Format::Jsonl => jsonl::source(path, scope),
     };
     source.with_context(context)
 }
 
-fn guess(path: &Path) -> anyhow::Result<Format> {
+/// What a file is, by its beginning.
+///
+/// # Errors
+/// When it can't be read.
+pub fn guess(path: &Path) -> anyhow::Result<Format> {
     use std::io::Read as _;
     let mut head = Vec::new();
-    std::fs::File::open(path)?.take(64).read_to_end(&mut head)?;
-    let first = head.iter().find(|byte| !byte.is_ascii_whitespace());
-    Ok(if first == Some(&b'[') {
-        Format::Locomo
-    } else {
-        Format::Jsonl
-    })
+    std::fs::File::open(path)?.take(1 << 20).read_to_end(&mut head)?;
+    let head = head.trim_ascii_start();
+    let line = head.split(|byte| *byte == b'\n').next().unwrap_or_default();
+    let parsed = serde_json::from_slice::<serde_json::Value>(line).unwrap_or_default();
+    let text = |key: &str| parsed.get(key).is_some_and(serde_json::Value::is_string);
+    let has = |words: &[&str]| {
+        words
+            .iter()
+            .any(|word| head.windows(word.len()).any(|part| part == word.as_bytes()))
+    };
+    Ok(
+        if parsed.get("memory").is_some_and(serde_json::Value::is_object) || parsed.get("summary").is_some() {
+            Format::Export
+        } else if text("memory")
+            || (has(&["\"memory\":"]) && !head.starts_with(b"{\"content\"") && has(&["\"user_id\"", "\"results\""]))
+        {
+            Format::Mem0
+        } else if head.first() == Some(&b'[') {
+            Format::Locomo
+        } else {
+            Format::Jsonl
+        },
+    )
 }

@@ -15,10 +15,21 @@ pub static POOL: LazyLock<DescriptorPool> = LazyLock::new(|| {
 /// # Errors
 /// When there is no message of that name.
 pub fn to_json(name: &str, message: &impl Message) -> anyhow::Result<String> {
+    formatted(name, message, serde_json::ser::PrettyFormatter::new())
+}
+
+/// A message as JSON in one line; `name` is its full name.
+///
+/// # Errors
+/// When there is no message of that name.
+pub fn to_line(name: &str, message: &impl Message) -> anyhow::Result<String> {
+    formatted(name, message, serde_json::ser::CompactFormatter)
+}
+
+fn formatted(name: &str, message: &impl Message, formatter: impl serde_json::ser::Formatter) -> anyhow::Result<String> {
     let mut dynamic = empty(name)?;
     dynamic.merge(message.encode_to_vec().as_slice())?;
     let mut out = Vec::new();
-    let formatter = serde_json::ser::PrettyFormatter::new();
     let mut serializer = serde_json::Serializer::with_formatter(&mut out, formatter);
     dynamic.serialize_with_options(&mut serializer, &SerializeOptions::new())?;
     Ok(String::from_utf8(out)?)

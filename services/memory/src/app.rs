@@ -10,6 +10,7 @@ mod list;
 mod policy;
 mod search;
 mod stats;
+mod transfer;
 mod update;
 mod watch;
 
@@ -34,6 +35,7 @@ pub use list::{ListQuery, Page};
 pub use policy::NewPolicy;
 pub use search::{Arms, Breakdown, Found, Fusion, SearchQuery, SearchStats, Weights};
 pub use stats::Stats;
+pub use transfer::{ExportQuery, Item, Taken, chain};
 pub use update::{FIELDS, Patch};
 pub use watch::{News, RING, WatchQuery};
 

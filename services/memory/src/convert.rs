@@ -4,6 +4,7 @@ mod change;
 mod knowledge;
 mod policy;
 mod search;
+mod transfer;
 mod value;
 
 use aeterna_error::{Error, Reason, Violations};
@@ -27,6 +28,7 @@ pub use policy::{
     put_policy_request,
 };
 pub use search::{search_request, search_response};
+pub use transfer::{export_request, import_id, import_items, import_response, sent};
 
 use crate::app::{Added, GetQuery, ListQuery, NewMemory, Page, Patch};
 use crate::domain::{Body, DEFAULT_IMPORTANCE, Idempotency, Memory, Outcome, Sequence, Source};
@@ -61,16 +63,16 @@ pub(super) fn scope(violations: &mut Violations, field: &str, message: Option<co
     Some(scope)
 }
 
-pub(super) fn layers(violations: &mut Violations, numbers: &[i32]) -> Vec<Layer> {
+pub(super) fn layers(violations: &mut Violations, field: &str, numbers: &[i32]) -> Vec<Layer> {
     let mut layers = Vec::new();
     for (index, number) in numbers.iter().take(64).enumerate() {
         match Layer::from_number(*number) {
             Some(layer) => layers.push(layer),
-            None => violations.add(&format!("layers[{index}]"), format!("is {number}, which is no layer")),
+            None => violations.add(&format!("{field}[{index}]"), format!("is {number}, which is no layer")),
         }
     }
     if numbers.len() > 64 {
-        violations.add("layers", "has more than 64 items; there are 7 layers");
+        violations.add(field, "has more than 64 items; there are 7 layers");
     }
     layers
 }
@@ -421,7 +423,7 @@ pub fn list_request(
     check_token(&mut violations, &consistency_token);
     let limit = page_limit(&mut violations, page_size);
     let scope = scope(&mut violations, "scope", request.scope);
-    let layers = layers(&mut violations, &request.layers);
+    let layers = layers(&mut violations, "layers", &request.layers);
     let filter = filter(&mut violations, &request.filter);
     let as_of = past(&mut violations, request.as_of, now);
     violations.into_result()?;

@@ -9,8 +9,9 @@ use aeterna_error::{Error, Reason, item_error};
 use aeterna_proto::memory::v1 as wire;
 use aeterna_proto::memory::v1::memory_service_server::MemoryService;
 use aeterna_rpc::RequestContext;
+use futures::StreamExt as _;
 use tonic::codegen::BoxStream;
-use tonic::{Request, Response, Status};
+use tonic::{Request, Response, Status, Streaming};
 
 use crate::app::App;
 use crate::convert;
@@ -112,6 +113,45 @@ impl MemoryService for Memories {
             })
         });
         Ok(Response::new(Box::pin(news)))
+    }
+
+    async fn export(&self, request: Request<wire::ExportRequest>) -> Answer<BoxStream<wire::ExportResponse>> {
+        let context = RequestContext::of(&request)?;
+        let tenant = &context.principal().tenant;
+        let (query, exporting) = convert::export_request(request.into_inner(), tenant, self.0.page_bytes())?;
+        let export = self.0.export(&context, query).await?;
+        // Ended is an export that has told its summary or its error.
+        let chunks = futures::stream::unfold(Some((export, exporting)), async |under_way| {
+            let (mut export, mut exporting) = under_way?;
+            Some(match export.next().await {
+                Ok(page) if page.is_empty() => (vec![Ok(exporting.end())], None),
+                Ok(page) => {
+                    let chunks = exporting.chunks(page).into_iter().map(Ok).collect();
+                    (chunks, Some((export, exporting)))
+                }
+                Err(error) => (vec![Err(error.into())], None),
+            })
+        });
+        Ok(Response::new(Box::pin(chunks.flat_map(futures::stream::iter))))
+    }
+
+    async fn import(&self, request: Request<Streaming<wire::ImportRequest>>) -> Answer<wire::ImportResponse> {
+        let context = RequestContext::of(&request)?;
+        let mut chunks = request.into_inner();
+        let (mut import, mut sent) = (None, None);
+        while let Some(chunk) = chunks.message().await? {
+            let under_way = match import.take() {
+                Some(under_way) => under_way,
+                None => self.0.import(&context, convert::import_id(&chunk.import_id)?).await?,
+            };
+            let under_way = import.insert(under_way);
+            under_way
+                .take(convert::import_items(chunk.memories, self.0.clock.now())?)
+                .await?;
+            sent = convert::sent(chunk.summary)?.or(sent);
+        }
+        let import = import.ok_or_else(|| convert::import_id("").err().unwrap_or_else(|| Error::internal("no id")))?;
+        Ok(Response::new(convert::import_response(import.finish(sent).await?)))
     }
 
     async fn stats(&self, request: Request<wire::StatsRequest>) -> Answer<wire::StatsResponse> {

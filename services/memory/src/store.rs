@@ -8,7 +8,7 @@ pub mod sqlite;
 
 use std::collections::HashSet;
 
-use aeterna_types::{Layer, MemoryId, Scope, TenantId, Timestamp};
+use aeterna_types::{Layer, MemoryId, RequestId, Scope, TenantId, Timestamp};
 use async_trait::async_trait;
 
 use crate::domain::{
@@ -291,6 +291,22 @@ pub trait Relational: Policies + Documents {
     /// were stored.
     async fn put_codes(&self, model: &str, codes: &[(Key, i64, Code)], now: Timestamp) -> Result<usize, MemoryError>;
 
+    /// Memories with all that belongs to them, in the order in which they were stored.
+    async fn export(&self, page: &ExportPage) -> Result<Vec<Exported>, MemoryError>;
+
+    /// Takes memories in as they were and remembers the progress, to which it adds what was new and what was there, in one
+    /// transaction; an item that is refused does not touch the others.
+    async fn import(
+        &self,
+        writer: &Writer,
+        id: &RequestId,
+        items: Vec<Imported>,
+        progress: Progress,
+    ) -> Result<(Imports, Progress), MemoryError>;
+
+    /// How far the writer's import of that id has come.
+    async fn import_progress(&self, writer: &Writer, id: &RequestId) -> Result<Option<Progress>, MemoryError>;
+
     /// Memories of the scopes that have expired and are not reaped yet.
     async fn expired(&self, scopes: &[ScopeKey], now: Timestamp) -> Result<Vec<Key>, MemoryError>;
 
@@ -303,6 +319,69 @@ pub trait Relational: Policies + Documents {
     /// Closes the store.
     async fn close(&self);
 }
+
+/// Which memories an export reads.
+#[derive(Clone, Debug)]
+pub struct ExportPage {
+    /// The scopes that are visible.
+    pub scopes: Vec<ScopeKey>,
+    /// Only those that satisfy it.
+    pub filter: Option<Filter>,
+    /// After this one, in the order in which they were stored.
+    pub after: Key,
+    /// At most so many.
+    pub limit: usize,
+    /// Also deleted ones, and the versions of all.
+    pub history: bool,
+    /// Also vectors.
+    pub vectors: bool,
+    /// The time of the call.
+    pub now: Timestamp,
+}
+
+/// A memory with all that belongs to it.
+#[derive(Clone, Debug)]
+pub struct Exported {
+    /// Its number.
+    pub key: Key,
+    /// The memory.
+    pub memory: Memory,
+    /// Its versions, oldest first.
+    pub versions: Vec<Version>,
+    /// Its vectors.
+    pub vectors: Vec<StoredVector>,
+}
+
+/// A memory to take in as it was.
+#[derive(Clone, Debug)]
+pub struct Imported {
+    /// The memory; it gets a new id when it has none of its own, or another tenant has a memory of that id.
+    pub memory: Memory,
+    /// It brings its own id.
+    pub named: bool,
+    /// Its versions, oldest first; none: it begins anew.
+    pub versions: Vec<Version>,
+    /// Its vector.
+    pub vector: Option<StoredVector>,
+    /// Only while its scope holds fewer memories, by the policy of that name.
+    pub most: Option<(i64, String)>,
+}
+
+/// How far an import has come.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Progress {
+    /// Items of the stream that are done with.
+    pub items: i64,
+    /// Digest of the stream so far.
+    pub digest: [u8; 32],
+    /// Memories that were new.
+    pub created: i64,
+    /// Memories that were there.
+    pub merged: i64,
+}
+
+/// What became of the items of an import, each with its place in the outbox.
+pub type Imports = Vec<Result<(domain::Outcome, Sequence), MemoryError>>;
 
 /// Where rules are kept.
 #[async_trait]

@@ -3,7 +3,7 @@
 use aeterna_proto::memory::v1::GetRequest;
 
 use super::client::Answered;
-use super::output;
+use super::{output, scope};
 use crate::json;
 
 /// What `get` takes.
@@ -14,6 +14,9 @@ pub struct Args {
     /// Also show it when it is deleted or expired
     #[arg(long)]
     deleted: bool,
+    /// As it was at that time: `2023-05-08T13:56:00Z` or `2023-05-08`
+    #[arg(long, value_name = "TIME", value_parser = scope::parse_time)]
+    as_of: Option<prost_types::Timestamp>,
     #[command(flatten)]
     answered: Answered,
 }
@@ -23,6 +26,7 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
     let request = GetRequest {
         id: args.id,
         show_deleted: args.deleted,
+        as_of: args.as_of,
         ..Default::default()
     };
     let answer = client.memory().get(client.request(request)).await?.into_inner();

@@ -1,5 +1,7 @@
 //! `aeterna import`.
 
+mod exported;
+
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -8,13 +10,14 @@ use aeterna_proto::common::v1::Scope;
 use aeterna_proto::errors::v1::ItemError;
 use aeterna_proto::memory::v1::batch_add_result::Result as ItemResult;
 use aeterna_proto::memory::v1::{AddOutcome, AddRequest, BatchAddRequest, BatchAddResponse};
+use anyhow::Context as _;
 use indicatif::{ProgressBar, ProgressStyle};
 use prost::Message as _;
 use tonic::Code;
 
 use super::client::{Client, Remote};
 use super::{output, scope};
-use crate::import::{Format, Item, open};
+use crate::import::{Format, Item, guess, open};
 
 /// Memories in one call at most.
 const BATCH_ITEMS: usize = 100;
@@ -30,7 +33,7 @@ const SHOWN: u64 = 20;
 /// What `import` takes.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// The file: one memory a line as JSON, or LoCoMo-form conversations
+    /// The file: what `export` wrote, one memory a line as JSON, a dump of mem0, or LoCoMo-form conversations
     file: PathBuf,
     /// How the file is laid out
     #[arg(long, value_enum, default_value = "auto")]
@@ -52,7 +55,14 @@ struct Tally {
 
 pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
     let client = args.remote.client()?;
-    let source = open(&args.file, args.format, args.scope.as_ref())?;
+    let format = match args.format {
+        Format::Auto => guess(&args.file).with_context(|| format!("read `{}`", args.file.display()))?,
+        format => format,
+    };
+    if format == Format::Export {
+        return exported::run(&client, &args.file).await;
+    }
+    let source = open(&args.file, format, args.scope.as_ref())?;
     let bar = ProgressBar::new(source.total);
     bar.set_style(ProgressStyle::with_template(
         "{bar:40} {percent:>3} %  {msg}  {elapsed}, {eta} to go",

@@ -3,8 +3,8 @@
 use aeterna_proto::memory::v1::{ListRequest, ListResponse};
 
 use super::client::Answered;
-use super::output;
 use super::scope::Standing;
+use super::{output, scope};
 use crate::json;
 
 /// What `list` takes.
@@ -21,6 +21,9 @@ pub struct Args {
     /// Also show deleted and expired ones
     #[arg(long)]
     deleted: bool,
+    /// As it was at that time: `2023-05-08T13:56:00Z` or `2023-05-08`
+    #[arg(long, value_name = "TIME", value_parser = scope::parse_time)]
+    as_of: Option<prost_types::Timestamp>,
     #[command(flatten)]
     answered: Answered,
 }
@@ -36,6 +39,7 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
             page_size: i32::try_from(missing.clamp(1, 1000))?,
             page_token: std::mem::take(&mut all.next_page_token),
             show_deleted: args.deleted,
+            as_of: args.as_of,
             ..Default::default()
         };
         let page = client.memory().list(client.request(request)).await?.into_inner();

@@ -1,10 +1,10 @@
 //! `aeterna search`.
 
-use aeterna_proto::memory::v1::{Fusion, ScoreBreakdown, SearchMode, SearchRequest, SearchResponse};
+use aeterna_proto::memory::v1::{Fusion, ScoreBreakdown, SearchMode, SearchRequest, SearchResponse, SearchWeights};
 
 use super::client::Answered;
-use super::output;
 use super::scope::Standing;
+use super::{output, scope};
 use crate::json;
 
 /// Which arms a search uses.
@@ -49,6 +49,15 @@ pub struct Args {
     /// Leave out results with a lower score
     #[arg(long)]
     threshold: Option<f64>,
+    /// Search what was current and true at that time: `2023-05-08T13:56:00Z` or `2023-05-08`
+    #[arg(long, value_name = "TIME", value_parser = scope::parse_time)]
+    as_of: Option<prost_types::Timestamp>,
+    /// Have the cross-encoder read the best results (`embedding.reranker_dir`)
+    #[arg(long)]
+    rerank: bool,
+    /// Variety: 1 is relevance alone, less puts what says the same again further down
+    #[arg(long, value_name = "0..1")]
+    mmr: Option<f64>,
     /// Show how each score came about
     #[arg(long)]
     explain: bool,
@@ -75,6 +84,12 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
         mode: mode.into(),
         fusion: fusion.into(),
         threshold: args.threshold,
+        as_of: args.as_of,
+        rerank: args.rerank,
+        weights: args.mmr.map(|lambda| SearchWeights {
+            mmr_lambda: Some(lambda),
+            ..Default::default()
+        }),
         explain: args.explain,
         ..Default::default()
     };

@@ -88,5 +88,8 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
     };
     let memory = answer.memory.unwrap_or_default();
     output::line(format!("{outcome}: {} in {}", memory.id, output::place(&memory)));
+    for near in &answer.near_duplicates {
+        output::note(format!("says nearly the same: {} ({:.2})", near.id, near.similarity));
+    }
     Ok(())
 }

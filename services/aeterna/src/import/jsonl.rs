@@ -17,11 +17,7 @@ pub fn source(path: &Path, scope: Option<&Scope>) -> anyhow::Result<Source> {
     let file = File::open(path)?;
     let total = file.metadata()?.len();
     let scope = scope.cloned();
-    let lines = Lines {
-        reader: BufReader::new(file),
-        number: 0,
-    };
-    let items = lines.filter_map(move |line| match line {
+    let items = Lines::of(file).filter_map(move |line| match line {
         Ok((_, text)) if text.trim_ascii().is_empty() => None,
         Ok((number, text)) => Some(Ok(Item {
             place: format!("line {number}"),
@@ -49,9 +45,19 @@ fn memory(line: &[u8], scope: Option<&Scope>) -> Result<Memory, String> {
 }
 
 /// Lines with their numbers, from 1; of one that is too long only the beginning is kept.
-struct Lines {
+pub struct Lines {
     reader: BufReader<File>,
     number: u64,
+}
+
+impl Lines {
+    /// The lines of a file.
+    pub fn of(file: File) -> Self {
+        Self {
+            reader: BufReader::new(file),
+            number: 0,
+        }
+    }
 }
 
 impl Iterator for Lines {

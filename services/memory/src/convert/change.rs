@@ -123,7 +123,8 @@ fn kind(kind: Kind) -> i32 {
     kind.into()
 }
 
-fn version(version: Version) -> wire::MemoryVersion {
+/// One version.
+pub fn version(version: Version) -> wire::MemoryVersion {
     wire::MemoryVersion {
         memory: Some(memory(version.memory)),
         kind: kind(version.kind),
@@ -165,7 +166,7 @@ pub fn stats_response(stats: Stats) -> wire::StatsResponse {
 pub fn watch_request(request: wire::WatchRequest) -> Result<WatchQuery, Error> {
     let mut violations = Violations::default();
     let scope = scope(&mut violations, "scope", request.scope);
-    let layers = layers(&mut violations, &request.layers);
+    let layers = layers(&mut violations, "layers", &request.layers);
     let filter = filter(&mut violations, &request.filter);
     let after = sequence(&request.resume_token);
     if after.is_none() && !request.resume_token.is_empty() {

@@ -44,12 +44,13 @@ fn rules(violations: &mut Violations, message: wire::PolicyRules) -> Rules {
             None
         }
     };
-    for (field, limit) in [
-        ("max_content_bytes", message.max_content_bytes),
-        ("max_memories", message.max_memories),
-    ] {
-        if limit.is_some_and(|limit| limit < 1) {
-            violations.add(&at(field), "must be 1 or more");
+    let limits = [
+        ("max_content_bytes", message.max_content_bytes, 65_536),
+        ("max_memories", message.max_memories, 1_000_000_000),
+    ];
+    for (field, limit, most) in limits {
+        if limit.is_some_and(|limit| !(1..=most).contains(&limit)) {
+            violations.add(&at(field), format!("must be 1 to {most}"));
         }
     }
     Rules {
@@ -72,7 +73,7 @@ pub fn put_policy_request(mut request: wire::PutPolicyRequest) -> Result<NewPoli
     };
     check_name(&mut violations, "policy.name", &policy.name);
     let scope = scope(&mut violations, "policy.scope", policy.scope).unwrap_or_default();
-    let layers = layers(&mut violations, &policy.layers);
+    let layers = layers(&mut violations, "policy.layers", &policy.layers);
     let rules = rules(&mut violations, policy.rules.unwrap_or_default());
     chars(&mut violations, "policy.description", &policy.description, 1024);
     violations.finish(Some(NewPolicy {

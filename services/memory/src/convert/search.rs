@@ -26,7 +26,7 @@ pub fn search_request(request: wire::SearchRequest, now: Timestamp, full: usize)
         violations.add("top_k", format!("is {}; send 1 to 1000, or 0 for 10", request.top_k));
     }
     let scope = scope(&mut violations, "scope", request.scope);
-    let layers = layers(&mut violations, &request.layers);
+    let layers = layers(&mut violations, "layers", &request.layers);
     let arms = match wire::SearchMode::try_from(request.mode) {
         Ok(wire::SearchMode::Unspecified | wire::SearchMode::Hybrid) => Arms::Hybrid,
         Ok(wire::SearchMode::Lexical) => Arms::Lexical,

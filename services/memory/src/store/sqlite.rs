@@ -6,19 +6,21 @@ mod lexical;
 mod past;
 mod policies;
 mod read;
+mod transfer;
 mod write;
 
 use aeterna_error::Error;
 use aeterna_storage::rusqlite::Connection;
 use aeterna_storage::{Sqlite, SqliteOptions, StorageError};
-use aeterna_types::{Layer, MemoryId, Scope, TenantId, Timestamp};
+use aeterna_types::{Layer, MemoryId, RequestId, Scope, TenantId, Timestamp};
 use async_trait::async_trait;
 use sqlx::Row as _;
 use sqlx::sqlite::SqliteRow;
 
 use super::code::Code;
 use super::{
-    Addition, AsOf, ChangeItem, Counts, Frequencies, IndexEvent, IndexState, LexicalSearch, Listing, Relational, Stored,
+    Addition, AsOf, ChangeItem, Counts, ExportPage, Exported, Frequencies, Imported, Imports, IndexEvent, IndexState,
+    LexicalSearch, Listing, Progress, Relational, Stored,
 };
 use crate::domain::{self, Idempotency, Key, Memory, ScopeKey, Sequence, Version, View, Writer, Written};
 use crate::error::MemoryError;
@@ -267,6 +269,27 @@ impl Relational for SqliteStore {
 
     async fn put_codes(&self, model: &str, codes: &[(Key, i64, Code)], now: Timestamp) -> Result<usize, MemoryError> {
         write::put_codes(self, model, codes, now).await
+    }
+
+    async fn export(&self, page: &ExportPage) -> Result<Vec<Exported>, MemoryError> {
+        let page = page.clone();
+        self.read(move |connection| transfer::export(connection, &page)).await
+    }
+
+    async fn import(
+        &self,
+        writer: &Writer,
+        id: &RequestId,
+        items: Vec<Imported>,
+        progress: Progress,
+    ) -> Result<(Imports, Progress), MemoryError> {
+        transfer::import(self, writer, id, items, progress).await
+    }
+
+    async fn import_progress(&self, writer: &Writer, id: &RequestId) -> Result<Option<Progress>, MemoryError> {
+        let (writer, id) = (writer.clone(), id.clone());
+        self.read(move |connection| transfer::progress(connection, &writer, &id))
+            .await
     }
 
     async fn expired(&self, scopes: &[ScopeKey], now: Timestamp) -> Result<Vec<Key>, MemoryError> {

@@ -188,7 +188,7 @@ pub fn history(
 }
 
 /// Record, kind, time and author in the first four columns.
-fn version(row: &Row<'_>) -> Result<Version, MemoryError> {
+pub fn version(row: &Row<'_>) -> Result<Version, MemoryError> {
     Ok(Version {
         memory: parsed(text(row, 0)?, "version")?,
         kind: Kind::from_name(text(row, 1)?).ok_or_else(|| damaged("kind of change"))?,
@@ -273,6 +273,13 @@ pub fn neighbours(connection: &Connection, keys: &[Key]) -> Result<Vec<(Key, Key
                 WHERE a.key IN (SELECT value FROM json_each(?)) AND b.deleted_at IS NULL";
     rows(connection, text, [keys_json(keys)], |row| {
         Ok((Key(get(row, 0)?), Key(get(row, 1)?)))
+    })
+}
+
+/// The models that have made vectors.
+pub fn models(connection: &Connection) -> Result<Vec<String>, MemoryError> {
+    rows(connection, "SELECT identity FROM models ORDER BY key", [], |row| {
+        get(row, 0)
     })
 }
 

@@ -6,7 +6,7 @@ use serde::de::DeserializeOwned;
 use sqlx::{AssertSqlSafe, Row as _, SqliteConnection};
 
 use super::{SqliteStore, damaged, encode, lexical, parsed, read, storage, stored};
-use crate::domain::{Body, Idempotency, Key, Kind, Memory, Outcome, ScopeKey, Sequence, Writer, Written};
+use crate::domain::{Body, Idempotency, Key, Kind, Memory, Outcome, ScopeKey, Sequence, Version, Writer, Written};
 use crate::error::MemoryError;
 use crate::store::code::Code;
 use crate::store::{Addition, Change, ChangeItem, Stored, StoredVector};
@@ -35,17 +35,9 @@ async fn add_one(connection: &mut SqliteConnection, writer: &Writer, item: Addit
     {
         return Ok(earlier);
     }
-    let scope = scope_key(connection, writer, &item.scope).await?;
-    let identity = item.body.identity();
-    let there = sqlx::query("SELECT key, record FROM memories WHERE scope = ? AND identity = ? AND deleted_at IS NULL")
-        .bind(scope.0)
-        .bind(identity.as_slice())
-        .fetch_optional(&mut *connection)
-        .await
-        .map_err(storage)?;
-    let written = match there.as_ref().map(stored).transpose()? {
-        Some(existing) => merge(connection, writer, existing.key, existing.memory, item.body).await?,
-        None => {
+    let written = match place(connection, writer, &item.scope, &item.body).await? {
+        Place::Taken(key, existing) => merge(connection, writer, key, existing, item.body).await?,
+        Place::Free(scope) => {
             if let Some((most, policy)) = &item.most {
                 has_room(connection, scope, *most, policy).await?;
             }
@@ -73,8 +65,36 @@ async fn add_one(connection: &mut SqliteConnection, writer: &Writer, item: Addit
     Ok(written)
 }
 
+/// Where a memory is to be written.
+pub enum Place {
+    /// In this scope, where nothing says the same.
+    Free(ScopeKey),
+    /// There, a memory says the same.
+    Taken(Key, Memory),
+}
+
+/// Where a body belongs in a scope.
+pub async fn place(
+    connection: &mut SqliteConnection,
+    writer: &Writer,
+    scope: &Scope,
+    body: &Body,
+) -> Result<Place, MemoryError> {
+    let scope = scope_key(connection, writer, scope).await?;
+    let there = sqlx::query("SELECT key, record FROM memories WHERE scope = ? AND identity = ? AND deleted_at IS NULL")
+        .bind(scope.0)
+        .bind(body.identity().as_slice())
+        .fetch_optional(connection)
+        .await
+        .map_err(storage)?;
+    Ok(match there.as_ref().map(stored).transpose()? {
+        Some(existing) => Place::Taken(existing.key, existing.memory),
+        None => Place::Free(scope),
+    })
+}
+
 /// Refuses one memory more than a scope may hold.
-async fn has_room(
+pub async fn has_room(
     connection: &mut SqliteConnection,
     scope: ScopeKey,
     most: i64,
@@ -95,7 +115,7 @@ async fn has_room(
 }
 
 /// Unites the tags and keeps the higher importance.
-async fn merge(
+pub async fn merge(
     connection: &mut SqliteConnection,
     writer: &Writer,
     key: Key,
@@ -328,7 +348,8 @@ pub async fn scope_key(
     ))
 }
 
-async fn insert(
+/// Writes a new row, with its terms unless it is deleted.
+pub async fn insert(
     connection: &mut SqliteConnection,
     writer: &Writer,
     scope: ScopeKey,
@@ -336,8 +357,8 @@ async fn insert(
 ) -> Result<Key, MemoryError> {
     let source = &memory.body.source;
     let inserted = sqlx::query(
-        "INSERT INTO memories (id, tenant, scope, identity, record, conversation, sequence, expires_at, version) \
-         VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        "INSERT INTO memories (id, tenant, scope, identity, record, conversation, sequence, expires_at, deleted_at, version) \
+         VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
     )
     .bind(memory.id.as_bytes().as_slice())
     .bind(writer.tenant.as_str())
@@ -347,13 +368,16 @@ async fn insert(
     .bind((!source.conversation.is_empty()).then_some(source.conversation.as_str()))
     .bind(source.sequence)
     .bind(memory.body.expires_at.map(|t| t.micros()))
+    .bind(memory.deleted_at.map(|t| t.micros()))
     .bind(memory.version)
     .execute(&mut *connection)
     .await
     .map_err(storage)?;
     let key = Key(inserted.last_insert_rowid());
     let tenant = lexical::tenant(connection, &writer.tenant).await?;
-    lexical::put(connection, tenant, key, scope, memory).await?;
+    if memory.deleted_at.is_none() {
+        lexical::put(connection, tenant, key, scope, memory).await?;
+    }
     Ok(key)
 }
 
@@ -390,7 +414,8 @@ async fn update(
     Ok(())
 }
 
-async fn put_vector(
+/// Stores a vector; the table of its model is made when it is the first one.
+pub async fn put_vector(
     connection: &mut SqliteConnection,
     key: Key,
     vector: Option<&StoredVector>,
@@ -553,23 +578,35 @@ async fn record(
     memory: &Memory,
     kind: Kind,
 ) -> Result<Sequence, MemoryError> {
-    sqlx::query(
-        "INSERT INTO history (memory, version, kind, changed_at, changed_by, record) VALUES (?, ?, ?, ?, ?, ?)",
-    )
-    .bind(memory.id.as_bytes().as_slice())
-    .bind(memory.version)
-    .bind(kind.name())
-    .bind(writer.now.micros())
-    .bind(&writer.subject)
-    .bind(encode(memory)?)
-    .execute(&mut *connection)
-    .await
-    .map_err(storage)?;
+    let version = Version {
+        memory: memory.clone(),
+        kind,
+        changed_at: writer.now,
+        changed_by: writer.subject.clone(),
+    };
+    history(connection, &version).await?;
     event(connection, writer, key, memory, kind).await
 }
 
+/// One version in the history.
+pub async fn history(connection: &mut SqliteConnection, version: &Version) -> Result<(), MemoryError> {
+    sqlx::query(
+        "INSERT INTO history (memory, version, kind, changed_at, changed_by, record) VALUES (?, ?, ?, ?, ?, ?)",
+    )
+    .bind(version.memory.id.as_bytes().as_slice())
+    .bind(version.memory.version)
+    .bind(version.kind.name())
+    .bind(version.changed_at.micros())
+    .bind(&version.changed_by)
+    .bind(encode(&version.memory)?)
+    .execute(connection)
+    .await
+    .map_err(storage)?;
+    Ok(())
+}
+
 /// A row of the outbox, with what watchers are told when the memory itself is gone; it is there still.
-async fn event(
+pub async fn event(
     connection: &mut SqliteConnection,
     writer: &Writer,
     key: Key,

@@ -1,0 +1,164 @@
+//! Importing what `aeterna export` has written, by the Import RPC: memories keep their ids, times, versions and vectors.
+
+use std::fs::File;
+use std::path::Path;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use aeterna_proto::memory::v1::{ExportedMemory, ImportRequest, ImportResponse, StreamSummary};
+use anyhow::Context as _;
+use indicatif::{ProgressBar, ProgressStyle};
+use prost::Message as _;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::Code;
+
+use super::super::client::Client;
+use super::super::{export, output};
+use super::{PATIENCE, explain};
+use crate::import::Lines;
+use crate::json;
+
+/// Memories in one chunk, and its bytes, at most.
+const CHUNK: usize = 200;
+const CHUNK_BYTES: usize = 1 << 20;
+/// Time that one stream may take.
+const TIMEOUT: Duration = Duration::from_secs(24 * 3600);
+
+/// A line of the file.
+enum Line {
+    Memory(Box<ExportedMemory>),
+    Summary(StreamSummary),
+}
+
+pub async fn run(client: &Client, path: &Path) -> anyhow::Result<ExitCode> {
+    let context = || format!("import `{}`", path.display());
+    let (count, summary) = check(path).with_context(context)?;
+    let bar = ProgressBar::new(count);
+    bar.set_style(ProgressStyle::with_template(
+        "{bar:40} {percent:>3} %  {msg}  {elapsed}, {eta} to go",
+    )?);
+    let (mut waited, mut delay) = (Duration::ZERO, Duration::from_millis(250));
+    let answer = loop {
+        let status = match send(client, path, &summary, &bar).await {
+            Ok(answer) => break answer,
+            Err(status) => status,
+        };
+        // What was stored is passed over when the same stream is sent again.
+        let passing = status.code() == Code::Unavailable || !aeterna_error::is_answer(&status);
+        if !passing || waited >= PATIENCE {
+            return Err(anyhow::Error::from(status).context("run the same command again to continue"))
+                .with_context(context);
+        }
+        bar.set_message("waiting for the server");
+        tokio::time::sleep(delay).await;
+        waited += delay;
+        delay = (delay * 2).min(Duration::from_secs(5));
+    };
+    bar.finish_and_clear();
+    for error in answer.errors.iter().take(20) {
+        output::note(format!(
+            "refused: line {}: {}",
+            error.index + 1,
+            output::clean(&explain(error))
+        ));
+    }
+    let (name, refused) = (path.display(), answer.errors.len());
+    output::line(format!(
+        "{name}: {} new, {} there already, {refused} refused",
+        answer.created, answer.merged
+    ));
+    Ok(if refused == 0 {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}
+
+fn lines(path: &Path) -> anyhow::Result<impl Iterator<Item = anyhow::Result<Line>> + use<>> {
+    let lines =
+        Lines::of(File::open(path)?).filter(|line| !line.as_ref().is_ok_and(|(_, text)| text.trim_ascii().is_empty()));
+    Ok(lines.map(|line| {
+        let (number, bytes) = line?;
+        let text = std::str::from_utf8(&bytes).with_context(|| format!("line {number} is not UTF-8"))?;
+        let wrong = |why: String| anyhow::anyhow!("line {number}: {why}");
+        if let Some(summary) = text
+            .trim()
+            .strip_prefix("{\"summary\":")
+            .and_then(|rest| rest.strip_suffix('}'))
+        {
+            return json::from_json("aeterna.memory.v1.StreamSummary", summary)
+                .map(Line::Summary)
+                .map_err(wrong);
+        }
+        let memory = json::from_json("aeterna.memory.v1.ExportedMemory", text);
+        memory.map(|memory| Line::Memory(Box::new(memory))).map_err(wrong)
+    }))
+}
+
+/// Reads the file once: a file that was cut or changed is refused before anything is sent.
+fn check(path: &Path) -> anyhow::Result<(u64, StreamSummary)> {
+    let (mut count, mut digest) = (0i64, [0; 32]);
+    for line in lines(path)? {
+        match line? {
+            Line::Memory(memory) => {
+                digest = export::chain(digest, &memory);
+                count += 1;
+            }
+            Line::Summary(summary) => {
+                let found = blake3::Hash::from_bytes(digest).to_hex().to_string();
+                anyhow::ensure!(
+                    (summary.count, summary.digest.as_str()) == (count, found.as_str()),
+                    "the memories are not those of its summary: the file was changed"
+                );
+                return Ok((count.unsigned_abs(), summary));
+            }
+        }
+    }
+    anyhow::bail!("it has no summary in its last line: the file was cut off")
+}
+
+async fn send(
+    client: &Client,
+    path: &Path,
+    summary: &StreamSummary,
+    bar: &ProgressBar,
+) -> Result<ImportResponse, tonic::Status> {
+    let (sender, receiver) = mpsc::channel(4);
+    let (path, last, progress) = (path.to_owned(), summary.clone(), bar.clone());
+    progress.set_position(0);
+    let reader = tokio::task::spawn_blocking(move || {
+        let chunk = || ImportRequest {
+            import_id: last.digest.clone(),
+            ..Default::default()
+        };
+        let (mut under_way, mut bytes) = (chunk(), 0);
+        for line in lines(&path)? {
+            if let Line::Memory(memory) = line? {
+                bytes += memory.encoded_len();
+                under_way.memories.push(*memory);
+            }
+            if under_way.memories.len() >= CHUNK || bytes >= CHUNK_BYTES {
+                progress.inc(under_way.memories.len() as u64);
+                // The server may have hung up; its answer says why.
+                if sender
+                    .blocking_send(std::mem::replace(&mut under_way, chunk()))
+                    .is_err()
+                {
+                    return Ok(());
+                }
+                bytes = 0;
+            }
+        }
+        under_way.summary = Some(last.clone());
+        let _ = sender.blocking_send(under_way);
+        anyhow::Ok(())
+    });
+    let request = client.request_within(ReceiverStream::new(receiver), TIMEOUT);
+    let answer = client.memory().import(request).await;
+    let read = reader
+        .await
+        .map_err(|error| tonic::Status::internal(error.to_string()))?;
+    read.map_err(|error| tonic::Status::internal(error.to_string()))?;
+    Ok(answer?.into_inner())
+}

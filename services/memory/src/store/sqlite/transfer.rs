@@ -1,0 +1,186 @@
+//! Export and import.
+
+use aeterna_storage::rusqlite::types::Value;
+use aeterna_storage::rusqlite::{Connection, params, params_from_iter};
+use aeterna_types::{MemoryId, RequestId};
+use sqlx::{Row as _, SqliteConnection};
+
+use super::filter::Sql;
+use super::read::{self, get, limit, rows, scopes_json, stored};
+use super::write::{self, Place};
+use super::{SqliteStore, storage};
+use crate::domain::{Kind, Outcome, Sequence, Version, Writer};
+use crate::error::MemoryError;
+use crate::store::code::Code;
+use crate::store::{ExportPage, Exported, Imported, Imports, Progress, StoredVector};
+
+pub fn export(connection: &Connection, page: &ExportPage) -> Result<Vec<Exported>, MemoryError> {
+    let filter = Sql::of(page.filter.as_ref());
+    let mut query = format!(
+        "SELECT m.key, m.record FROM memories m JOIN scopes s ON s.key = m.scope \
+         WHERE m.key > ? AND m.scope IN (SELECT value FROM json_each(?)) AND {}",
+        filter.text
+    );
+    let mut bound = vec![Value::from(page.after.0), scopes_json(&page.scopes).into()];
+    bound.extend(filter.binds());
+    if !page.history {
+        query.push_str(" AND m.deleted_at IS NULL AND coalesce(m.expires_at > ?, 1)");
+        bound.push(page.now.micros().into());
+    }
+    query.push_str(" ORDER BY m.key LIMIT ?");
+    bound.push(limit(page.limit).into());
+    let found = rows(connection, &query, params_from_iter(bound), stored)?;
+    let models = match page.vectors {
+        true => read::models(connection)?,
+        false => Vec::new(),
+    };
+    let mut exported = Vec::with_capacity(found.len());
+    for one in found {
+        let mut vectors = Vec::new();
+        for model in &models {
+            read::codes(connection, model, &[one.key], |_, code| {
+                vectors.extend(Code::from_bytes(code.as_bytes().to_vec()).map(|code| StoredVector {
+                    model: model.clone(),
+                    code,
+                }));
+            })?;
+        }
+        let versions = match page.history {
+            true => {
+                let query =
+                    "SELECT record, kind, changed_at, changed_by FROM history WHERE memory = ? ORDER BY version";
+                rows(connection, query, [one.memory.id.as_bytes().as_slice()], read::version)?
+            }
+            false => Vec::new(),
+        };
+        exported.push(Exported {
+            key: one.key,
+            memory: one.memory,
+            versions,
+            vectors,
+        });
+    }
+    Ok(exported)
+}
+
+pub fn progress(connection: &Connection, writer: &Writer, id: &RequestId) -> Result<Option<Progress>, MemoryError> {
+    let query = "SELECT items, digest, created, merged FROM imports WHERE tenant = ? AND subject = ? AND id = ?";
+    let bound = params![writer.tenant.as_str(), writer.subject, id.as_str()];
+    let found = rows(connection, query, bound, |row| {
+        Ok(Progress {
+            items: get(row, 0)?,
+            digest: get(row, 1)?,
+            created: get(row, 2)?,
+            merged: get(row, 3)?,
+        })
+    })?;
+    Ok(found.into_iter().next())
+}
+
+pub async fn import(
+    store: &SqliteStore,
+    writer: &Writer,
+    id: &RequestId,
+    items: Vec<Imported>,
+    mut progress: Progress,
+) -> Result<(Imports, Progress), MemoryError> {
+    let mut transaction = store.0.begin().await?;
+    let mut results = Vec::with_capacity(items.len());
+    for item in items {
+        let result = import_one(&mut transaction, writer, item).await;
+        match &result {
+            Err(MemoryError::Other(_)) => return result.map(|_| (Vec::new(), progress)),
+            Ok((Outcome::Created, _)) => progress.created += 1,
+            Ok((Outcome::Merged, _)) => progress.merged += 1,
+            Err(_) => {}
+        }
+        results.push(result);
+    }
+    sqlx::query(
+        "INSERT OR REPLACE INTO imports (tenant, subject, id, items, digest, created, merged, at) \
+         VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+    )
+    .bind(writer.tenant.as_str())
+    .bind(&writer.subject)
+    .bind(id.as_str())
+    .bind(progress.items)
+    .bind(progress.digest.as_slice())
+    .bind(progress.created)
+    .bind(progress.merged)
+    .bind(writer.now.micros())
+    .execute(&mut *transaction)
+    .await
+    .map_err(storage)?;
+    transaction.commit().await.map_err(storage)?;
+    Ok((results, progress))
+}
+
+async fn import_one(
+    connection: &mut SqliteConnection,
+    writer: &Writer,
+    item: Imported,
+) -> Result<(Outcome, Sequence), MemoryError> {
+    let (mut memory, mut versions) = (item.memory, item.versions);
+    let owner = match item.named {
+        true => owner(connection, memory.id).await?,
+        false => None,
+    };
+    match owner {
+        Some(tenant) if tenant == writer.tenant.as_str() => return Ok((Outcome::Merged, Sequence::default())),
+        // A memory of another tenant has the id, of which nothing may be told.
+        Some(_) => memory.id = MemoryId::new(writer.now),
+        None if !item.named => memory.id = MemoryId::new(writer.now),
+        None => {}
+    }
+    let place = match memory.deleted_at {
+        Some(_) => Place::Free(write::scope_key(connection, writer, &memory.scope).await?),
+        None => write::place(connection, writer, &memory.scope, &memory.body).await?,
+    };
+    let scope = match place {
+        Place::Free(scope) => scope,
+        Place::Taken(key, existing) => {
+            let merged = write::merge(connection, writer, key, existing, memory.body).await?;
+            return Ok((Outcome::Merged, merged.sequence));
+        }
+    };
+    if let Some((most, policy)) = item.most.as_ref().filter(|_| memory.deleted_at.is_none()) {
+        write::has_room(connection, scope, *most, policy).await?;
+    }
+    memory.embedding_model = item
+        .vector
+        .as_ref()
+        .map(|vector| vector.model.clone())
+        .unwrap_or_default();
+    let key = write::insert(connection, writer, scope, &memory).await?;
+    write::put_vector(connection, key, item.vector.as_ref()).await?;
+    let kind = if memory.deleted_at.is_some() {
+        Kind::Deleted
+    } else {
+        Kind::Added
+    };
+    if versions.is_empty() {
+        versions.push(Version {
+            memory: memory.clone(),
+            kind,
+            changed_at: memory.updated_at,
+            changed_by: writer.subject.clone(),
+        });
+    }
+    for mut version in versions {
+        version.memory.id = memory.id;
+        version.memory.scope = memory.scope.clone();
+        write::history(connection, &version).await?;
+    }
+    let sequence = write::event(connection, writer, key, &memory, kind).await?;
+    Ok((Outcome::Created, sequence))
+}
+
+/// The tenant whose memory has an id.
+async fn owner(connection: &mut SqliteConnection, id: MemoryId) -> Result<Option<String>, MemoryError> {
+    let row = sqlx::query("SELECT tenant FROM memories WHERE id = ?")
+        .bind(id.as_bytes().as_slice())
+        .fetch_optional(connection)
+        .await
+        .map_err(storage)?;
+    row.map(|row| row.try_get("tenant").map_err(storage)).transpose()
+}
