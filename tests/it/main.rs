@@ -12,6 +12,7 @@ mod knowledge;
 mod memory;
 mod past;
 mod readme;
+mod reembed;
 mod sandbox;
 mod tenants;
 mod tidy;

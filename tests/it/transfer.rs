@@ -191,7 +191,7 @@ async fn what_was_exported_is_imported_as_it_was() {
         other[7].memory.as_mut().unwrap().content = "another".into();
         let status = import(&mut target, chunks(&id, &other, None)).await.unwrap_err();
         assert_eq!(refusal(&status).0, "INVALID_STATE", "{way}: {status:?}");
-        let status = import(&mut target, chunks("new", &all[..100], Some(summary)))
+        let status = import(&mut target, chunks(&format!("new-{way}"), &all[..100], Some(summary)))
             .await
             .unwrap_err();
         assert_eq!(refusal(&status).0, "INVALID_STATE", "{way}: {status:?}");
@@ -200,7 +200,9 @@ async fn what_was_exported_is_imported_as_it_was() {
         bad[0].memory.as_mut().unwrap().id = String::new();
         bad[0].memory.as_mut().unwrap().content = "without an id".into();
         bad[0].versions.clear();
-        let told = import(&mut target, chunks("bad", &bad, None)).await.unwrap();
+        let told = import(&mut target, chunks(&format!("bad-{way}"), &bad, None))
+            .await
+            .unwrap();
         assert_eq!(
             (told.created, told.errors.len(), told.errors[0].index),
             (1, 1, 1),

@@ -14,7 +14,7 @@ mod transfer;
 mod update;
 mod watch;
 
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock};
 
 use aeterna_error::Error;
 use aeterna_proto::embedding::v1 as embedding;
@@ -57,14 +57,40 @@ pub struct Model {
     pub prefix: usize,
 }
 
+/// A model with the index of its vectors, by which searches are answered.
+pub struct Serving {
+    /// The model.
+    pub model: Model,
+    /// The index.
+    pub index: Arc<dyn VectorIndex>,
+}
+
+/// Opens and removes indexes, each of one model.
+pub trait Indexes: Send + Sync {
+    /// The index of a model, with the reason when it was begun anew; `end` is the last change that the store has.
+    ///
+    /// # Errors
+    /// When the disk can't be used.
+    fn open(&self, model: &Model, end: Sequence) -> std::io::Result<(Arc<dyn VectorIndex>, Option<String>)>;
+
+    /// Removes the index of a model that is of no use any more.
+    ///
+    /// # Errors
+    /// When the disk refuses.
+    fn remove(&self, identity: &str) -> std::io::Result<()>;
+}
+
 /// How long a call waits for the index to follow.
 const INDEX_PATIENCE: std::time::Duration = std::time::Duration::from_secs(2);
 
 /// The service's domain.
 pub struct App {
     pub(crate) store: Arc<dyn Relational>,
-    pub(crate) index: Arc<dyn VectorIndex>,
-    pub(crate) model: Model,
+    pub(crate) indexes: Arc<dyn Indexes>,
+    /// What searches are answered by now.
+    pub(crate) serving: RwLock<Arc<Serving>>,
+    /// The model that every memory gets a vector of, before searches are answered by it.
+    pub(crate) next: Option<Model>,
     pub(crate) embedder: AnyChannel,
     pub(crate) credentials: Credentials,
     pub(crate) clock: Arc<dyn Clock>,
@@ -90,16 +116,23 @@ impl App {
         }
     }
 
-    /// A vector as the store keeps it.
-    fn stored_vector(&self, code: Code) -> StoredVector {
-        StoredVector {
-            model: self.model.identity.clone(),
-            code,
-        }
+    /// What searches are answered by now. A call takes it once, so that all of it is by one model.
+    pub fn serving(&self) -> Arc<Serving> {
+        Arc::clone(&self.serving.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn serve(&self, serving: Serving) {
+        *self.serving.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(serving);
     }
 
     /// Vectors of texts, by the embedding service.
-    async fn embed(&self, context: &RequestContext, texts: Vec<String>, query: bool) -> Result<Vec<Vec<f32>>, Error> {
+    async fn embed(
+        &self,
+        context: &RequestContext,
+        model: &Model,
+        texts: Vec<String>,
+        query: bool,
+    ) -> Result<Vec<Vec<f32>>, Error> {
         let kind = if query {
             embedding::TextKind::Query
         } else {
@@ -110,7 +143,7 @@ impl App {
         let size = embedding::Size { by: None };
         let message = embedding::BatchEmbedRequest {
             texts,
-            model: self.model.name.clone(),
+            model: model.name.clone(),
             size: Some(size),
             kind: kind.into(),
         };
@@ -122,7 +155,7 @@ impl App {
         let sound = vectors.len() == wanted
             && vectors
                 .iter()
-                .all(|v| v.len() == self.model.dimension && v.iter().all(|x| x.is_finite()));
+                .all(|v| v.len() == model.dimension && v.iter().all(|x| x.is_finite()));
         if sound {
             Ok(vectors)
         } else {
@@ -156,9 +189,16 @@ impl App {
     }
 
     /// Codes of texts; `None` when the embedding service is away: the indexer makes them later.
-    async fn codes(&self, context: &RequestContext, texts: Vec<String>) -> Option<Vec<Option<Code>>> {
-        match self.embed(context, texts, false).await {
-            Ok(vectors) => Some(vectors.iter().map(|vector| Code::encode(vector)).collect()),
+    async fn codes(&self, context: &RequestContext, texts: Vec<String>) -> Option<Vec<Option<StoredVector>>> {
+        let model = self.serving().model.clone();
+        let stored = |vector: &Vec<f32>| {
+            Code::encode(vector).map(|code| StoredVector {
+                model: model.identity.clone(),
+                code,
+            })
+        };
+        match self.embed(context, &model, texts, false).await {
+            Ok(vectors) => Some(vectors.iter().map(stored).collect()),
             Err(error) => {
                 tracing::warn!(%error, "no vectors for now; the indexer makes them up later");
                 None

@@ -173,10 +173,10 @@ impl MemoryService for Memories {
 
     async fn search(&self, request: Request<wire::SearchRequest>) -> Answer<wire::SearchResponse> {
         let context = RequestContext::of(&request)?;
-        let query = convert::search_request(request.into_inner(), self.0.clock.now(), self.0.model.dimension)?;
+        let query = convert::search_request(request.into_inner(), self.0.clock.now())?;
         let explain = query.explain;
         let found = self.0.search(&context, query).await?;
-        let answer = convert::search_response(found, explain, &self.0.model);
+        let answer = convert::search_response(found, explain);
         self.0.fitting(answer, "lower `top_k`")
     }
 }

@@ -10,7 +10,7 @@ mod metrics;
 pub mod store;
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, RwLock};
 use std::time::Duration;
 
 use aeterna_config::{Reader, Setting, StoreUri};
@@ -28,10 +28,11 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
 
-use app::{App, Background, Model};
+use app::{App, Background, Indexes, Model, Serving};
+use domain::Sequence;
 use store::flat::{FlatIndex, Layout, Opened};
 use store::sqlite::SqliteStore;
-use store::{Relational, VectorIndex as _};
+use store::{Relational, VectorIndex};
 
 /// The service's name in its contract.
 pub const SERVICE: &str = "aeterna.memory.v1.MemoryService";
@@ -161,30 +162,28 @@ pub async fn build(config: Config, deps: Deps) -> Result<Service, Error> {
     let store: Arc<dyn Relational> = Arc::new(SqliteStore::open(&options).await?);
     deps.health.report(SERVICE, "store", Dependency::Up).await;
 
-    let model = model(&deps).await?;
-    let directory = deps.data_dir.join(&config.index).join(file_name(&model.identity));
-    let layout = Layout {
+    let models = models(&deps).await?;
+    let wanted = models.iter().find(|model| model.default);
+    let wanted = model(wanted.ok_or_else(|| Error::unavailable("the embedding service has no model"))?)?;
+    let first = serving(&wanted, &models, store.as_ref()).await?;
+    let indexes = FlatIndexes {
+        root: deps.data_dir.join(&config.index),
         store: store.identity().await?,
-        model: model.identity.clone(),
-        dimension: model.dimension,
-        prefix: model.prefix,
     };
-    let opened = FlatIndex::open(&directory, layout, store.last_sequence().await?);
     let unusable = |error: std::io::Error| {
+        let shown = indexes.root.display();
         Error::new(
             Reason::NotConfigured,
-            format!("the vector index `{}` can't be used: {error}", directory.display()),
+            format!("the vector index `{shown}` can't be used: {error}"),
         )
     };
-    let (index, fresh) = match opened.map_err(unusable)? {
-        Opened::Intact(index) => (index, None),
-        Opened::Fresh(index, why) => (index, Some(why)),
-    };
+    let (index, fresh) = indexes.open(&first, store.last_sequence().await?).map_err(unusable)?;
     let app = Arc::new(App {
         indexed: watch::Sender::new(index.watermark()),
         store,
-        index: Arc::new(index),
-        model,
+        indexes: Arc::new(indexes),
+        serving: RwLock::new(Arc::new(Serving { model: first, index })),
+        next: Some(wanted),
         embedder: deps.embedder,
         credentials: deps.credentials,
         clock: Arc::new(SystemClock),
@@ -196,7 +195,7 @@ pub async fn build(config: Config, deps: Deps) -> Result<Service, Error> {
     });
     let work = Background::new(Arc::clone(&app), deps.health.clone(), SERVICE);
     if let Some(why) = fresh {
-        let count = work.rebuild().await?;
+        let count = work.rebuild(&app.serving()).await?;
         // A new installation has nothing to rebuild, and nobody to tell.
         if count > 0 {
             tracing::info!(
@@ -265,11 +264,34 @@ async fn models(deps: &Deps) -> Result<Vec<embedding::Model>, Error> {
     }
 }
 
-/// The embedding service's default model.
-async fn model(deps: &Deps) -> Result<Model, Error> {
-    let models = models(deps).await?;
-    let model = models.into_iter().find(|model| model.default);
-    let model = model.ok_or_else(|| Error::unavailable("the embedding service has no model"))?;
+/// The model to answer searches by at first: the wanted one, unless most vectors are by another one that the embedding service
+/// still has; then memories are embedded anew in the background.
+async fn serving(wanted: &Model, models: &[embedding::Model], store: &dyn Relational) -> Result<Model, Error> {
+    let counted = store.models().await?;
+    let count = |identity: &str| {
+        counted
+            .iter()
+            .find(|(known, _)| known == identity)
+            .map_or(0, |(_, count)| *count)
+    };
+    let own = count(&wanted.identity);
+    for (identity, count) in &counted {
+        let before = models.iter().find(|model| identity_of(model) == *identity);
+        if *count > own
+            && let Some(before) = before
+        {
+            return model(before);
+        }
+    }
+    Ok(wanted.clone())
+}
+
+fn identity_of(model: &embedding::Model) -> String {
+    format!("{}@{}", model.name, model.revision)
+}
+
+/// A model of the embedding service, as vectors of it are kept.
+fn model(model: &embedding::Model) -> Result<Model, Error> {
     let dimension = usize::try_from(model.dimension).unwrap_or(0);
     let prefix = if model.matryoshka {
         dimension.min(256)
@@ -283,13 +305,43 @@ async fn model(deps: &Deps) -> Result<Model, Error> {
         );
         return Err(Error::new(Reason::NotConfigured, message));
     }
-    let identity = format!("{}@{}", model.name, model.revision);
     Ok(Model {
-        name: model.name,
-        identity,
+        name: model.name.clone(),
+        identity: identity_of(model),
         dimension,
         prefix,
     })
+}
+
+/// Flat indexes in a directory, each in one of its own.
+struct FlatIndexes {
+    root: PathBuf,
+    /// The relational store that they follow.
+    store: String,
+}
+
+impl Indexes for FlatIndexes {
+    fn open(&self, model: &Model, end: Sequence) -> std::io::Result<(Arc<dyn VectorIndex>, Option<String>)> {
+        let layout = Layout {
+            store: self.store.clone(),
+            model: model.identity.clone(),
+            dimension: model.dimension,
+            prefix: model.prefix,
+        };
+        Ok(
+            match FlatIndex::open(&self.root.join(file_name(&model.identity)), layout, end)? {
+                Opened::Intact(index) => (Arc::new(index), None),
+                Opened::Fresh(index, why) => (Arc::new(index), Some(why)),
+            },
+        )
+    }
+
+    fn remove(&self, identity: &str) -> std::io::Result<()> {
+        match std::fs::remove_dir_all(self.root.join(file_name(identity))) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+            removed => removed,
+        }
+    }
 }
 
 /// A name for a directory.

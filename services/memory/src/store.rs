@@ -307,6 +307,12 @@ pub trait Relational: Policies + Documents {
     /// How far the writer's import of that id has come.
     async fn import_progress(&self, writer: &Writer, id: &RequestId) -> Result<Option<Progress>, MemoryError>;
 
+    /// The models that have made vectors, each with how many, the most first.
+    async fn models(&self) -> Result<Vec<(String, i64)>, MemoryError>;
+
+    /// Forgets all vectors that a model has made.
+    async fn forget_model(&self, model: &str) -> Result<(), MemoryError>;
+
     /// Memories of the scopes that have expired and are not reaped yet.
     async fn expired(&self, scopes: &[ScopeKey], now: Timestamp) -> Result<Vec<Key>, MemoryError>;
 

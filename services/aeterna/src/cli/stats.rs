@@ -38,5 +38,11 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
         "deleted: {} · without a vector yet: {} · vectors: {} bytes · index: {} bytes, {} changes behind",
         answer.deleted, answer.pending_embeddings, answer.embedding_bytes, answer.index_bytes, answer.index_lag
     ));
+    if !answer.reembedding_model.is_empty() {
+        output::line(format!(
+            "embedding anew: from {} to {}, {} memories left",
+            answer.embedding_model, answer.reembedding_model, answer.reembedding_left
+        ));
+    }
     Ok(())
 }

@@ -113,7 +113,8 @@ impl App {
         let (Some(own), Some(layer)) = (self.store.get(tenant, memory.id).await?, memory.layer()) else {
             return Ok(Vec::new());
         };
-        let vector = self.store.vectors(&self.model.identity, &[own.key]).await?.pop();
+        let serving = self.serving();
+        let vector = self.store.vectors(&serving.model.identity, &[own.key]).await?.pop();
         let Some((vector, code)) = vector.and_then(|(_, vector)| Code::encode(&vector).map(|code| (vector, code)))
         else {
             return Ok(Vec::new());
@@ -127,8 +128,8 @@ impl App {
             only: None,
             exclude: [own.key].into(),
         };
-        let keys = self.candidates(code, among, 4 * TOLD).await?;
-        let mut near = self.store.cosines(&self.model.identity, &keys, &vector).await?;
+        let keys = self.candidates(&serving, code, among, 4 * TOLD).await?;
+        let mut near = self.store.cosines(&serving.model.identity, &keys, &vector).await?;
         near.retain(|(_, cosine)| f64::from(*cosine) >= NEAR);
         near.sort_unstable_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
         near.truncate(TOLD);
@@ -166,10 +167,7 @@ impl App {
         let additions = items.into_iter().zip(known).map(|((item, most), known)| Addition {
             scope: item.scope,
             body: item.body,
-            vector: (!known)
-                .then(|| codes.next().flatten())
-                .flatten()
-                .map(|code| self.stored_vector(code)),
+            vector: (!known).then(|| codes.next().flatten()).flatten(),
             most,
             idempotency: item.idempotency,
         });

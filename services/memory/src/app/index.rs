@@ -1,9 +1,9 @@
-//! The background work: keeping the vector index in step with the outbox, making up vectors that are pending, reaping what
-//! has expired, and telling watchers. Each is a task of its own; only the first one writes the index, so changes are applied in order.
+//! The background work: keeping the vector index in step with the outbox, making up vectors that are pending, embedding anew
+//! by another model, reaping what has expired, and telling watchers. Each is a task of its own; only the first one writes the index, so changes are applied in order.
 
 use std::collections::HashSet;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::time::{Duration, Instant};
 
 use aeterna_error::{Error, Reason};
@@ -11,7 +11,7 @@ use aeterna_rpc::{Dependency, Health};
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
-use super::App;
+use super::{App, Model, Serving};
 use crate::domain::{Key, Sequence};
 use crate::store::code::Code;
 use crate::store::{Entry, IndexState};
@@ -26,6 +26,8 @@ const REAPED: usize = 500;
 const PAUSE: Duration = Duration::from_secs(1);
 /// How long changes of the index may wait to survive a loss of power; the outbox still has them.
 const FLUSH: Duration = Duration::from_secs(5);
+/// How often progress is told.
+const TOLD: Duration = Duration::from_secs(10);
 /// How often policies are asked about what was deleted.
 const FORGET: Duration = Duration::from_secs(10);
 /// Nothing is pending.
@@ -46,6 +48,20 @@ struct Pending {
     from: AtomicI64,
     /// There is something.
     some: Notify,
+    /// Every memory has a vector by the next model.
+    switch: AtomicBool,
+}
+
+impl App {
+    /// Removes the vectors and the index of a model that nothing is answered by.
+    pub(crate) async fn forget_model(&self, identity: &str) -> Result<(), Error> {
+        self.store.forget_model(identity).await?;
+        let (indexes, identity) = (Arc::clone(&self.indexes), identity.to_owned());
+        let removed = tokio::task::spawn_blocking(move || indexes.remove(&identity)).await;
+        removed
+            .map_err(Error::internal)?
+            .map_err(|error| Error::unavailable("an old index can't be removed").caused_by(error))
+    }
 }
 
 impl Background {
@@ -54,6 +70,7 @@ impl Background {
         let pending = Arc::new(Pending {
             from: AtomicI64::new(0),
             some: Notify::new(),
+            switch: AtomicBool::new(false),
         });
         Self {
             app,
@@ -67,20 +84,20 @@ impl Background {
     ///
     /// # Errors
     /// When the store or the disk fails.
-    pub async fn rebuild(&self) -> Result<usize, Error> {
+    pub async fn rebuild(&self, serving: &Serving) -> Result<usize, Error> {
         let app = &self.app;
         let end = app.store.last_sequence().await?;
         let (mut after, mut count) = (Key(0), 0);
         loop {
-            let states = app.store.scan(&app.model.identity, after, 2000, false).await?;
+            let states = app.store.scan(&serving.model.identity, after, 2000, false).await?;
             let Some(last) = states.last() else { break };
             after = last.key;
             let entries: Vec<Entry> = states.iter().filter_map(entry).collect();
             count += entries.len();
-            self.apply(entries, Vec::new(), Sequence::default()).await?;
+            apply(serving, entries, Vec::new(), Sequence::default()).await?;
         }
-        self.apply(Vec::new(), Vec::new(), end).await?;
-        self.flush().await?;
+        apply(serving, Vec::new(), Vec::new(), end).await?;
+        flush(serving).await?;
         Ok(count)
     }
 
@@ -89,6 +106,7 @@ impl Background {
         tokio::join!(
             self.follow(&stop),
             self.make_up(&stop),
+            self.embed_anew(&stop),
             self.reap(&stop),
             self.app.publish(&stop)
         );
@@ -100,6 +118,11 @@ impl Background {
         let mut flushed = Instant::now();
         let mut dirty = false;
         loop {
+            if self.pending.switch.load(Ordering::SeqCst)
+                && let Err(error) = self.switch().await
+            {
+                tracing::warn!(error = %error.chain(), "the new model can't serve yet; trying again");
+            }
             match self.catch_up().await {
                 Ok(changed) => {
                     dirty |= changed;
@@ -134,13 +157,14 @@ impl Background {
     /// Applies what is new in the outbox.
     async fn catch_up(&self) -> Result<bool, Error> {
         let app = &self.app;
+        let serving = app.serving();
         let mut changed = false;
         loop {
-            let events = app.store.events(app.index.watermark(), BATCH).await?;
+            let events = app.store.events(serving.index.watermark(), BATCH).await?;
             let Some(last) = events.last() else { break };
             let keys: HashSet<Key> = events.iter().map(|event| event.key).collect();
             let keys: Vec<Key> = keys.into_iter().collect();
-            let states = app.store.states(&app.model.identity, &keys).await?;
+            let states = app.store.states(&serving.model.identity, &keys).await?;
             let entries: Vec<Entry> = states.iter().filter_map(entry).collect();
             let present: HashSet<Key> = entries.iter().map(|entry| entry.key).collect();
             let gone = keys.into_iter().filter(|key| !present.contains(key)).collect();
@@ -149,12 +173,12 @@ impl Background {
                 self.pending.from.fetch_min(first, Ordering::SeqCst);
                 self.pending.some.notify_one();
             }
-            self.apply(entries, gone, last.sequence).await?;
+            apply(&serving, entries, gone, last.sequence).await?;
             changed = true;
-            app.indexed.send_replace(app.index.watermark());
+            app.indexed.send_replace(serving.index.watermark());
         }
         let end = app.store.last_sequence().await?;
-        let lag = u64::try_from(end.0 - app.index.watermark().0).unwrap_or(0);
+        let lag = u64::try_from(end.0 - serving.index.watermark().0).unwrap_or(0);
         app.metrics.index_lag.record(lag, &[]);
         Ok(changed)
     }
@@ -206,41 +230,133 @@ impl Background {
 
     /// Where to go on.
     async fn embed_after(&self, after: Key) -> Result<i64, Error> {
+        let model = self.app.serving().model.clone();
+        match self.embed_page(&model, after).await? {
+            Some((last, stored)) => {
+                tracing::debug!(memories = stored, "made up vectors that were pending");
+                Ok(last.0 + 1)
+            }
+            None => Ok(NOTHING),
+        }
+    }
+
+    /// Embeds the next memories after a number that have no vector by a model: the last of them, and how many there were;
+    /// `None` when there is none.
+    async fn embed_page(&self, model: &Model, after: Key) -> Result<Option<(Key, usize)>, Error> {
         let app = &self.app;
-        let states = app.store.scan(&app.model.identity, after, PENDING, true).await?;
+        let states = app.store.scan(&model.identity, after, PENDING, true).await?;
         let Some(last) = states.last().map(|state| state.key) else {
-            return Ok(NOTHING);
+            return Ok(None);
         };
-        let vectors = self.embed_states(&states).await?;
+        let vectors = self.embed_states(model, &states).await?;
         let codes: Vec<(Key, i64, Code)> = states
             .iter()
             .zip(&vectors)
             .filter_map(|(state, vector)| Some((state.key, state.version, Code::encode(vector.as_ref()?)?)))
             .collect();
-        let stored = app
-            .store
-            .put_codes(&app.model.identity, &codes, app.clock.now())
-            .await?;
-        tracing::debug!(memories = stored, "made up vectors that were pending");
-        Ok(last.0 + 1)
+        let stored = app.store.put_codes(&model.identity, &codes, app.clock.now()).await?;
+        Ok(Some((last, stored)))
+    }
+
+    /// Embeds all memories anew by the next model, while searches go on by the one before; then answers them by the new one.
+    /// What was done when the process ended is not done again.
+    async fn embed_anew(&self, stop: &CancellationToken) {
+        let app = &self.app;
+        let Some(next) = app
+            .next
+            .as_ref()
+            .filter(|next| next.identity != app.serving().model.identity)
+        else {
+            return;
+        };
+        tracing::info!(
+            model = next.name,
+            "embedding all memories anew; searches go on by the model before"
+        );
+        let (mut after, mut done, mut told) = (Key(0), 0, Instant::now());
+        loop {
+            let page = tokio::select! {
+                () = stop.cancelled() => return,
+                page = self.embed_page(next, after) => page,
+            };
+            match page {
+                Ok(Some((last, stored))) => {
+                    (after, done) = (last, done + stored);
+                    if told.elapsed() > TOLD {
+                        tracing::info!(model = next.name, memories = done, "embedding anew");
+                        told = Instant::now();
+                    }
+                }
+                // What was changed behind the pass has lost its vector again.
+                Ok(None) if after > Key(0) => after = Key(0),
+                Ok(None) => break,
+                Err(error) => {
+                    tracing::warn!(error = %error.chain(), "memories can't be embedded anew; trying again");
+                    self.report("embedding", Dependency::Degraded(error.to_string())).await;
+                    tokio::select! {
+                        () = stop.cancelled() => return,
+                        () = tokio::time::sleep(PAUSE) => {}
+                    }
+                }
+            }
+        }
+        self.pending.switch.store(true, Ordering::SeqCst);
+        app.committed.send_replace(());
+    }
+
+    /// Removes what models before have left, once the serving one has as much.
+    async fn tidy(&self) -> Result<(), Error> {
+        let app = &self.app;
+        let (serving, counted) = (app.serving(), app.store.models().await?);
+        let own = counted.iter().find(|(identity, _)| *identity == serving.model.identity);
+        let own = own.map_or(0, |(_, count)| *count);
+        for (identity, count) in &counted {
+            if *identity != serving.model.identity && *count <= own {
+                app.forget_model(identity).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Answers searches by the next model from now on. Called by the writer of the index, so that no change is missed.
+    async fn switch(&self) -> Result<(), Error> {
+        let app = &self.app;
+        let Some(next) = app.next.clone() else { return Ok(()) };
+        let (indexes, model, end) = (Arc::clone(&app.indexes), next.clone(), app.store.last_sequence().await?);
+        let opened = tokio::task::spawn_blocking(move || indexes.open(&model, end)).await;
+        let (index, fresh) = opened
+            .map_err(Error::internal)?
+            .map_err(|error| Error::unavailable("the next index can't be opened").caused_by(error))?;
+        let serving = Serving { model: next, index };
+        if fresh.is_some() {
+            self.rebuild(&serving).await?;
+        }
+        let before = app.serving().model.identity.clone();
+        tracing::info!(model = serving.model.name, "searches are answered by the new model");
+        app.serve(serving);
+        self.pending.switch.store(false, Ordering::SeqCst);
+        // What was written meanwhile has a vector by the model before only.
+        self.pending.from.store(0, Ordering::SeqCst);
+        self.pending.some.notify_one();
+        app.forget_model(&before).await
     }
 
     /// The vectors of memories' texts; a text that the model refuses has none, and does not keep the others from theirs.
-    async fn embed_states(&self, states: &[IndexState]) -> Result<Vec<Option<Vec<f32>>>, Error> {
+    async fn embed_states(&self, model: &Model, states: &[IndexState]) -> Result<Vec<Option<Vec<f32>>>, Error> {
         let app = &self.app;
         let Some(tenant) = states.first().map(|state| state.tenant.clone()) else {
             return Ok(Vec::new());
         };
         let context = app.background(tenant);
         let texts = states.iter().map(|state| state.text.clone()).collect();
-        match app.embed(&context, texts, false).await {
+        match app.embed(&context, model, texts, false).await {
             Ok(vectors) => return Ok(vectors.into_iter().map(Some).collect()),
             Err(error) if error.reason() == Reason::DependencyUnavailable => return Err(error),
             Err(_) => {}
         }
         let mut vectors = Vec::with_capacity(states.len());
         for state in states {
-            match app.embed(&context, vec![state.text.clone()], false).await {
+            match app.embed(&context, model, vec![state.text.clone()], false).await {
                 Ok(mut one) => vectors.push(one.pop()),
                 Err(error) if error.reason() == Reason::DependencyUnavailable => return Err(error),
                 Err(error) => {
@@ -281,26 +397,26 @@ impl Background {
         }
     }
 
-    async fn apply(&self, upserts: Vec<Entry>, removals: Vec<Key>, watermark: Sequence) -> Result<(), Error> {
-        let index = Arc::clone(&self.app.index);
-        let applied = tokio::task::spawn_blocking(move || index.apply(&upserts, &removals, watermark)).await;
-        applied
-            .map_err(Error::internal)?
-            .map_err(|error| Error::unavailable("the index can't be written").caused_by(error))
-    }
-
-    async fn flush(&self) -> Result<(), Error> {
-        let index = Arc::clone(&self.app.index);
-        let flushed = tokio::task::spawn_blocking(move || index.flush()).await;
-        flushed
-            .map_err(Error::internal)?
-            .map_err(|error| Error::unavailable("the index can't be flushed").caused_by(error))
-    }
-
     async fn try_flush(&self) -> Result<(), Error> {
-        let flushed = self.flush().await;
+        let flushed = flush(&self.app.serving()).await;
         flushed.inspect_err(|error| tracing::warn!(error = %error.chain(), "can't flush the index"))
     }
+}
+
+async fn apply(serving: &Serving, upserts: Vec<Entry>, removals: Vec<Key>, watermark: Sequence) -> Result<(), Error> {
+    let index = Arc::clone(&serving.index);
+    let applied = tokio::task::spawn_blocking(move || index.apply(&upserts, &removals, watermark)).await;
+    applied
+        .map_err(Error::internal)?
+        .map_err(|error| Error::unavailable("the index can't be written").caused_by(error))
+}
+
+async fn flush(serving: &Serving) -> Result<(), Error> {
+    let index = Arc::clone(&serving.index);
+    let flushed = tokio::task::spawn_blocking(move || index.flush()).await;
+    flushed
+        .map_err(Error::internal)?
+        .map_err(|error| Error::unavailable("the index can't be flushed").caused_by(error))
 }
 
 fn entry(state: &IndexState) -> Option<Entry> {

@@ -13,8 +13,8 @@ use aeterna_error::{Error, Reason};
 use aeterna_rpc::RequestContext;
 use aeterna_types::{Layer, MemoryId, Scope, Timestamp};
 
-use super::App;
 use super::get::view;
+use super::{App, Serving};
 use crate::domain::{Key, Memory, Sequence};
 use crate::filter::Filter;
 use crate::store::code::Code;
@@ -117,10 +117,23 @@ pub struct Found {
     pub hits: Vec<Hit>,
     /// What was away.
     pub degraded: Vec<String>,
+    /// The model of the dense arm; empty when it was not used.
+    pub model: String,
     /// Dimensions that the dense arm compared; 0 when it was not used.
     pub dimension: usize,
     /// What the search did.
     pub stats: SearchStats,
+}
+
+/// What the dense arm works with.
+struct Dense<'a> {
+    serving: &'a Serving,
+    among: &'a Among,
+    past: Option<&'a Past>,
+    /// Candidates wanted.
+    depth: usize,
+    /// Dimensions that are compared.
+    compared: usize,
 }
 
 fn ms(since: Instant) -> f64 {
@@ -172,13 +185,20 @@ impl App {
             terms: aeterna_text::analyse(&query.text),
             ..SearchStats::default()
         };
+        let serving = self.serving();
+        let full = serving.model.dimension;
+        let compared = query.dimension.unwrap_or(full).min(full);
+        let arm = Dense {
+            serving: &serving,
+            among: &among,
+            past: past.as_ref(),
+            depth,
+            compared,
+        };
         let mut dense = Vec::new();
         let mut dense_used = false;
         if query.arms != Arms::Lexical {
-            match self
-                .dense(context, &query, &among, past.as_ref(), depth, &mut stats)
-                .await
-            {
+            match self.dense(context, &query, &arm, &mut stats).await {
                 Ok(found) => {
                     dense = found;
                     dense_used = true;
@@ -247,10 +267,11 @@ impl App {
         Ok(Found {
             hits,
             degraded,
-            dimension: if dense_used {
-                query.dimension.unwrap_or(self.model.dimension)
+            dimension: if dense_used { compared } else { 0 },
+            model: if dense_used {
+                serving.model.name.clone()
             } else {
-                0
+                String::new()
             },
             stats,
         })
@@ -261,14 +282,12 @@ impl App {
         &self,
         context: &RequestContext,
         query: &SearchQuery,
-        among: &Among,
-        past: Option<&Past>,
-        depth: usize,
+        arm: &Dense<'_>,
         stats: &mut SearchStats,
     ) -> Result<Vec<(Key, f64)>, Error> {
         let began = Instant::now();
         let vector = self
-            .embed(context, vec![query.text.clone()], true)
+            .embed(context, &arm.serving.model, vec![query.text.clone()], true)
             .await?
             .pop()
             .unwrap_or_default();
@@ -277,17 +296,26 @@ impl App {
         let Some(code) = Code::encode(&vector) else {
             return Ok(Vec::new());
         };
-        stats.scanned = self.index.len();
-        let keys = self.candidates(code, among.clone(), depth).await?;
-        let compared = &vector[..query.dimension.unwrap_or(vector.len()).min(vector.len())];
-        let cosines = self.store.cosines(&self.model.identity, &keys, compared).await?;
+        stats.scanned = arm.serving.index.len();
+        let keys = self.candidates(arm.serving, code, arm.among.clone(), arm.depth).await?;
+        // As long as one: a prefix of a unit vector is shorter.
+        let mut compared = vector[..arm.compared.min(vector.len())].to_vec();
+        let norm = compared
+            .iter()
+            .map(|x| x * x)
+            .sum::<f32>()
+            .sqrt()
+            .max(f32::MIN_POSITIVE);
+        compared.iter_mut().for_each(|x| *x /= norm);
+        let identity = &arm.serving.model.identity;
+        let cosines = self.store.cosines(identity, &keys, &compared).await?;
         let mut scored: Vec<(Key, f64)> = cosines
             .into_iter()
             .map(|(key, cosine)| (key, f64::from(cosine)))
             .collect();
-        if let Some(past) = past {
-            let earlier = self.past_cosines(context, past, &vector).await?;
-            scored.extend(earlier.into_iter().filter(|(key, _)| !among.exclude.contains(key)));
+        if let Some(past) = arm.past {
+            let earlier = self.past_cosines(context, &arm.serving.model, past, &compared).await?;
+            scored.extend(earlier.into_iter().filter(|(key, _)| !arm.among.exclude.contains(key)));
         }
         best_first(&mut scored);
         stats.dense_ms = ms(began);
@@ -295,8 +323,14 @@ impl App {
     }
 
     /// The nearest vectors by the index, to be rescored.
-    pub(super) async fn candidates(&self, code: Code, among: Among, limit: usize) -> Result<Vec<Key>, Error> {
-        let index = Arc::clone(&self.index);
+    pub(super) async fn candidates(
+        &self,
+        serving: &Serving,
+        code: Code,
+        among: Among,
+        limit: usize,
+    ) -> Result<Vec<Key>, Error> {
+        let index = Arc::clone(&serving.index);
         let found = tokio::task::spawn_blocking(move || index.search(&code, &among, limit)).await;
         Ok(found
             .map_err(Error::internal)?
@@ -401,7 +435,7 @@ impl App {
             return Ok(());
         };
         let keys: Vec<Key> = hits.iter().map(|hit| hit.key).collect();
-        let vectors = self.store.vectors(&self.model.identity, &keys).await?;
+        let vectors = self.store.vectors(&self.serving().model.identity, &keys).await?;
         let mut vectors: HashMap<Key, Vec<f32>> = vectors.into_iter().collect();
         let vectors: Vec<Option<Vec<f32>>> = keys.iter().map(|key| vectors.remove(key)).collect();
         let relevance: Vec<f64> = hits.iter().map(|hit| hit.score).collect();

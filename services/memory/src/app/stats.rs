@@ -15,6 +15,10 @@ pub struct Stats {
     pub counts: Counts,
     /// Changes of the whole store that the index has not applied.
     pub index_lag: i64,
+    /// The model by which searches are answered.
+    pub model: String,
+    /// The model that memories are embedded anew by, and how many are left.
+    pub reembedding: Option<(String, i64)>,
     /// Bytes of the whole index.
     pub index_bytes: u64,
 }
@@ -27,15 +31,24 @@ impl App {
     pub async fn stats(&self, context: &RequestContext, scope: Option<&Scope>) -> Result<Stats, Error> {
         let view = view(context, scope)?;
         let scopes = self.store.visible(&context.principal().tenant, &view, &[]).await?;
-        let counts = self
-            .store
-            .counts(&self.model.identity, &scopes, self.clock.now())
-            .await?;
+        let (serving, now) = (self.serving(), self.clock.now());
+        let counts = self.store.counts(&serving.model.identity, &scopes, now).await?;
+        let mut reembedding = None;
+        if let Some(next) = self
+            .next
+            .as_ref()
+            .filter(|next| next.identity != serving.model.identity)
+        {
+            let left = self.store.counts(&next.identity, &scopes, now).await?.pending;
+            reembedding = Some((next.name.clone(), left));
+        }
         let end = self.store.last_sequence().await?;
         Ok(Stats {
             counts,
-            index_lag: (end.0 - self.index.watermark().0).max(0),
-            index_bytes: self.index.bytes(),
+            model: serving.model.name.clone(),
+            reembedding,
+            index_lag: (end.0 - serving.index.watermark().0).max(0),
+            index_bytes: serving.index.bytes(),
         })
     }
 }

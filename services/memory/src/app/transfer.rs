@@ -226,7 +226,8 @@ impl Import {
         if item.memory.deleted_at.is_some() {
             item.memory.body.expires_at = kept;
         }
-        let own = &self.app.model;
+        let serving = self.app.serving();
+        let own = &serving.model;
         let fits = |vector: &crate::store::StoredVector| {
             vector.model == own.identity && vector.code.dimension() == own.dimension
         };

@@ -83,7 +83,6 @@ impl App {
             } else {
                 None
             };
-            let vector = vector.map(|code| self.stored_vector(code));
             let change = Change::Replace {
                 body: Box::new(body),
                 vector,

@@ -159,6 +159,9 @@ pub fn stats_response(stats: Stats) -> wire::StatsResponse {
         index_lag: stats.index_lag,
         embedding_bytes: stats.counts.embedding_bytes,
         index_bytes: i64::try_from(stats.index_bytes).unwrap_or(i64::MAX),
+        embedding_model: stats.model,
+        reembedding_left: stats.reembedding.as_ref().map_or(0, |(_, left)| *left),
+        reembedding_model: stats.reembedding.map(|(model, _)| model).unwrap_or_default(),
     }
 }
 

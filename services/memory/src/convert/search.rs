@@ -5,7 +5,7 @@ use aeterna_proto::memory::v1 as wire;
 use aeterna_types::Timestamp;
 
 use super::{check_token, filter, id, layers, memory, past, scope};
-use crate::app::{Arms, Breakdown, Found, Fusion, Model, SearchQuery, SearchStats, Weights};
+use crate::app::{Arms, Breakdown, Found, Fusion, SearchQuery, SearchStats, Weights};
 
 const MAX_QUERY_BYTES: usize = 8192;
 const MAX_RESULTS: i32 = 1000;
@@ -13,8 +13,8 @@ const MAX_RESULTS: i32 = 1000;
 const SIZES: [usize; 4] = [256, 384, 768, 1536];
 const MAX_EXCLUDED: usize = 10_000;
 
-/// What Search asks for; vectors have `full` dimensions.
-pub fn search_request(request: wire::SearchRequest, now: Timestamp, full: usize) -> Result<SearchQuery, Error> {
+/// What Search asks for.
+pub fn search_request(request: wire::SearchRequest, now: Timestamp) -> Result<SearchQuery, Error> {
     let mut violations = Violations::default();
     if request.query.trim().is_empty() || request.query.len() > MAX_QUERY_BYTES {
         violations.add(
@@ -88,7 +88,7 @@ pub fn search_request(request: wire::SearchRequest, now: Timestamp, full: usize)
         after,
         as_of,
         rerank: request.rerank,
-        dimension: dimension.map(|size| size.min(full)),
+        dimension,
         explain: request.explain,
     };
     Ok(query)
@@ -123,7 +123,7 @@ fn int(number: usize) -> i32 {
 }
 
 /// The answer to Search.
-pub fn search_response(found: Found, explain: bool, model: &Model) -> wire::SearchResponse {
+pub fn search_response(found: Found, explain: bool) -> wire::SearchResponse {
     let results = found.hits.into_iter().map(|hit| wire::SearchResult {
         score: hit.score,
         breakdown: explain.then(|| breakdown(hit.breakdown)),
@@ -133,11 +133,7 @@ pub fn search_response(found: Found, explain: bool, model: &Model) -> wire::Sear
         results: results.collect(),
         degraded: !found.degraded.is_empty(),
         degraded_reasons: found.degraded,
-        model: if found.dimension > 0 {
-            model.name.clone()
-        } else {
-            String::new()
-        },
+        model: found.model,
         dimension: int(found.dimension),
         stats: explain.then(|| stats(found.stats)),
     }

@@ -292,6 +292,14 @@ impl Relational for SqliteStore {
             .await
     }
 
+    async fn models(&self) -> Result<Vec<(String, i64)>, MemoryError> {
+        self.read(read::model_counts).await
+    }
+
+    async fn forget_model(&self, model: &str) -> Result<(), MemoryError> {
+        write::forget_model(self, model).await
+    }
+
     async fn expired(&self, scopes: &[ScopeKey], now: Timestamp) -> Result<Vec<Key>, MemoryError> {
         let scopes = scopes.to_vec();
         self.read(move |connection| read::expired(connection, &scopes, now))

@@ -6,6 +6,7 @@ use aeterna_error::Error;
 use aeterna_rpc::RequestContext;
 use aeterna_types::{TenantId, Timestamp};
 
+use super::super::Model;
 use super::{App, Filter};
 use crate::domain::{Key, Memory, ScopeKey};
 use crate::store::Earlier;
@@ -58,6 +59,7 @@ impl App {
     pub(super) async fn past_cosines(
         &self,
         context: &RequestContext,
+        model: &Model,
         past: &Past,
         vector: &[f32],
     ) -> Result<Vec<(Key, f64)>, Error> {
@@ -67,7 +69,7 @@ impl App {
             .filter(|key| !past.reworded.contains(key))
             .copied()
             .collect();
-        let kept = self.store.cosines(&self.model.identity, &kept, vector).await?;
+        let kept = self.store.cosines(&model.identity, &kept, vector).await?;
         let mut cosines: Vec<(Key, f64)> = kept.into_iter().map(|(key, cosine)| (key, f64::from(cosine))).collect();
         let reworded = past
             .changed
@@ -77,8 +79,17 @@ impl App {
         let (keys, texts): (Vec<Key>, Vec<String>) =
             reworded.map(|(key, memory)| (*key, memory.body.dense_text())).unzip();
         if !texts.is_empty() {
-            let vectors = self.embed(context, texts, false).await?;
-            let cosine = |other: &Vec<f32>| f64::from(other.iter().zip(vector).map(|(a, b)| a * b).sum::<f32>());
+            let vectors = self.embed(context, model, texts, false).await?;
+            let cosine = |other: &Vec<f32>| {
+                let norm = other
+                    .iter()
+                    .take(vector.len())
+                    .map(|x| x * x)
+                    .sum::<f32>()
+                    .sqrt()
+                    .max(f32::MIN_POSITIVE);
+                f64::from(other.iter().zip(vector).map(|(a, b)| a * b).sum::<f32>() / norm)
+            };
             cosines.extend(keys.into_iter().zip(vectors.iter().map(cosine)));
         }
         Ok(cosines)
