@@ -10,6 +10,7 @@ mod embedding;
 mod hostile;
 mod knowledge;
 mod memory;
+mod openai;
 mod past;
 mod readme;
 mod reembed;

@@ -3,7 +3,7 @@
 use aeterna_error::{Error, Reason};
 
 /// An error of the embedding service.
-#[derive(Debug, thiserror::Error)]
+#[derive(Clone, Debug, thiserror::Error)]
 pub enum EmbeddingError {
     /// No model of that name is loaded.
     #[error("no model `{name}` is loaded; use one of: {known}")]
@@ -27,6 +27,12 @@ pub enum EmbeddingError {
     /// The model failed on a text.
     #[error("the model failed")]
     Failed(String),
+    /// The model's server does not take the text.
+    #[error("the model's server refuses the text: {0}")]
+    Refused(String),
+    /// The model's servers are away, or answer nonsense.
+    #[error("the model's server is away: {0}")]
+    Away(String),
 }
 
 impl From<EmbeddingError> for Error {
@@ -39,6 +45,8 @@ impl From<EmbeddingError> for Error {
             EmbeddingError::BadDirectory { .. } | EmbeddingError::NoReranker => {
                 Self::new(Reason::NotConfigured, error.to_string())
             }
+            EmbeddingError::Refused(_) => Self::new(Reason::InvalidField, error.to_string()),
+            EmbeddingError::Away(_) => Self::unavailable(error.to_string()),
             EmbeddingError::Failed(why) => Self::internal(why.clone()),
         }
     }

@@ -19,6 +19,7 @@ use tonic::service::Routes;
 
 pub use error::EmbeddingError;
 pub use store::local::check_directory;
+use store::openai::{OpenAiModel, Options};
 
 /// The service's name in its contract.
 pub const SERVICE: &str = "aeterna.embedding.v1.EmbeddingService";
@@ -33,12 +34,47 @@ pub const SETTINGS: &[Setting] = &[
     Setting::new(
         "embedding.default_model",
         "",
-        "Name of the default model; empty: the first model directory, else `hash`.",
+        "Name of the default model; empty: the first model directory, else the model of `embedding.openai.urls`, else `hash`.",
     ),
     Setting::new(
         "embedding.reranker_dir",
         "",
         "Directory of a cross-encoder (config.json, tokenizer.json, model.safetensors; BERT with one label), for searches with `rerank`; empty: none.",
+    ),
+    Setting::new(
+        "embedding.openai.urls",
+        "",
+        "Base URLs of servers that speak OpenAI's embeddings API, such as `https://api.openai.com/v1`, separated by commas: the next is asked when one fails, so all must serve the same model. Empty: none.",
+    ),
+    Setting::new(
+        "embedding.openai.model",
+        "text-embedding-3-small",
+        "Name of their model.",
+    ),
+    Setting::new(
+        "embedding.openai.dimension",
+        "1536",
+        "Dimensions of its vectors, a multiple of 64.",
+    ),
+    Setting::new(
+        "embedding.openai.matryoshka",
+        "true",
+        "It takes `dimensions`, and a prefix of its vectors is a good vector: `true` or `false`.",
+    ),
+    Setting::secret(
+        "embedding.openai.api_key",
+        "embedding.openai.api_key_file",
+        "Sent to them as a bearer token; `embedding.openai.api_key_file` reads it from a file.",
+    ),
+    Setting::new(
+        "embedding.openai.timeout",
+        "30s",
+        "Time that one call to them may take.",
+    ),
+    Setting::new(
+        "embedding.openai.price",
+        "",
+        "US dollars that they charge for a million tokens; empty: unknown, and no cost is counted.",
     ),
     Setting::new(
         "embedding.threads",
@@ -59,6 +95,8 @@ pub struct Config {
     pub model_dirs: Vec<PathBuf>,
     /// Name of the default model; empty: the first one.
     pub default_model: String,
+    /// A model behind servers that speak OpenAI's API.
+    openai: Option<Options>,
     /// Directory of a cross-encoder; empty: none.
     pub reranker_dir: PathBuf,
     /// Threads per local model; 0: one per core.
@@ -72,17 +110,63 @@ impl Config {
     pub fn read(reader: &mut Reader<'_>) -> Option<Self> {
         let model_dirs = reader.list("embedding.model_dirs");
         let default_model = reader.text("embedding.default_model");
+        let openai = openai(reader);
         let reranker_dir = reader.text("embedding.reranker_dir");
         let threads = reader.within("embedding.threads", 0..=256);
         let cache_bytes = reader.get("embedding.cache_bytes");
         Some(Self {
             model_dirs: model_dirs?.into_iter().map(Into::into).collect(),
             default_model: default_model?,
+            openai: openai?,
             reranker_dir: reranker_dir?.into(),
             threads: threads?,
             cache_bytes: cache_bytes?,
         })
     }
+}
+
+/// How an OpenAI-compatible model is reached, when there is one.
+fn openai(reader: &mut Reader<'_>) -> Option<Option<Options>> {
+    let urls = reader.list("embedding.openai.urls")?;
+    let model = reader.text("embedding.openai.model")?;
+    let dimension: usize = reader.within("embedding.openai.dimension", 64..=65_472)?;
+    let matryoshka: bool = reader.get("embedding.openai.matryoshka")?;
+    let key = reader.secret("embedding.openai.api_key")?;
+    let timeout = reader.duration("embedding.openai.timeout")?;
+    let price = reader.text("embedding.openai.price")?;
+    if !dimension.is_multiple_of(64) {
+        reader.problem("embedding.openai.dimension", "is no multiple of 64");
+        return None;
+    }
+    let mut parsed = Vec::with_capacity(urls.len());
+    for url in urls {
+        match url.parse::<reqwest::Url>() {
+            Ok(url) if matches!(url.scheme(), "http" | "https") => parsed.push(url),
+            _ => {
+                reader.problem("embedding.openai.urls", format!("`{url}` is no http or https URL"));
+                return None;
+            }
+        }
+    }
+    let price = match price.as_str() {
+        "" => None,
+        text => match text.parse::<f64>() {
+            Ok(price) if price.is_finite() && price >= 0.0 => Some(price),
+            _ => {
+                reader.problem("embedding.openai.price", "is no number of US dollars, such as `0.02`");
+                return None;
+            }
+        },
+    };
+    Some((!parsed.is_empty()).then_some(Options {
+        urls: parsed,
+        model,
+        dimension,
+        matryoshka,
+        key,
+        timeout,
+        price,
+    }))
 }
 
 /// What the service needs from the process it runs in.
@@ -143,7 +227,7 @@ pub async fn build(config: Config, deps: Deps) -> Result<Routes, Error> {
     if dirs.is_empty() {
         dirs = installed(&deps.data_dir);
     }
-    if dirs.is_empty() {
+    if dirs.is_empty() && config.openai.is_none() {
         tracing::warn!(
             "no embedding model is installed, so `hash` compares words and not meanings; `aeterna models fetch` installs one"
         );
@@ -152,6 +236,10 @@ pub async fn build(config: Config, deps: Deps) -> Result<Routes, Error> {
         let loaded = tokio::task::spawn_blocking(move || store::local::LocalModel::load(&dir, threads)).await;
         models.push(Arc::new(loaded.map_err(Error::internal)??));
     }
+    let metrics = metrics::Metrics::new(&deps.meter);
+    if let Some(options) = config.openai {
+        models.push(Arc::new(OpenAiModel::new(options, metrics.clone())?));
+    }
     models.push(Arc::new(store::hash::HashModel::new()));
     let mut reranker = None;
     if !config.reranker_dir.as_os_str().is_empty() {
@@ -159,7 +247,6 @@ pub async fn build(config: Config, deps: Deps) -> Result<Routes, Error> {
         let loaded = tokio::task::spawn_blocking(move || store::cross::CrossEncoder::load(&dir, threads)).await;
         reranker = Some(loaded.map_err(Error::internal)??);
     }
-    let metrics = metrics::Metrics::new(&deps.meter);
     let app = app::App::new(models, &config.default_model, config.cache_bytes, reranker, metrics)?;
     deps.health.report(SERVICE, "models", Dependency::Up).await;
     let server = EmbeddingServiceServer::new(grpc::Embedding::new(app))

@@ -11,6 +11,8 @@ pub struct Metrics {
     pub cached: Counter<u64>,
     /// Tokens read by models.
     pub tokens: Counter<u64>,
+    /// What servers charge for them, in millionths of a US dollar.
+    pub cost: Counter<u64>,
 }
 
 impl Metrics {
@@ -21,6 +23,10 @@ impl Metrics {
             embedded: counter("aeterna_embedding_texts", "Texts embedded by a model."),
             cached: counter("aeterna_embedding_cache_hits", "Texts answered from the cache."),
             tokens: counter("aeterna_embedding_tokens", "Tokens read by models."),
+            cost: counter(
+                "aeterna_embedding_cost_micro_usd",
+                "What servers charge by `embedding.openai.price`, in millionths of a US dollar.",
+            ),
         }
     }
 }

@@ -3,6 +3,7 @@
 pub mod cross;
 pub mod hash;
 pub mod local;
+pub mod openai;
 
 use async_trait::async_trait;
 
@@ -16,7 +17,7 @@ pub const SIZES: [usize; 4] = [256, 384, 768, 1536];
 pub struct ModelInfo {
     /// Its name.
     pub name: String,
-    /// `hash` or `local`.
+    /// `hash`, `local` or `openai`.
     pub provider: &'static str,
     /// Dimensions of its full vectors.
     pub dimension: usize,

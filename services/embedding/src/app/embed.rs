@@ -92,7 +92,7 @@ impl App {
         };
         match self.cache.try_get_with(key, load).await {
             Ok(embedded) => Ok((embedded, !fresh.load(Ordering::Relaxed))),
-            Err(error) => Err(EmbeddingError::Failed(error.to_string())),
+            Err(error) => Err(EmbeddingError::clone(&error)),
         }
     }
 }

@@ -262,11 +262,11 @@ impl Background {
     /// What was done when the process ended is not done again.
     async fn embed_anew(&self, stop: &CancellationToken) {
         let app = &self.app;
-        let Some(next) = app
-            .next
-            .as_ref()
-            .filter(|next| next.identity != app.serving().model.identity)
-        else {
+        let serving = app.serving().model.identity.clone();
+        let Some(next) = app.next.as_ref().filter(|next| next.identity != serving) else {
+            if let Err(error) = self.tidy().await {
+                tracing::warn!(error = %error.chain(), "vectors of models before can't be removed");
+            }
             return;
         };
         tracing::info!(

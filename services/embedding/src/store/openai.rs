@@ -1,0 +1,291 @@
+//! Models behind a server that speaks OpenAI's `POST /embeddings`: batches, back-off, fallbacks, lenient answers.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use rand::Rng as _;
+use reqwest::{Client, StatusCode, Url};
+use serde_json::{Value, json};
+use tokio::sync::{Semaphore, mpsc, oneshot};
+
+use super::{Embedded, Model, ModelInfo, TextKind, normalise};
+use crate::error::EmbeddingError;
+use crate::metrics::Metrics;
+
+/// Texts in one call, and their bytes, at most.
+const BATCH: usize = 128;
+const BATCH_BYTES: usize = 256 << 10;
+/// How long a text waits for others to share its call.
+const GATHER: Duration = Duration::from_millis(3);
+/// Calls under way at a time.
+const CALLS: usize = 8;
+/// Rounds over all servers before a call is given up.
+const ROUNDS: u32 = 4;
+/// The first pause between rounds; it doubles, with jitter.
+const PAUSE: Duration = Duration::from_millis(200);
+/// The longest pause that a server may ask for with Retry-After.
+const LONGEST: Duration = Duration::from_secs(20);
+/// Bytes of an answer, at most: 128 vectors of 4096 values in words.
+const ANSWER_BYTES: usize = 64 << 20;
+
+/// How the model is reached.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Base URLs such as `https://api.openai.com/v1`, the first one first; all must serve the same model.
+    pub urls: Vec<Url>,
+    /// Name of the model.
+    pub model: String,
+    /// Dimensions of its vectors.
+    pub dimension: usize,
+    /// It was trained so that a prefix of a vector is a good vector, and takes `dimensions`.
+    pub matryoshka: bool,
+    /// Sent as a bearer token.
+    pub key: Option<aeterna_config::Secret>,
+    /// Time that one call may take.
+    pub timeout: Duration,
+    /// US dollars for a million tokens; `None`: unknown, and then no cost is counted.
+    pub price: Option<f64>,
+}
+
+type Job = (String, oneshot::Sender<Result<Embedded, EmbeddingError>>);
+
+/// The model, with a task that gathers texts into calls.
+pub struct OpenAiModel {
+    info: ModelInfo,
+    jobs: mpsc::Sender<Job>,
+}
+
+impl OpenAiModel {
+    /// Prepares the connection; nothing is sent yet.
+    ///
+    /// # Errors
+    /// When the HTTP client can't be made.
+    pub fn new(options: Options, metrics: Metrics) -> Result<Self, EmbeddingError> {
+        let client = Client::builder().timeout(options.timeout).build();
+        let client = client.map_err(|error| EmbeddingError::Failed(error.to_string()))?;
+        let info = ModelInfo {
+            name: options.model.clone(),
+            provider: "openai",
+            dimension: options.dimension,
+            matryoshka: options.matryoshka,
+            lexical: false,
+            max_tokens: 0,
+            revision: format!("openai-{}", options.dimension),
+        };
+        let (jobs, queue) = mpsc::channel(4096);
+        let server = Arc::new(Server {
+            client,
+            options,
+            metrics,
+        });
+        tokio::spawn(gather(server, queue));
+        Ok(Self { info, jobs })
+    }
+}
+
+#[async_trait]
+impl Model for OpenAiModel {
+    fn info(&self) -> &ModelInfo {
+        &self.info
+    }
+
+    async fn embed(&self, text: String, _kind: TextKind) -> Result<Embedded, EmbeddingError> {
+        let ended = || EmbeddingError::Failed("the task that calls the server has ended".into());
+        let (answer, answered) = oneshot::channel();
+        self.jobs.send((text, answer)).await.map_err(|_| ended())?;
+        answered.await.unwrap_or_else(|_| Err(ended()))
+    }
+}
+
+/// Gathers texts into calls, until the model is dropped.
+async fn gather(server: Arc<Server>, mut queue: mpsc::Receiver<Job>) {
+    let calls = Arc::new(Semaphore::new(CALLS));
+    while let Some(first) = queue.recv().await {
+        let mut bytes = first.0.len();
+        let mut batch = vec![first];
+        let deadline = tokio::time::Instant::now() + GATHER;
+        while batch.len() < BATCH && bytes < BATCH_BYTES {
+            match tokio::time::timeout_at(deadline, queue.recv()).await {
+                Ok(Some(job)) => {
+                    bytes += job.0.len();
+                    batch.push(job);
+                }
+                Ok(None) | Err(_) => break,
+            }
+        }
+        // Backpressure: while all calls are under way, texts wait in the queue.
+        let Ok(permit) = Arc::clone(&calls).acquire_owned().await else {
+            return;
+        };
+        let server = Arc::clone(&server);
+        tokio::spawn(async move {
+            let (texts, answers): (Vec<String>, Vec<_>) = batch.into_iter().unzip();
+            let results = server.embed(&texts).await;
+            for (answer, result) in answers.into_iter().zip(results) {
+                // The asker may have gone; then nobody needs the vector.
+                let _ = answer.send(result);
+            }
+            drop(permit);
+        });
+    }
+}
+
+struct Server {
+    client: Client,
+    options: Options,
+    metrics: Metrics,
+}
+
+/// What became of one call.
+enum Outcome {
+    Done(Vec<Embedded>),
+    /// The texts are at fault.
+    Refused(String),
+    /// The server is; it may ask for a pause.
+    Failed(String, Option<Duration>),
+}
+
+impl Server {
+    /// Embeds texts; one that the server refuses does not keep the others from their vectors.
+    async fn embed(&self, texts: &[String]) -> Vec<Result<Embedded, EmbeddingError>> {
+        match self.patiently(texts).await {
+            Ok(embedded) => embedded.into_iter().map(Ok).collect(),
+            Err(EmbeddingError::Refused(_)) if texts.len() > 1 => {
+                let (left, right) = texts.split_at(texts.len() / 2);
+                let mut results = Box::pin(self.embed(left)).await;
+                results.extend(Box::pin(self.embed(right)).await);
+                results
+            }
+            Err(error) => texts.iter().map(|_| Err(error.clone())).collect(),
+        }
+    }
+
+    /// Asks one server after the other, and all of them again after a pause.
+    async fn patiently(&self, texts: &[String]) -> Result<Vec<Embedded>, EmbeddingError> {
+        let (mut pause, mut last) = (PAUSE, String::new());
+        for round in 0..ROUNDS {
+            let mut asked: Option<Duration> = None;
+            for url in &self.options.urls {
+                match self.call(url, texts).await {
+                    Outcome::Done(embedded) => return Ok(embedded),
+                    Outcome::Refused(why) => return Err(EmbeddingError::Refused(why)),
+                    Outcome::Failed(why, wait) => {
+                        tracing::warn!(%url, why, "an embedding server fails");
+                        asked = asked.max(wait);
+                        last = why;
+                    }
+                }
+            }
+            if round + 1 < ROUNDS {
+                let jitter = rand::rng().random_range(0.5..1.5);
+                let own = pause.mul_f64(jitter);
+                tokio::time::sleep(asked.map_or(own, |asked| asked.min(LONGEST).max(own))).await;
+                pause *= 2;
+            }
+        }
+        Err(EmbeddingError::Away(last))
+    }
+
+    async fn call(&self, url: &Url, texts: &[String]) -> Outcome {
+        let options = &self.options;
+        let mut body = json!({"model": options.model, "input": texts, "encoding_format": "float"});
+        if options.matryoshka {
+            body["dimensions"] = options.dimension.into();
+        }
+        let address = format!("{}/embeddings", url.as_str().trim_end_matches('/'));
+        let mut request = self.client.post(address).json(&body);
+        if let Some(key) = &options.key {
+            request = request.bearer_auth(key.expose());
+        }
+        let failed = |error: reqwest::Error| Outcome::Failed(error.without_url().to_string(), None);
+        let mut response = match request.send().await {
+            Ok(response) => response,
+            Err(error) => return failed(error),
+        };
+        let status = response.status();
+        let seconds = response
+            .headers()
+            .get("retry-after")
+            .and_then(|value| value.to_str().ok()?.parse::<u64>().ok());
+        let wait = seconds.map(Duration::from_secs);
+        let mut bytes = Vec::new();
+        loop {
+            match response.chunk().await {
+                Ok(Some(chunk)) => bytes.extend_from_slice(&chunk),
+                Ok(None) => break,
+                Err(error) => return failed(error),
+            }
+            if bytes.len() > ANSWER_BYTES {
+                return Outcome::Failed(format!("the answer has more than {ANSWER_BYTES} bytes"), None);
+            }
+        }
+        if !status.is_success() {
+            let said: String = String::from_utf8_lossy(&bytes).chars().take(300).collect();
+            let why = format!("status {}: {said}", status.as_u16());
+            // Only these say that the texts are at fault; a wrong key or name is for an operator to mend.
+            let texts = matches!(
+                status,
+                StatusCode::BAD_REQUEST | StatusCode::PAYLOAD_TOO_LARGE | StatusCode::UNPROCESSABLE_ENTITY
+            );
+            return if texts {
+                Outcome::Refused(why)
+            } else {
+                Outcome::Failed(why, wait)
+            };
+        }
+        match self.read(&bytes, texts.len()) {
+            Ok(embedded) => Outcome::Done(embedded),
+            Err(why) => Outcome::Failed(why, None),
+        }
+    }
+
+    /// The vectors of an answer, in the order of the texts. Servers differ: places may be missing or out of order, counts of
+    /// tokens may be missing.
+    fn read(&self, bytes: &[u8], wanted: usize) -> Result<Vec<Embedded>, String> {
+        let answer: Value = serde_json::from_slice(bytes).map_err(|error| format!("the answer is no JSON: {error}"))?;
+        let data = answer["data"].as_array().ok_or("the answer has no `data`")?;
+        if data.len() != wanted {
+            return Err(format!("the answer has {} vectors for {wanted} texts", data.len()));
+        }
+        let mut vectors: Vec<Option<Vec<f32>>> = vec![None; wanted];
+        for (place, item) in data.iter().enumerate() {
+            let place = item["index"]
+                .as_u64()
+                .and_then(|index| usize::try_from(index).ok())
+                .unwrap_or(place);
+            let values = item["embedding"].as_array().ok_or("an item has no `embedding`")?;
+            let number = |value: &Value| value.as_f64().map(|x| x as f32).filter(|x| x.is_finite());
+            let values: Option<Vec<f32>> = values.iter().map(number).collect();
+            let mut values = values.ok_or("an embedding has a value that is no finite number")?;
+            let dimension = self.options.dimension;
+            if values.len() != dimension {
+                let found = values.len();
+                return Err(format!(
+                    "an embedding has {found} values, and `embedding.openai.dimension` is {dimension}"
+                ));
+            }
+            normalise(&mut values);
+            *vectors.get_mut(place).ok_or("an item has a place beyond the texts")? = Some(values);
+        }
+        let tokens = answer["usage"]["prompt_tokens"]
+            .as_u64()
+            .or(answer["usage"]["total_tokens"].as_u64())
+            .unwrap_or(0);
+        if let Some(price) = self.options.price {
+            self.metrics.cost.add((tokens as f64 * price).round() as u64, &[]);
+        }
+        // The count is of the whole call: the first text carries it.
+        let mut left = u32::try_from(tokens).unwrap_or(u32::MAX);
+        let embedded = vectors.into_iter().map(|vector| {
+            Some(Embedded {
+                vector: vector?,
+                tokens: std::mem::take(&mut left),
+                truncated: false,
+            })
+        });
+        embedded
+            .collect::<Option<_>>()
+            .ok_or_else(|| "two embeddings have the same place".to_owned())
+    }
+}

@@ -1,0 +1,265 @@
+//! A model behind an OpenAI-compatible server, and what becomes of memories while that server is slow, wrong or gone. The
+//! server is scripted: a real one can't be made to fail on demand.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use aeterna_proto::common::v1::Scope;
+use aeterna_proto::embedding::v1::embedding_service_client::EmbeddingServiceClient;
+use aeterna_proto::embedding::v1::{BatchEmbedRequest, EmbedRequest};
+use aeterna_proto::memory::v1::memory_service_client::MemoryServiceClient;
+use aeterna_proto::memory::v1::{AddRequest, Memory, SearchRequest, SearchResponse, StatsRequest};
+use aeterna_rpc::AnyChannel;
+use aeterna_testkit::refusal;
+use axum::extract::State;
+use axum::http::{HeaderMap, StatusCode};
+use axum::response::IntoResponse as _;
+use serde_json::{Value, json};
+use tokio::net::TcpListener;
+
+use crate::sandbox::Sandbox;
+
+const DIMENSION: usize = 64;
+
+/// What the server does.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Mode {
+    Sound,
+    Slow,
+    WrongSize,
+    NotANumber,
+    Failing,
+    /// Says once that it is asked too often.
+    Busy,
+}
+
+struct Script {
+    mode: std::sync::Mutex<Mode>,
+    calls: AtomicUsize,
+}
+
+impl Script {
+    fn set(&self, mode: Mode) {
+        *self.mode.lock().unwrap() = mode;
+    }
+}
+
+/// A direction for each word, added up.
+fn vector(text: &str, dimensions: usize) -> Vec<f64> {
+    let mut sum = vec![0.01; dimensions];
+    for word in text.split_whitespace() {
+        let place = word
+            .bytes()
+            .fold(7usize, |hash, byte| hash.wrapping_mul(31) + usize::from(byte));
+        sum[place % dimensions] += 1.0;
+    }
+    sum
+}
+
+async fn embeddings(State(script): State<Arc<Script>>, headers: HeaderMap, body: String) -> axum::response::Response {
+    script.calls.fetch_add(1, Ordering::SeqCst);
+    let body: Value = serde_json::from_str(&body).unwrap();
+    assert_eq!(headers["authorization"], "Bearer sk-test");
+    assert_eq!(
+        (&body["model"], body["dimensions"].as_u64()),
+        (&json!("scripted"), Some(DIMENSION as u64))
+    );
+    let texts: Vec<&str> = body["input"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|text| text.as_str().unwrap())
+        .collect();
+    let mode = *script.mode.lock().unwrap();
+    let size = if mode == Mode::WrongSize { 32 } else { DIMENSION };
+    match mode {
+        Mode::Slow => tokio::time::sleep(Duration::from_secs(3)).await,
+        Mode::Failing => return (StatusCode::INTERNAL_SERVER_ERROR, "out of memory").into_response(),
+        Mode::Busy => {
+            script.set(Mode::Sound);
+            return (StatusCode::TOO_MANY_REQUESTS, [("retry-after", "1")], "slow down").into_response();
+        }
+        _ => {}
+    }
+    if texts.iter().any(|text| text.contains("forbidden")) {
+        return (StatusCode::BAD_REQUEST, "this text is not taken").into_response();
+    }
+    let item = |(index, text): (usize, &&str)| {
+        let mut embedding = json!(vector(text, size));
+        if mode == Mode::NotANumber {
+            embedding[3] = Value::Null;
+        }
+        json!({"index": index, "embedding": embedding})
+    };
+    // Out of order, as servers may.
+    let data: Vec<Value> = texts
+        .iter()
+        .enumerate()
+        .rev()
+        .map(|(index, text)| item((index, text)))
+        .collect();
+    let answer = json!({"data": data, "usage": {"prompt_tokens": texts.len() * 5}});
+    (StatusCode::OK, answer.to_string()).into_response()
+}
+
+/// The scripted server on a free port.
+async fn serve() -> (Arc<Script>, String, tokio::task::JoinHandle<()>) {
+    let script = Arc::new(Script {
+        mode: std::sync::Mutex::new(Mode::Sound),
+        calls: AtomicUsize::new(0),
+    });
+    let router = axum::Router::new()
+        .route("/v1/embeddings", axum::routing::post(embeddings))
+        .with_state(Arc::clone(&script));
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}/v1", listener.local_addr().unwrap());
+    let served = tokio::spawn(async move { axum::serve(listener, router).await.unwrap() });
+    (script, url, served)
+}
+
+async fn sandbox(urls: &str) -> Sandbox {
+    Sandbox::start(&[
+        ("embedding.openai.urls", urls),
+        ("embedding.openai.model", "scripted"),
+        ("embedding.openai.dimension", "64"),
+        ("embedding.openai.api_key", "sk-test"),
+        ("embedding.openai.timeout", "300ms"),
+        ("embedding.default_model", "scripted"),
+    ])
+    .await
+}
+
+fn user(name: &str) -> Option<Scope> {
+    Some(Scope {
+        user: name.into(),
+        ..Default::default()
+    })
+}
+
+async fn add(client: &mut MemoryServiceClient<AnyChannel>, name: &str, content: &str) {
+    let memory = Memory {
+        scope: user(name),
+        content: content.into(),
+        ..Default::default()
+    };
+    let request = AddRequest {
+        memory: Some(memory),
+        request_id: String::new(),
+    };
+    client.add(request).await.unwrap();
+}
+
+async fn search(client: &mut MemoryServiceClient<AnyChannel>, name: &str, query: &str) -> SearchResponse {
+    let request = SearchRequest {
+        scope: user(name),
+        query: query.into(),
+        ..Default::default()
+    };
+    client.search(request).await.unwrap().into_inner()
+}
+
+#[tokio::test]
+async fn a_faulty_server_degrades_searches_and_loses_nothing() {
+    let (script, url, served) = serve().await;
+    // The first server is not there: the second one is asked.
+    let sandbox = sandbox(&format!("http://127.0.0.1:9/v1,{url}")).await;
+    let [(way, channel), _] = sandbox.ways();
+    let mut client = MemoryServiceClient::new(channel.clone());
+    add(&mut client, way, "boats leave the harbour").await;
+    let found = search(&mut client, way, "harbour boats").await;
+    assert_eq!(
+        (found.model.as_str(), found.dimension, found.degraded),
+        ("scripted", 64, false)
+    );
+
+    for (number, (mode, word)) in [
+        (Mode::WrongSize, "32 values"),
+        (Mode::NotANumber, "no finite number"),
+        (Mode::Failing, "out of memory"),
+        (Mode::Slow, "server is away"),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        script.set(mode);
+        let content = format!("fault{number} happened to the lighthouse");
+        add(&mut client, way, &content).await;
+        let found = search(&mut client, way, &format!("fault{number} lighthouse {number}")).await;
+        assert!(found.degraded && found.model.is_empty(), "{mode:?}: {found:?}");
+        assert!(
+            found.degraded_reasons[0].contains(word),
+            "{mode:?}: {:?}",
+            found.degraded_reasons
+        );
+        let first = &found.results[0].memory.as_ref().unwrap();
+        assert_eq!(
+            (first.content.as_str(), first.embedding_model.as_str()),
+            (content.as_str(), ""),
+            "{mode:?}"
+        );
+        // Back to normal by itself: the vector is made up, and searches have both arms again.
+        script.set(Mode::Sound);
+        let mut left = 300;
+        loop {
+            let stats = client
+                .stats(StatsRequest { scope: user(way) })
+                .await
+                .unwrap()
+                .into_inner();
+            if stats.pending_embeddings == 0 {
+                break;
+            }
+            left -= 1;
+            assert!(left > 0, "{mode:?}: {stats:?}");
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        let found = search(&mut client, way, &format!("fault{number} lighthouse again")).await;
+        assert!(!found.degraded && found.model == "scripted", "{mode:?}: {found:?}");
+    }
+    sandbox.stop().await;
+    served.abort();
+}
+
+#[tokio::test]
+async fn texts_share_calls_and_a_busy_server_is_waited_for() {
+    let (script, url, served) = serve().await;
+    let sandbox = sandbox(&url).await;
+    let [(_, channel), _] = sandbox.ways();
+    let mut client = EmbeddingServiceClient::new(channel);
+    let before = script.calls.load(Ordering::SeqCst);
+    let batch = BatchEmbedRequest {
+        texts: (0..300).map(|n| format!("text number {n}")).collect(),
+        ..Default::default()
+    };
+    let answer = client.batch_embed(batch).await.unwrap().into_inner();
+    let calls = script.calls.load(Ordering::SeqCst) - before;
+    assert!(calls <= 8, "{calls} calls for 300 texts");
+    assert_eq!((answer.vectors.len(), answer.tokens), (300, 1500));
+    for (n, vector) in answer.vectors.iter().enumerate() {
+        let wanted = self::vector(&format!("text number {n}"), DIMENSION);
+        let norm = wanted.iter().map(|x| x * x).sum::<f64>().sqrt();
+        let near = vector
+            .values
+            .iter()
+            .zip(&wanted)
+            .all(|(a, b)| (f64::from(*a) - b / norm).abs() < 1e-5);
+        assert!(near, "text {n} has the vector of another");
+    }
+    script.set(Mode::Busy);
+    let embed = |text: &str| EmbedRequest {
+        text: text.into(),
+        ..Default::default()
+    };
+    let began = std::time::Instant::now();
+    client.embed(embed("after a pause")).await.unwrap();
+    assert!(began.elapsed() >= Duration::from_secs(1), "Retry-After is honoured");
+    // One text that the server does not take keeps no other from its vector.
+    let (bad, good) = tokio::join!(async { client.clone().embed(embed("a forbidden text")).await }, async {
+        client.clone().embed(embed("a good text")).await
+    });
+    assert_eq!(refusal(&bad.unwrap_err()).0, "INVALID_FIELD");
+    assert!(good.is_ok());
+    sandbox.stop().await;
+    served.abort();
+}
