@@ -7,6 +7,7 @@ mod cli;
 mod crash;
 mod docs;
 mod embedding;
+mod faults;
 mod hostile;
 mod knowledge;
 mod memory;

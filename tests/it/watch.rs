@@ -252,7 +252,7 @@ async fn no_tenant_hears_of_another() {
 
 #[tokio::test]
 async fn thousands_of_watchers_are_told_while_half_of_them_sleep() {
-    const WATCHERS: usize = 2_000;
+    const WATCHERS: usize = 10_000;
     let sandbox = Sandbox::start(&[]).await;
     let [(_, channel), _] = sandbox.ways();
     let mut client = MemoryServiceClient::new(channel);

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use sqlx::migrate::{Migration, MigrationType, Migrator};
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteSynchronous};
+use sqlx::{Connection as _, SqliteConnection};
 
 use crate::{Readers, StorageError};
 
@@ -55,6 +56,7 @@ impl Sqlite {
             .max_connections(1)
             .acquire_timeout(acquire)
             .max_lifetime(None)
+            .before_acquire(|connection, _| Box::pin(is_usable(connection)))
             .connect_with(connect)
             .await?;
         migrate(&writer, migrations).await?;
@@ -90,6 +92,16 @@ impl Sqlite {
         sqlx::query("VACUUM INTO ?").bind(path).execute(&self.writer).await?;
         Ok(())
     }
+}
+
+/// False for a connection that believes itself in a transaction: when the disk is full SQLite ends the transaction by itself,
+/// and the driver goes on counting it. Such a connection is replaced.
+async fn is_usable(connection: &mut SqliteConnection) -> Result<bool, sqlx::Error> {
+    if connection.is_in_transaction() {
+        // A transaction that was dropped may still wait for its end.
+        connection.ping().await?;
+    }
+    Ok(!connection.is_in_transaction())
 }
 
 /// Runs the migrations that are missing, in order; each `(description, sql)` has its position plus one as its version.
