@@ -15,7 +15,7 @@ use tonic::{Code, Request, Status};
 use crate::sandbox::Sandbox;
 
 /// A valid request of each unary RPC that is served, as its contract's message.
-fn requests(id: &str) -> BTreeMap<&'static str, Vec<u8>> {
+pub fn requests(id: &str) -> BTreeMap<&'static str, Vec<u8>> {
     let scope = Some(Scope {
         user: "ann".into(),
         ..Default::default()
@@ -218,7 +218,7 @@ fn policies(scope: &Option<Scope>) -> [(&'static str, Vec<u8>); 4] {
 }
 
 /// The served methods: path, and the request's message from the contract.
-fn methods(requests: &BTreeMap<&str, Vec<u8>>) -> Vec<(String, DynamicMessage)> {
+pub fn methods(requests: &BTreeMap<&str, Vec<u8>>) -> Vec<(String, DynamicMessage)> {
     let mut found = Vec::new();
     for service in aeterna::json::POOL.services() {
         if !["aeterna.memory.v1", "aeterna.embedding.v1"].contains(&service.parent_file().package_name()) {

@@ -8,6 +8,7 @@ mod crash;
 mod docs;
 mod embedding;
 mod faults;
+mod foreign;
 mod hostile;
 mod knowledge;
 mod memory;

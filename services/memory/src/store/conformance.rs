@@ -1,6 +1,7 @@
 //! What every adapter of the ports must do. A new adapter calls these suites; they need an empty store each.
 
 mod filters;
+mod past;
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -167,6 +168,9 @@ pub async fn relational(store: Arc<dyn Relational>) {
     what_expires_is_told_and_reaped(store).await;
     what_is_purged_leaves_nothing_behind(store).await;
     no_tenant_counts_in_anothers_scores(store).await;
+    past::the_past_is_there_and_the_clock_may_go_back(store).await;
+    past::documents_and_policies_are_kept(store).await;
+    past::exports_are_imported_as_they_were(store).await;
 }
 
 async fn writes_are_merged_versioned_and_replayed(store: &dyn Relational) {

@@ -1,0 +1,236 @@
+//! Every RPC with every kind of token that is not the right one.
+
+use aeterna_auth::Role;
+use aeterna_proto::common::v1::Scope;
+use aeterna_proto::memory::v1::knowledge_service_client::KnowledgeServiceClient;
+use aeterna_proto::memory::v1::memory_service_client::MemoryServiceClient;
+use aeterna_proto::memory::v1::policy_service_client::PolicyServiceClient;
+use aeterna_proto::memory::v1::{
+    AddRequest, DeleteDocumentRequest, DeletePolicyRequest, Document, GetDocumentRequest, Memory, Policy,
+    PutDocumentRequest, PutPolicyRequest,
+};
+use aeterna_testkit::{NEVER, RawClient, SECRET, bearing, refusal, token};
+use prost::Message as _;
+use tonic::{Code, Request};
+
+use crate::hostile::{methods, requests};
+use crate::sandbox::Sandbox;
+
+const MARK: &str = "launch-code-4711";
+
+fn scope() -> Option<Scope> {
+    Some(Scope {
+        user: "ann".into(),
+        ..Default::default()
+    })
+}
+
+#[tokio::test]
+async fn no_rpc_is_answered_to_a_token_that_is_none() {
+    let sandbox = Sandbox::start(&[("auth.hs256_secret", SECRET)]).await;
+    let good = token("acme", Role::Admin, &[], NEVER);
+    let parts: Vec<&str> = good.split('.').collect();
+    let cut = &parts[2][..parts[2].len() - 2];
+    // What a thief, a tinkerer and a latecomer would send.
+    let tokens = [
+        ("nothing", String::new()),
+        ("garbage", "Bearer not-a-token".into()),
+        ("another scheme", format!("Basic {good}")),
+        (
+            "an expired token",
+            format!("Bearer {}", token("acme", Role::Admin, &[], 1)),
+        ),
+        (
+            "a signature that was cut",
+            format!("Bearer {}.{}.{cut}", parts[0], parts[1]),
+        ),
+        ("no signature", format!("Bearer {}.{}.", parts[0], parts[1])),
+        // {"alg":"none","typ":"JWT"}
+        (
+            "the algorithm none",
+            format!("Bearer eyJhbGciOiJub25lIiwidHlwIjoiSldUIn0.{}.", parts[1]),
+        ),
+        (
+            "another's claims",
+            format!("Bearer {}.eyJzdWIiOiJhIiwidGVuYW50IjoiZXZpbCJ9.{}", parts[0], parts[2]),
+        ),
+    ];
+    let mut tried = 0;
+    for (way, channel) in sandbox.ways() {
+        let raw = RawClient::new(channel);
+        for service in aeterna::json::POOL.services() {
+            if !["aeterna.memory.v1", "aeterna.embedding.v1"].contains(&service.parent_file().package_name()) {
+                continue;
+            }
+            for method in service.methods() {
+                let path = format!("/{}/{}", service.full_name(), method.name());
+                for (what, token) in &tokens {
+                    let mut request = Request::new(Vec::new());
+                    if !token.is_empty() {
+                        request.metadata_mut().insert("authorization", token.parse().unwrap());
+                    }
+                    let answered = raw.call(&path, request).await;
+                    let status = answered.expect_err(&format!("{way}: {path} was answered to {what}"));
+                    assert_eq!(
+                        status.code(),
+                        Code::Unauthenticated,
+                        "{way}: {path}: {what}: {status:?}"
+                    );
+                    tried += 1;
+                }
+            }
+        }
+    }
+    assert!(tried > 400, "{tried}");
+    sandbox.stop().await;
+}
+
+#[tokio::test]
+async fn no_rpc_tells_another_tenant_or_scope_anything() {
+    let sandbox = Sandbox::start(&[("auth.hs256_secret", SECRET)]).await;
+    for (way, channel) in sandbox.ways() {
+        let ours = format!("acme-{way}");
+        let admin = token(&ours, Role::Admin, &[], NEVER);
+        let mut memories = MemoryServiceClient::new(channel.clone());
+        let mut documents = KnowledgeServiceClient::new(channel.clone());
+        let mut policies = PolicyServiceClient::new(channel.clone());
+        let add = AddRequest {
+            memory: Some(Memory {
+                scope: scope(),
+                content: format!("one {MARK}"),
+                ..Default::default()
+            }),
+            request_id: String::new(),
+        };
+        let added = memories
+            .add(bearing(add, &admin))
+            .await
+            .unwrap()
+            .into_inner()
+            .memory
+            .unwrap();
+        let put = PutDocumentRequest {
+            document: Some(Document {
+                scope: scope(),
+                path: "notes/a.md".into(),
+                content: MARK.into(),
+                title: MARK.into(),
+                ..Default::default()
+            }),
+            request_id: String::new(),
+        };
+        documents.put_document(bearing(put, &admin)).await.unwrap();
+        let policy = PutPolicyRequest {
+            policy: Some(Policy {
+                name: "a-policy".into(),
+                scope: scope(),
+                description: MARK.into(),
+                ..Default::default()
+            }),
+            request_id: String::new(),
+        };
+        policies.put_policy(bearing(policy, &admin)).await.unwrap();
+
+        let raw = RawClient::new(channel);
+        let requests = requests(&added.id);
+        let carries = |bytes: &[u8]| bytes.windows(MARK.len()).any(|part| part == MARK.as_bytes());
+        // The owner does see it: what follows can fail.
+        let mut seen = 0;
+        for (path, base) in methods(&requests) {
+            if path.contains("Put") || path.contains("Update") || path.contains("Delete") || path.contains("Restore") {
+                continue;
+            }
+            let answer = raw.call(&path, bearing(base.encode_to_vec(), &admin)).await;
+            seen += usize::from(answer.is_ok_and(|bytes| carries(&bytes)));
+        }
+        assert!(seen >= 6, "{way}: {seen}");
+        let strangers = [
+            (
+                "another tenant's admin",
+                token(&format!("evil-{way}"), Role::Admin, &[], NEVER),
+            ),
+            (
+                "another tenant's writer",
+                token(&format!("evil-{way}"), Role::Writer, &[("user", "ann")], NEVER),
+            ),
+            ("another user", token(&ours, Role::Writer, &[("user", "bob")], NEVER)),
+            (
+                "another user who reads",
+                token(&ours, Role::Reader, &[("user", "bob")], NEVER),
+            ),
+        ];
+        for (who, stranger) in &strangers {
+            for (path, base) in methods(&requests) {
+                // Rules are read by everybody in the tenant: they say what holds.
+                if path.contains("Polic") && who.contains("user") {
+                    continue;
+                }
+                match raw.call(&path, bearing(base.encode_to_vec(), stranger)).await {
+                    Ok(bytes) => assert!(!carries(&bytes), "{way}: {path} tells {who}"),
+                    Err(status) => {
+                        assert!(
+                            !status.message().contains(MARK),
+                            "{way}: {path} tells {who}: {status:?}"
+                        );
+                        let codes = [Code::NotFound, Code::PermissionDenied, Code::FailedPrecondition];
+                        assert!(codes.contains(&status.code()), "{way}: {path}: {who}: {status:?}");
+                    }
+                }
+            }
+            let gone = DeleteDocumentRequest {
+                scope: scope(),
+                path: "notes/a.md".into(),
+                ..Default::default()
+            };
+            let status = documents.delete_document(bearing(gone, stranger)).await;
+            // Another tenant has a place of the same name, and may have written there above.
+            assert!(
+                status.is_err() || who.contains("tenant"),
+                "{way}: {who} deletes a document"
+            );
+            let gone = DeletePolicyRequest {
+                name: "a-policy".into(),
+                ..Default::default()
+            };
+            let status = policies.delete_policy(bearing(gone, stranger)).await;
+            assert!(
+                status.is_err() || who.contains("tenant"),
+                "{way}: {who} deletes a policy"
+            );
+        }
+        // All is as it was.
+        let get = GetDocumentRequest {
+            scope: scope(),
+            path: "notes/a.md".into(),
+            ..Default::default()
+        };
+        let kept = documents
+            .get_document(bearing(get, &admin))
+            .await
+            .unwrap()
+            .into_inner()
+            .document
+            .unwrap();
+        assert_eq!((kept.content.as_str(), kept.version), (MARK, 1), "{way}");
+        let status = raw.call(
+            "/aeterna.memory.v1.PolicyService/GetPolicy",
+            bearing(requests["GetPolicy"].clone(), &admin),
+        );
+        assert!(carries(&status.await.unwrap()), "{way}");
+        let bound = token(&ours, Role::Admin, &[("user", "bob")], NEVER);
+        let everywhere = PutPolicyRequest {
+            policy: Some(Policy {
+                name: "mine-for-all".into(),
+                ..Default::default()
+            }),
+            request_id: String::new(),
+        };
+        let status = policies.put_policy(bearing(everywhere, &bound)).await.unwrap_err();
+        assert_eq!(
+            refusal(&status).0,
+            "SCOPE_DENIED",
+            "{way}: a bound admin makes no rules for others"
+        );
+    }
+    sandbox.stop().await;
+}
