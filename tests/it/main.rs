@@ -16,6 +16,7 @@ mod openai;
 mod past;
 mod readme;
 mod reembed;
+mod rerank;
 mod sandbox;
 mod tenants;
 mod tidy;
