@@ -66,12 +66,13 @@ docs-update: ## rewrite the documentation pages that are generated from the code
 	@scripts/tools.sh grpcurl
 	UPDATE_DOCS=1 cargo test --workspace --locked --test it -- docs readme
 
-bench-retrieval: ## evidence recall on LoCoMo-form conversations (DATA=<json>, MODEL_DIR=<dir> instead of all-MiniLM-L6-v2)
+bench-retrieval: ## evidence recall on LoCoMo-form conversations (DATA=<json>, MODEL_DIR=<dir> instead of all-MiniLM-L6-v2, RERANKER_DIR=<dir>)
 	@[[ -n "$(DATA)" ]] || { echo "bench-retrieval: pass the conversations: DATA=<LoCoMo-form json>" >&2; exit 2; }
 	cargo build --release --locked -p aeterna -p aeterna-bench
 	@$(BUILD)/aeterna models fetch --data-dir "$(CACHE)" >&2
 	@$(BUILD)/aeterna-bench retrieval --data "$(DATA)" --server $(BUILD)/aeterna \
-	  --model-dir "$(or $(MODEL_DIR),$(CACHE)/models/all-MiniLM-L6-v2)"
+	  --model-dir "$(or $(MODEL_DIR),$(CACHE)/models/all-MiniLM-L6-v2)" \
+	  $(if $(RERANKER_DIR),--reranker-dir "$(RERANKER_DIR)")
 
 bench-search: ## vector search beside exact scans and a public HNSW library (N=100000, GROWTH=1000000, SPECTRUM=mid|hard)
 	cargo build --release --locked -p aeterna -p aeterna-bench --features aeterna-bench/hnsw

@@ -29,15 +29,19 @@ pub struct Args {
     /// Model directory; left out: the `hash` model, which compares words only
     #[arg(long)]
     model_dir: Option<PathBuf>,
+    /// Directory of a cross-encoder, to measure the default with it, too
+    #[arg(long)]
+    reranker_dir: Option<PathBuf>,
 }
 
 /// Cut-offs.
 const AT: [usize; 4] = [1, 5, 10, 25];
-const MODES: [(&str, SearchMode, Fusion); 4] = [
-    ("bm25", SearchMode::Lexical, Fusion::Unspecified),
-    ("dense", SearchMode::Dense, Fusion::Unspecified),
-    ("rrf", SearchMode::Hybrid, Fusion::Rrf),
-    ("default", SearchMode::Unspecified, Fusion::Unspecified),
+const MODES: [(&str, SearchMode, Fusion, bool); 5] = [
+    ("bm25", SearchMode::Lexical, Fusion::Unspecified, false),
+    ("dense", SearchMode::Dense, Fusion::Unspecified, false),
+    ("rrf", SearchMode::Hybrid, Fusion::Rrf, false),
+    ("default", SearchMode::Unspecified, Fusion::Unspecified, false),
+    ("reranked", SearchMode::Unspecified, Fusion::Unspecified, true),
 ];
 /// Memories in one call.
 const BATCH: usize = 200;
@@ -51,14 +55,19 @@ pub async fn run(args: Args) -> anyhow::Result<Value> {
     let conversations = conversations(&text).with_context(|| format!("read `{shown}`"))?;
     let data = tempfile::tempdir()?;
     let dir = args.model_dir.map(|dir| dir.display().to_string()).unwrap_or_default();
-    let flags = ["serve", "--embedding.model_dirs", &dir, "--log.filter", "warn"];
+    let reranker = args
+        .reranker_dir
+        .map(|dir| dir.display().to_string())
+        .unwrap_or_default();
+    let mut flags = vec!["serve", "--embedding.model_dirs", &dir, "--log.filter", "warn"];
+    flags.extend(["--embedding.reranker_dir", &reranker]);
     let server = Program::start(&args.server, &flags, data.path()).await;
-    let report = measure(&server, &conversations).await;
+    let report = measure(&server, &conversations, !reranker.is_empty()).await;
     server.stop().await;
     report
 }
 
-async fn measure(server: &Program, conversations: &[Conversation]) -> anyhow::Result<Value> {
+async fn measure(server: &Program, conversations: &[Conversation], reranker: bool) -> anyhow::Result<Value> {
     let models = EmbeddingServiceClient::new(server.channel())
         .list_models(ListModelsRequest {})
         .await?;
@@ -77,11 +86,11 @@ async fn measure(server: &Program, conversations: &[Conversation]) -> anyhow::Re
     }
     let mut modes = serde_json::Map::new();
     let mut questions = 0;
-    for (name, mode, fusion) in MODES {
+    for (name, mode, fusion, rerank) in MODES.into_iter().filter(|(.., rerank)| reranker || !rerank) {
         let began = Instant::now();
         let mut scores = Scores::default();
         for conversation in conversations {
-            ask(&mut client, conversation, mode, fusion, &mut scores).await?;
+            ask(&mut client, conversation, (mode, fusion, rerank), &mut scores).await?;
         }
         questions = scores.all.count;
         let each = began.elapsed().as_secs_f64() * 1e3 / questions.max(1) as f64;
@@ -142,8 +151,7 @@ fn evidence(list: &[String]) -> BTreeSet<String> {
 async fn ask(
     client: &mut Client,
     conversation: &Conversation,
-    mode: SearchMode,
-    fusion: Fusion,
+    (mode, fusion, rerank): (SearchMode, Fusion, bool),
     scores: &mut Scores,
 ) -> anyhow::Result<()> {
     for question in &conversation.questions {
@@ -157,6 +165,7 @@ async fn ask(
             top_k: AT[AT.len() - 1] as i32,
             mode: mode.into(),
             fusion: fusion.into(),
+            rerank,
             ..Default::default()
         };
         let found = client.search(request).await?.into_inner();

@@ -92,6 +92,34 @@ async fn models_and_dimensions_can_be_asked_for() {
         };
         let chosen = client.select_dimension(request).await.unwrap().into_inner();
         assert_eq!((chosen.dimension, chosen.model.as_str()), (256, "hash"), "{way}");
+        // By what was measured: one text at full size takes far less than a minute, and more than nothing.
+        client.embed(text(&format!("measured {way}"))).await.unwrap();
+        let auto = |latency_budget_ms: i32| SelectDimensionRequest {
+            use_case: UseCase::Auto.into(),
+            latency_budget_ms,
+            ..Default::default()
+        };
+        let chosen = client.select_dimension(auto(60_000)).await.unwrap().into_inner();
+        assert_eq!(
+            (chosen.dimension, chosen.untrained_truncation),
+            (1536, false),
+            "{way}: {}",
+            chosen.rule
+        );
+        assert!(chosen.rule.contains("measured"), "{way}: {}", chosen.rule);
+        let unlimited = client.select_dimension(auto(0)).await.unwrap().into_inner();
+        assert_eq!(unlimited.dimension, 1536, "{way}: {}", unlimited.rule);
+        let embedded = EmbedRequest {
+            size: Some(Size {
+                by: Some(By::UseCase(UseCase::Auto.into())),
+            }),
+            ..text("at full size")
+        };
+        assert_eq!(
+            client.embed(embedded).await.unwrap().into_inner().dimension,
+            1536,
+            "{way}"
+        );
     }
     sandbox.stop().await;
 }

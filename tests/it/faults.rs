@@ -3,7 +3,6 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use aeterna_proto::common::v1::Scope;
 use aeterna_proto::memory::v1::memory_service_client::MemoryServiceClient;
 use aeterna_proto::memory::v1::{
     AddRequest, BatchAddRequest, GetRequest, ListRequest, Memory, SearchRequest, UpdateRequest,
@@ -13,26 +12,13 @@ use aeterna_storage::rusqlite::Connection;
 use aeterna_testkit::{Program, built, refusal};
 use tonic::Code;
 
+use crate::notes::user;
 use crate::sandbox::Sandbox;
 
 type Client = MemoryServiceClient<AnyChannel>;
 
-fn user(name: &str) -> Option<Scope> {
-    Some(Scope {
-        user: name.into(),
-        ..Default::default()
-    })
-}
-
 fn item(content: String) -> AddRequest {
-    AddRequest {
-        memory: Some(Memory {
-            scope: user("ann"),
-            content,
-            ..Default::default()
-        }),
-        request_id: String::new(),
-    }
+    crate::notes::item("ann", &content)
 }
 
 async fn search(client: &mut Client, query: &str) -> usize {

@@ -12,6 +12,7 @@ mod foreign;
 mod hostile;
 mod knowledge;
 mod memory;
+mod notes;
 mod openai;
 mod past;
 mod readme;

@@ -1,35 +1,16 @@
 //! The memory service over its contract.
 
-use aeterna_proto::common::v1::Scope;
 use aeterna_proto::memory::v1::memory_service_client::MemoryServiceClient;
 use aeterna_proto::memory::v1::{
-    AddOutcome, AddRequest, BatchDeleteRequest, DeleteRequest, GetRequest, HistoryRequest, ListRequest, Memory,
-    SearchRequest, StatsRequest, UpdateRequest,
+    AddOutcome, BatchDeleteRequest, DeleteRequest, GetRequest, HistoryRequest, ListRequest, Memory, SearchRequest,
+    StatsRequest, UpdateRequest,
 };
 use tonic::Code;
 
 use aeterna_testkit::refusal;
 
+use crate::notes::{item as add, user};
 use crate::sandbox::Sandbox;
-
-fn user(name: &str) -> Option<Scope> {
-    Some(Scope {
-        user: name.into(),
-        ..Default::default()
-    })
-}
-
-fn add(user_name: &str, content: &str) -> AddRequest {
-    let memory = Memory {
-        scope: user(user_name),
-        content: content.into(),
-        ..Default::default()
-    };
-    AddRequest {
-        memory: Some(memory),
-        request_id: String::new(),
-    }
-}
 
 #[tokio::test]
 async fn what_is_added_is_found_changed_and_deleted() {

@@ -5,11 +5,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use aeterna_proto::common::v1::Scope;
 use aeterna_proto::embedding::v1::embedding_service_client::EmbeddingServiceClient;
 use aeterna_proto::embedding::v1::{BatchEmbedRequest, EmbedRequest};
 use aeterna_proto::memory::v1::memory_service_client::MemoryServiceClient;
-use aeterna_proto::memory::v1::{AddRequest, Memory, SearchRequest, SearchResponse, StatsRequest};
+use aeterna_proto::memory::v1::{SearchRequest, SearchResponse, StatsRequest};
 use aeterna_rpc::AnyChannel;
 use aeterna_testkit::refusal;
 use axum::extract::State;
@@ -18,6 +17,7 @@ use axum::response::IntoResponse as _;
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
 
+use crate::notes::{item, user};
 use crate::sandbox::Sandbox;
 
 const DIMENSION: usize = 64;
@@ -130,23 +130,8 @@ async fn sandbox(urls: &str) -> Sandbox {
     .await
 }
 
-fn user(name: &str) -> Option<Scope> {
-    Some(Scope {
-        user: name.into(),
-        ..Default::default()
-    })
-}
-
 async fn add(client: &mut MemoryServiceClient<AnyChannel>, name: &str, content: &str) {
-    let memory = Memory {
-        scope: user(name),
-        content: content.into(),
-        ..Default::default()
-    };
-    let request = AddRequest {
-        memory: Some(memory),
-        request_id: String::new(),
-    };
+    let request = item(name, content);
     client.add(request).await.unwrap();
 }
 

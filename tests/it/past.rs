@@ -2,7 +2,6 @@
 
 use std::time::{Duration, SystemTime};
 
-use aeterna_proto::common::v1::Scope;
 use aeterna_proto::memory::v1::memory_service_client::MemoryServiceClient;
 use aeterna_proto::memory::v1::{
     AddRequest, DeleteRequest, GetRequest, ListRequest, Memory, SearchRequest, SearchWeights, UpdateRequest,
@@ -12,27 +11,13 @@ use aeterna_testkit::refusal;
 use prost_types::Timestamp;
 use tonic::Code;
 
+use crate::notes::{item, user};
 use crate::sandbox::Sandbox;
 
 type Client = MemoryServiceClient<AnyChannel>;
 
-fn user(name: &str) -> Option<Scope> {
-    Some(Scope {
-        user: name.into(),
-        ..Default::default()
-    })
-}
-
 async fn add(client: &mut Client, name: &str, content: &str) -> Memory {
-    let memory = Memory {
-        scope: user(name),
-        content: content.into(),
-        ..Default::default()
-    };
-    let request = AddRequest {
-        memory: Some(memory),
-        request_id: String::new(),
-    };
+    let request = item(name, content);
     client.add(request).await.unwrap().into_inner().memory.unwrap()
 }
 

@@ -3,37 +3,19 @@
 use std::path::Path;
 
 use aeterna_auth::Role;
-use aeterna_proto::common::v1::Scope;
 use aeterna_proto::memory::v1::memory_service_client::MemoryServiceClient;
 use aeterna_proto::memory::v1::{
-    AddRequest, BatchAddRequest, DeleteRequest, ExportRequest, ExportResponse, ExportedMemory, GetRequest,
-    ImportRequest, ListRequest, Memory, SearchRequest, StatsRequest, StreamSummary, UpdateRequest,
+    BatchAddRequest, DeleteRequest, ExportRequest, ExportResponse, ExportedMemory, GetRequest, ImportRequest,
+    ListRequest, Memory, SearchRequest, StatsRequest, StreamSummary, UpdateRequest,
 };
 use aeterna_rpc::AnyChannel;
 use aeterna_testkit::{NEVER, Program, SECRET, bearing, built, refusal, token};
 use tonic::Request;
 
+use crate::notes::{item, user};
 use crate::sandbox::Sandbox;
 
 type Client = MemoryServiceClient<AnyChannel>;
-
-fn user(name: &str) -> Option<Scope> {
-    Some(Scope {
-        user: name.into(),
-        ..Default::default()
-    })
-}
-
-fn item(name: &str, content: &str) -> AddRequest {
-    AddRequest {
-        memory: Some(Memory {
-            scope: user(name),
-            content: content.into(),
-            ..Default::default()
-        }),
-        request_id: String::new(),
-    }
-}
 
 /// Fills a store with memories of which one was changed and one deleted.
 async fn fill(client: &mut Client, name: &str, count: usize) {

@@ -3,36 +3,18 @@
 use std::time::Duration;
 
 use aeterna_auth::Role;
-use aeterna_proto::common::v1::Scope;
 use aeterna_proto::memory::v1::memory_service_client::MemoryServiceClient;
 use aeterna_proto::memory::v1::{
-    AddRequest, BatchAddRequest, ChangeKind, DeleteRequest, Memory, UpdateRequest, WatchRequest, WatchResponse,
+    BatchAddRequest, ChangeKind, DeleteRequest, Memory, UpdateRequest, WatchRequest, WatchResponse,
 };
 use aeterna_rpc::AnyChannel;
 use aeterna_testkit::{NEVER, SECRET, bearing, refusal};
 use tonic::Streaming;
 
+use crate::notes::{item, user};
 use crate::sandbox::Sandbox;
 
 type Client = MemoryServiceClient<AnyChannel>;
-
-fn user(name: &str) -> Option<Scope> {
-    Some(Scope {
-        user: name.into(),
-        ..Default::default()
-    })
-}
-
-fn item(name: &str, content: &str) -> AddRequest {
-    AddRequest {
-        memory: Some(Memory {
-            scope: user(name),
-            content: content.into(),
-            ..Default::default()
-        }),
-        request_id: String::new(),
-    }
-}
 
 async fn add(client: &mut Client, name: &str, content: &str) -> Memory {
     client

@@ -7,6 +7,7 @@ use aeterna_proto::embedding::v1::embedding_service_client::EmbeddingServiceClie
 use aeterna_proto::memory::v1::memory_service_client::MemoryServiceClient;
 use aeterna_rpc::AnyChannel;
 use anyhow::Context as _;
+use indicatif::ProgressBar;
 use tonic::Request;
 use tonic::metadata::{Ascii, MetadataValue};
 
@@ -14,6 +15,38 @@ use tonic::metadata::{Ascii, MetadataValue};
 const MESSAGE_BYTES: usize = 256 << 20;
 /// Time that a call may take unless it says otherwise.
 const TIMEOUT: Duration = Duration::from_secs(60);
+
+/// How long a server may be away before a long piece of work gives up.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Waiting for a server that is away, ever longer.
+#[derive(Debug)]
+pub struct Patience {
+    waited: Duration,
+    delay: Duration,
+}
+
+impl Patience {
+    /// Nothing was waited yet.
+    pub fn new() -> Self {
+        Self {
+            waited: Duration::ZERO,
+            delay: Duration::from_millis(250),
+        }
+    }
+
+    /// Waits; false when that was long enough.
+    pub async fn wait(&mut self, bar: &ProgressBar) -> bool {
+        if self.waited >= PATIENCE {
+            return false;
+        }
+        bar.set_message("waiting for the server");
+        tokio::time::sleep(self.delay).await;
+        self.waited += self.delay;
+        self.delay = (self.delay * 2).min(Duration::from_secs(5));
+        true
+    }
+}
 
 /// Where the server is and who calls.
 #[derive(Clone, Debug, clap::Args)]

@@ -11,15 +11,13 @@ use indicatif::{ProgressBar, ProgressStyle};
 use prost::Message as _;
 use tonic::Code;
 
-use super::client::{Client, Remote};
+use super::client::{Client, Patience, Remote};
 use super::output;
 use super::scope::Standing;
 use crate::json;
 
 /// Time that one stream may take; the resume token carries on after it.
 const TIMEOUT: Duration = Duration::from_secs(3600);
-/// How long a server may be away before the export gives up.
-const PATIENCE: Duration = Duration::from_secs(30);
 
 /// What `export` takes.
 #[derive(Debug, clap::Args)]
@@ -72,20 +70,16 @@ async fn write(client: &Client, mut request: ExportRequest, path: &Path) -> anyh
     let bar = ProgressBar::new_spinner();
     bar.set_style(ProgressStyle::with_template("{spinner} {msg}  {elapsed}")?);
     let (mut count, mut digest) = (0i64, [0u8; 32]);
-    let (mut waited, mut delay) = (Duration::ZERO, Duration::from_millis(250));
+    let mut patience = Patience::new();
     let summary = loop {
         let status = match stream(client, &mut request, &mut file, &mut count, &mut digest, &bar).await? {
             Ok(summary) => break summary,
             Err(status) => status,
         };
         let passing = matches!(status.code(), Code::Unavailable | Code::DeadlineExceeded);
-        if !passing || waited >= PATIENCE {
+        if !passing || !patience.wait(&bar).await {
             return Err(status.into());
         }
-        bar.set_message("waiting for the server");
-        tokio::time::sleep(delay).await;
-        waited += delay;
-        delay = (delay * 2).min(Duration::from_secs(5));
     };
     bar.finish_and_clear();
     let arrived = blake3::Hash::from_bytes(digest).to_hex().to_string();

@@ -15,7 +15,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use prost::Message as _;
 use tonic::Code;
 
-use super::client::{Client, Remote};
+use super::client::{Client, Patience, Remote};
 use super::{output, scope};
 use crate::import::{Format, Item, guess, open};
 
@@ -25,8 +25,6 @@ const BATCH_ITEMS: usize = 100;
 const BATCH_BYTES: usize = 2 << 20;
 /// Time that one call may take.
 const TIMEOUT: Duration = Duration::from_secs(600);
-/// How long a server may be away before the import gives up.
-const PATIENCE: Duration = Duration::from_secs(30);
 /// Refusals that are printed one by one.
 const SHOWN: u64 = 20;
 
@@ -147,7 +145,7 @@ async fn send(
 
 /// Sends a batch; while the server is away or busy, again. That is safe: what it stored already is merged.
 async fn patiently(client: &Client, batch: &BatchAddRequest, bar: &ProgressBar) -> anyhow::Result<BatchAddResponse> {
-    let (mut waited, mut delay) = (Duration::ZERO, Duration::from_millis(250));
+    let mut patience = Patience::new();
     loop {
         let status = match client
             .memory()
@@ -160,13 +158,9 @@ async fn patiently(client: &Client, batch: &BatchAddRequest, bar: &ProgressBar) 
         let full = aeterna_error::from_status(&status).reason() == aeterna_error::Reason::StorageFull;
         let busy = matches!(status.code(), Code::Unavailable | Code::ResourceExhausted) && !full;
         let passing = busy || !aeterna_error::is_answer(&status);
-        if !passing || waited >= PATIENCE {
+        if !passing || !patience.wait(bar).await {
             return Err(status.into());
         }
-        bar.set_message("waiting for the server");
-        tokio::time::sleep(delay).await;
-        waited += delay;
-        delay = (delay * 2).min(Duration::from_secs(5));
     }
 }
 

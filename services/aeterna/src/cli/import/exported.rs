@@ -13,9 +13,9 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Code;
 
-use super::super::client::Client;
+use super::super::client::{Client, Patience};
 use super::super::{export, output};
-use super::{PATIENCE, explain};
+use super::explain;
 use crate::import::Lines;
 use crate::json;
 
@@ -38,7 +38,7 @@ pub async fn run(client: &Client, path: &Path) -> anyhow::Result<ExitCode> {
     bar.set_style(ProgressStyle::with_template(
         "{bar:40} {percent:>3} %  {msg}  {elapsed}, {eta} to go",
     )?);
-    let (mut waited, mut delay) = (Duration::ZERO, Duration::from_millis(250));
+    let mut patience = Patience::new();
     let answer = loop {
         let status = match send(client, path, &summary, &bar).await {
             Ok(answer) => break answer,
@@ -46,14 +46,10 @@ pub async fn run(client: &Client, path: &Path) -> anyhow::Result<ExitCode> {
         };
         // What was stored is passed over when the same stream is sent again.
         let passing = status.code() == Code::Unavailable || !aeterna_error::is_answer(&status);
-        if !passing || waited >= PATIENCE {
+        if !passing || !patience.wait(&bar).await {
             return Err(anyhow::Error::from(status).context("run the same command again to continue"))
                 .with_context(context);
         }
-        bar.set_message("waiting for the server");
-        tokio::time::sleep(delay).await;
-        waited += delay;
-        delay = (delay * 2).min(Duration::from_secs(5));
     };
     bar.finish_and_clear();
     for error in answer.errors.iter().take(20) {

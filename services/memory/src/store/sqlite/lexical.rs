@@ -87,10 +87,10 @@ pub async fn remove(connection: &mut SqliteConnection, tenant: i64, key: Key) ->
     removed.map(|_| ()).map_err(storage)
 }
 
-/// Documents that the terms of one search may bring: ranking a document costs about a microsecond.
-const DOCUMENTS: i64 = 5_000;
+/// Documents that the terms of one search may bring: ranking a document costs one or two microseconds.
+const DOCUMENTS: i64 = 1_500;
 /// Documents that are ranked at most, the newest first, when even the rarest term is everywhere.
-const RANKED: i64 = 10_000;
+const RANKED: i64 = 3_000;
 /// Frequencies kept at most.
 const KEPT: usize = 100_000;
 
