@@ -65,8 +65,8 @@ impl Services {
     /// Their names in the contracts.
     pub fn names(&self) -> Vec<&'static str> {
         let embedding = self.embedding.as_ref().map(|_| embedding::SERVICE);
-        let memory = self.memory.as_ref().map(|_| memory::SERVICE);
-        embedding.into_iter().chain(memory).collect()
+        let memory = self.memory.as_ref().map_or(&[][..], |_| memory::SERVICES);
+        embedding.into_iter().chain(memory.iter().copied()).collect()
     }
 }
 

@@ -37,6 +37,13 @@ use store::{Relational, VectorIndex};
 /// The service's name in its contract.
 pub const SERVICE: &str = "aeterna.memory.v1.MemoryService";
 
+/// All contracts that it serves.
+pub const SERVICES: &[&str] = &[
+    SERVICE,
+    "aeterna.memory.v1.KnowledgeService",
+    "aeterna.memory.v1.PolicyService",
+];
+
 /// The settings of this service.
 pub const SETTINGS: &[Setting] = &[
     Setting::new(
@@ -150,9 +157,11 @@ pub struct Service {
 /// # Errors
 /// When the data directory is taken or a store can't be opened.
 pub async fn build(config: Config, deps: Deps) -> Result<Service, Error> {
-    deps.health
-        .report(SERVICE, "store", Dependency::Down("opening".into()))
-        .await;
+    for service in SERVICES {
+        deps.health
+            .report(service, "store", Dependency::Down("opening".into()))
+            .await;
+    }
     let lock = lock(&deps.data_dir)?;
     let options = SqliteOptions {
         path: deps.data_dir.join(&config.store),
@@ -160,7 +169,9 @@ pub async fn build(config: Config, deps: Deps) -> Result<Service, Error> {
         readers: config.readers,
     };
     let store: Arc<dyn Relational> = Arc::new(SqliteStore::open(&options).await?);
-    deps.health.report(SERVICE, "store", Dependency::Up).await;
+    for service in SERVICES {
+        deps.health.report(service, "store", Dependency::Up).await;
+    }
 
     let models = models(&deps).await?;
     let wanted = models.iter().find(|model| model.default);

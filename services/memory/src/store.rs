@@ -507,6 +507,11 @@ pub trait VectorIndex: Send + Sync {
     /// Vectors in it.
     fn len(&self) -> usize;
 
+    /// True when there is no vector.
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
     /// Bytes on disk.
     fn bytes(&self) -> u64;
 

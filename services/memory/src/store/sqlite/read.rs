@@ -268,6 +268,13 @@ pub fn fetch(connection: &Connection, keys: &[Key], now: Timestamp) -> Result<Ve
 }
 
 pub fn neighbours(connection: &Connection, keys: &[Key]) -> Result<Vec<(Key, Key)>, MemoryError> {
+    // Many stores have no conversations, which the index tells at once.
+    let mut statement = connection
+        .prepare_cached("SELECT 1 FROM memories INDEXED BY memories_by_turn WHERE conversation IS NOT NULL LIMIT 1")
+        .map_err(failed)?;
+    if !statement.exists([]).map_err(failed)? {
+        return Ok(Vec::new());
+    }
     let text = "SELECT a.key, b.key FROM memories a JOIN memories b \
                 ON b.scope = a.scope AND b.conversation = a.conversation AND b.sequence IN (a.sequence - 1, a.sequence + 1) \
                 WHERE a.key IN (SELECT value FROM json_each(?)) AND b.deleted_at IS NULL";

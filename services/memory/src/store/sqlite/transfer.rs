@@ -139,7 +139,7 @@ async fn import_one(
     let scope = match place {
         Place::Free(scope) => scope,
         Place::Taken(key, existing) => {
-            let merged = write::merge(connection, writer, key, existing, memory.body).await?;
+            let merged = write::merge(connection, writer, key, *existing, memory.body).await?;
             return Ok((Outcome::Merged, merged.sequence));
         }
     };

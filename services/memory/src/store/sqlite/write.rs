@@ -36,7 +36,7 @@ async fn add_one(connection: &mut SqliteConnection, writer: &Writer, item: Addit
         return Ok(earlier);
     }
     let written = match place(connection, writer, &item.scope, &item.body).await? {
-        Place::Taken(key, existing) => merge(connection, writer, key, existing, item.body).await?,
+        Place::Taken(key, existing) => merge(connection, writer, key, *existing, item.body).await?,
         Place::Free(scope) => {
             if let Some((most, policy)) = &item.most {
                 has_room(connection, scope, *most, policy).await?;
@@ -70,7 +70,7 @@ pub enum Place {
     /// In this scope, where nothing says the same.
     Free(ScopeKey),
     /// There, a memory says the same.
-    Taken(Key, Memory),
+    Taken(Key, Box<Memory>),
 }
 
 /// Where a body belongs in a scope.
@@ -88,7 +88,7 @@ pub async fn place(
         .await
         .map_err(storage)?;
     Ok(match there.as_ref().map(stored).transpose()? {
-        Some(existing) => Place::Taken(existing.key, existing.memory),
+        Some(existing) => Place::Taken(existing.key, Box::new(existing.memory)),
         None => Place::Free(scope),
     })
 }
