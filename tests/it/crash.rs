@@ -7,7 +7,9 @@ use std::time::Duration;
 
 use aeterna_proto::common::v1::Scope;
 use aeterna_proto::memory::v1::memory_service_client::MemoryServiceClient;
-use aeterna_proto::memory::v1::{AddRequest, DeleteRequest, GetRequest, ListRequest, Memory, SearchRequest};
+use aeterna_proto::memory::v1::{
+    AddRequest, BatchAddRequest, DeleteRequest, GetRequest, ListRequest, Memory, SearchRequest, StatsRequest,
+};
 use aeterna_rpc::AnyChannel;
 use aeterna_testkit::{Program, built};
 
@@ -252,6 +254,65 @@ async fn a_damaged_or_deleted_index_is_rebuilt_and_said() {
 }
 
 #[tokio::test]
+async fn killed_while_it_rebuilds_its_index_it_rebuilds_it_again() {
+    const COUNT: usize = 2_000;
+    let data = tempfile::tempdir().unwrap();
+    let program = start(data.path()).await;
+    let mut client = MemoryServiceClient::new(program.channel());
+    for start in (0..COUNT).step_by(500) {
+        let requests = (start..start + 500)
+            .map(|number| request(&format!("the fact{number} about subject{number}")))
+            .collect();
+        client.batch_add(BatchAddRequest { requests }).await.unwrap();
+    }
+    program.stop().await;
+    for round in 0..6u64 {
+        // Nothing of the index is left, or what the kill before has left of it.
+        if round % 2 == 0 {
+            std::fs::remove_dir_all(data.path().join("vectors")).unwrap();
+        }
+        let mut rebuilding = tokio::process::Command::new(built("aeterna"))
+            .args([
+                "serve",
+                "--embedding.model_dirs",
+                "",
+                "--listen",
+                "127.0.0.1:0",
+                "--data-dir",
+            ])
+            .arg(data.path())
+            .stdout(std::process::Stdio::null())
+            .stderr(std::process::Stdio::null())
+            .kill_on_drop(true)
+            .spawn()
+            .unwrap();
+        tokio::time::sleep(Duration::from_millis(40 + 45 * round)).await;
+        rebuilding.kill().await.unwrap();
+    }
+    let program = start(data.path()).await;
+    let mut client = MemoryServiceClient::new(program.channel());
+    for number in [0, 777, COUNT - 1] {
+        let request = SearchRequest {
+            scope: scope(),
+            query: format!("subject{number}"),
+            mode: 3,
+            ..Default::default()
+        };
+        let found = client.search(request).await.unwrap().into_inner();
+        let first = found.results[0].memory.as_ref().unwrap();
+        assert!(
+            first.content.contains(&format!("subject{number}")),
+            "{number}: {}",
+            first.content
+        );
+    }
+    let stats = StatsRequest { scope: scope() };
+    let stats = client.stats(stats).await.unwrap().into_inner();
+    assert_eq!((stats.layers[0].memories, stats.index_lag), (COUNT as i64, 0));
+    program.stop().await;
+}
+
+#[tokio::test]
 async fn a_second_process_on_the_same_directory_is_refused() {
     let data = tempfile::tempdir().unwrap();
     let first = start(data.path()).await;
@@ -322,7 +383,7 @@ async fn vectors_that_are_made_up_later_survive_a_kill_in_the_middle() {
         .map(|n| request(&format!("the fact{n} about subject{n}")))
         .collect();
     for requests in requests.chunks(200) {
-        let batch = aeterna_proto::memory::v1::BatchAddRequest {
+        let batch = BatchAddRequest {
             requests: requests.to_vec(),
         };
         client.batch_add(batch).await.unwrap();
