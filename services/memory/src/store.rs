@@ -294,15 +294,15 @@ pub trait Relational: Policies + Documents {
     /// Memories with all that belongs to them, in the order in which they were stored.
     async fn export(&self, page: &ExportPage) -> Result<Vec<Exported>, MemoryError>;
 
-    /// Takes memories in as they were and remembers the progress, to which it adds what was new and what was there, in one
-    /// transaction; an item that is refused does not touch the others.
+    /// Takes memories in as they were and remembers the progress, in one transaction; an item that is refused does not touch
+    /// the others.
     async fn import(
         &self,
         writer: &Writer,
         id: &RequestId,
         items: Vec<Imported>,
-        progress: Progress,
-    ) -> Result<(Imports, Progress), MemoryError>;
+        progress: &Progress,
+    ) -> Result<Imports, MemoryError>;
 
     /// How far the writer's import of that id has come.
     async fn import_progress(&self, writer: &Writer, id: &RequestId) -> Result<Option<Progress>, MemoryError>;
@@ -380,10 +380,6 @@ pub struct Progress {
     pub items: i64,
     /// Digest of the stream so far.
     pub digest: [u8; 32],
-    /// Memories that were new.
-    pub created: i64,
-    /// Memories that were there.
-    pub merged: i64,
 }
 
 /// What became of the items of an import, each with its place in the outbox.

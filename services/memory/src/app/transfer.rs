@@ -9,7 +9,7 @@ use aeterna_types::{RequestId, Scope};
 use super::App;
 use super::get::view;
 use super::policy::Law;
-use crate::domain::{Key, ScopeKey, Sequence};
+use crate::domain::{Key, Outcome, ScopeKey, Sequence};
 use crate::filter::Filter;
 use crate::store::{ExportPage, Exported, Imported, Progress};
 
@@ -68,6 +68,8 @@ impl App {
             seen: 0,
             digest: [0; 32],
             done: done.unwrap_or_default(),
+            created: 0,
+            merged: 0,
             refused: Vec::new(),
             last: Sequence::default(),
         })
@@ -119,6 +121,8 @@ pub struct Import {
     digest: [u8; 32],
     /// What is stored.
     done: Progress,
+    created: i64,
+    merged: i64,
     /// Items that were refused, with their places.
     refused: Vec<(i64, Error)>,
     last: Sequence,
@@ -135,8 +139,12 @@ pub struct Item {
 /// What became of an import.
 #[derive(Debug)]
 pub struct Taken {
-    /// Counts and digest.
-    pub done: Progress,
+    /// Memories that are new.
+    pub created: i64,
+    /// Memories that were there, those among them that this import has stored before.
+    pub merged: i64,
+    /// How many items have arrived, and their digest.
+    pub arrived: (i64, [u8; 32]),
     /// Items that were refused, with their places.
     pub refused: Vec<(i64, Error)>,
 }
@@ -158,6 +166,7 @@ impl Import {
                 return Err(Error::new(Reason::InvalidState, message));
             }
             if place < self.done.items {
+                self.merged += 1;
                 continue;
             }
             match item.and_then(|item| self.admitted(item)) {
@@ -170,21 +179,25 @@ impl Import {
         }
         let (places, fresh): (Vec<i64>, Vec<Imported>) = fresh.into_iter().unzip();
         let writer = self.app.writer(&self.context);
-        let before = Progress {
+        let progress = Progress {
             items: self.seen,
             digest: self.digest,
-            ..self.done.clone()
         };
-        let (results, done) = self.app.store.import(&writer, &self.id, fresh, before).await?;
-        self.done = done;
-        let count = results.iter().flatten().count() as u64;
+        let results = self.app.store.import(&writer, &self.id, fresh, &progress).await?;
+        self.done = progress;
+        self.app.metrics.added.add(results.iter().flatten().count() as u64, &[]);
         for (place, result) in places.into_iter().zip(results) {
             match result {
-                Ok((_, sequence)) => self.last = self.last.max(sequence),
+                Ok((outcome, sequence)) => {
+                    self.last = self.last.max(sequence);
+                    match outcome {
+                        Outcome::Created => self.created += 1,
+                        Outcome::Merged => self.merged += 1,
+                    }
+                }
                 Err(error) => self.refused.push((place, error.into())),
             }
         }
-        self.app.metrics.added.add(count, &[]);
         self.app.committed.send_replace(());
         Ok(())
     }
@@ -205,7 +218,9 @@ impl Import {
             self.app.await_index(self.last).await;
         }
         Ok(Taken {
-            done: self.done,
+            created: self.created,
+            merged: self.merged,
+            arrived: (self.seen, self.digest),
             refused: self.refused,
         })
     }

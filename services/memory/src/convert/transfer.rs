@@ -257,8 +257,8 @@ pub fn sent(summary: Option<wire::StreamSummary>) -> Result<Option<(i64, [u8; 32
 pub fn import_response(taken: Taken) -> wire::ImportResponse {
     let refused = taken.refused.iter().take(TOLD);
     wire::ImportResponse {
-        created: taken.done.created,
-        merged: taken.done.merged,
+        created: taken.created,
+        merged: taken.merged,
         errors: refused
             .map(|(place, error)| {
                 let mut told = item_error(error);
@@ -266,6 +266,6 @@ pub fn import_response(taken: Taken) -> wire::ImportResponse {
                 told
             })
             .collect(),
-        summary: Some(summary(taken.done.items, taken.done.digest)),
+        summary: Some(summary(taken.arrived.0, taken.arrived.1)),
     }
 }

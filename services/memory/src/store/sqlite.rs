@@ -281,8 +281,8 @@ impl Relational for SqliteStore {
         writer: &Writer,
         id: &RequestId,
         items: Vec<Imported>,
-        progress: Progress,
-    ) -> Result<(Imports, Progress), MemoryError> {
+        progress: &Progress,
+    ) -> Result<Imports, MemoryError> {
         transfer::import(self, writer, id, items, progress).await
     }
 

@@ -34,8 +34,6 @@ CREATE TABLE imports (
     id TEXT NOT NULL,
     items INTEGER NOT NULL,
     digest BLOB NOT NULL, -- over the items so far
-    created INTEGER NOT NULL,
-    merged INTEGER NOT NULL,
     at INTEGER NOT NULL,
     PRIMARY KEY (tenant, subject, id)
 ) STRICT, WITHOUT ROWID;

@@ -64,14 +64,12 @@ pub fn export(connection: &Connection, page: &ExportPage) -> Result<Vec<Exported
 }
 
 pub fn progress(connection: &Connection, writer: &Writer, id: &RequestId) -> Result<Option<Progress>, MemoryError> {
-    let query = "SELECT items, digest, created, merged FROM imports WHERE tenant = ? AND subject = ? AND id = ?";
+    let query = "SELECT items, digest FROM imports WHERE tenant = ? AND subject = ? AND id = ?";
     let bound = params![writer.tenant.as_str(), writer.subject, id.as_str()];
     let found = rows(connection, query, bound, |row| {
         Ok(Progress {
             items: get(row, 0)?,
             digest: get(row, 1)?,
-            created: get(row, 2)?,
-            merged: get(row, 3)?,
         })
     })?;
     Ok(found.into_iter().next())
@@ -82,37 +80,29 @@ pub async fn import(
     writer: &Writer,
     id: &RequestId,
     items: Vec<Imported>,
-    mut progress: Progress,
-) -> Result<(Imports, Progress), MemoryError> {
+    progress: &Progress,
+) -> Result<Imports, MemoryError> {
     let mut transaction = store.0.begin().await?;
     let mut results = Vec::with_capacity(items.len());
     for item in items {
-        let result = import_one(&mut transaction, writer, item).await;
-        match &result {
-            Err(MemoryError::Other(_)) => return result.map(|_| (Vec::new(), progress)),
-            Ok((Outcome::Created, _)) => progress.created += 1,
-            Ok((Outcome::Merged, _)) => progress.merged += 1,
-            Err(_) => {}
+        match import_one(&mut transaction, writer, item).await {
+            // The store itself failed: nothing of the chunk is kept.
+            Err(error @ MemoryError::Other(_)) => return Err(error),
+            result => results.push(result),
         }
-        results.push(result);
     }
-    sqlx::query(
-        "INSERT OR REPLACE INTO imports (tenant, subject, id, items, digest, created, merged, at) \
-         VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-    )
-    .bind(writer.tenant.as_str())
-    .bind(&writer.subject)
-    .bind(id.as_str())
-    .bind(progress.items)
-    .bind(progress.digest.as_slice())
-    .bind(progress.created)
-    .bind(progress.merged)
-    .bind(writer.now.micros())
-    .execute(&mut *transaction)
-    .await
-    .map_err(storage)?;
+    sqlx::query("INSERT OR REPLACE INTO imports (tenant, subject, id, items, digest, at) VALUES (?, ?, ?, ?, ?, ?)")
+        .bind(writer.tenant.as_str())
+        .bind(&writer.subject)
+        .bind(id.as_str())
+        .bind(progress.items)
+        .bind(progress.digest.as_slice())
+        .bind(writer.now.micros())
+        .execute(&mut *transaction)
+        .await
+        .map_err(storage)?;
     transaction.commit().await.map_err(storage)?;
-    Ok((results, progress))
+    Ok(results)
 }
 
 async fn import_one(
