@@ -118,7 +118,11 @@ impl MemoryService for Memories {
     async fn export(&self, request: Request<wire::ExportRequest>) -> Answer<BoxStream<wire::ExportResponse>> {
         let context = RequestContext::of(&request)?;
         let tenant = &context.principal().tenant;
-        let (query, exporting) = convert::export_request(request.into_inner(), tenant, self.0.page_bytes())?;
+        let (query, exporting) = convert::export_request(
+            request.into_inner(),
+            tenant,
+            (self.0.page_bytes(), self.0.message_bytes),
+        )?;
         let export = self.0.export(&context, query).await?;
         // Ended is an export that has told its summary or its error.
         let chunks = futures::stream::unfold(Some((export, exporting)), async |under_way| {
@@ -126,8 +130,10 @@ impl MemoryService for Memories {
             Some(match export.next().await {
                 Ok(page) if page.is_empty() => (vec![Ok(exporting.end())], None),
                 Ok(page) => {
-                    let chunks = exporting.chunks(page).into_iter().map(Ok).collect();
-                    (chunks, Some((export, exporting)))
+                    let chunks = exporting.chunks(page);
+                    let goes_on = chunks.iter().all(Result::is_ok);
+                    let chunks = chunks.into_iter().map(|chunk| chunk.map_err(Status::from)).collect();
+                    (chunks, goes_on.then_some((export, exporting)))
                 }
                 Err(error) => (vec![Err(error.into())], None),
             })

@@ -412,7 +412,7 @@ pub trait Policies: Send + Sync {
         limit: usize,
     ) -> Result<usize, MemoryError>;
 
-    /// All scopes of tenants that have policies.
+    /// The scopes with deleted memories, of tenants that have policies.
     async fn governed(&self) -> Result<Vec<(TenantId, Vec<(ScopeKey, Scope)>)>, MemoryError>;
 }
 

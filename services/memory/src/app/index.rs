@@ -274,6 +274,7 @@ impl Background {
             "embedding all memories anew; searches go on by the model before"
         );
         let (mut after, mut done, mut told) = (Key(0), 0, Instant::now());
+        let mut in_this_pass = 0;
         loop {
             let page = tokio::select! {
                 () = stop.cancelled() => return,
@@ -282,13 +283,14 @@ impl Background {
             match page {
                 Ok(Some((last, stored))) => {
                     (after, done) = (last, done + stored);
+                    in_this_pass += stored;
                     if told.elapsed() > TOLD {
                         tracing::info!(model = next.name, memories = done, "embedding anew");
                         told = Instant::now();
                     }
                 }
-                // What was changed behind the pass has lost its vector again.
-                Ok(None) if after > Key(0) => after = Key(0),
+                // What was changed behind the pass has lost its vector again. What the model refuses never gets one.
+                Ok(None) if in_this_pass > 0 => (after, in_this_pass) = (Key(0), 0),
                 Ok(None) => break,
                 Err(error) => {
                     tracing::warn!(error = %error.chain(), "memories can't be embedded anew; trying again");

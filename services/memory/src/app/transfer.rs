@@ -13,8 +13,9 @@ use crate::domain::{Key, Outcome, ScopeKey, Sequence};
 use crate::filter::Filter;
 use crate::store::{ExportPage, Exported, Imported, Progress};
 
-/// Memories read at a time.
+/// Memories read at a time, and with all their versions.
 const PAGE: usize = 100;
+const PAGE_WITH_VERSIONS: usize = 10;
 
 /// What is exported.
 #[derive(Clone, Debug)]
@@ -90,7 +91,7 @@ impl Export {
             scopes: self.scopes.clone(),
             filter: self.query.filter.clone(),
             after: self.query.after,
-            limit: PAGE,
+            limit: if self.query.history { PAGE_WITH_VERSIONS } else { PAGE },
             history: self.query.history,
             vectors: self.query.vectors,
             now: self.app.clock.now(),

@@ -1,6 +1,6 @@
 //! Export and import on the wire.
 
-use aeterna_error::{Error, Violations, item_error};
+use aeterna_error::{Error, Reason, Violations, item_error};
 use aeterna_proto::memory::v1 as wire;
 use aeterna_types::{MemoryId, PageToken, RequestId, TenantId, Timestamp};
 use prost::Message as _;
@@ -14,6 +14,8 @@ use crate::store::{Exported, Imported, StoredVector};
 /// Errors of an import that are told, at most.
 const TOLD: usize = 1000;
 const MAX_MEMORIES: usize = 1000;
+/// Bytes of a chunk beside its memories.
+const ECHO: usize = 1024;
 const MAX_VERSIONS: usize = 10_000;
 
 /// How far an export has come, and what its resume tokens are bound to.
@@ -23,13 +25,14 @@ pub struct Exporting {
     count: i64,
     digest: [u8; 32],
     budget: usize,
+    message_bytes: usize,
 }
 
-/// What Export asks for; a chunk ends when it has `budget` bytes.
+/// What Export asks for; a chunk ends when it has `budget` bytes, and none has more than `message_bytes`.
 pub fn export_request(
     mut request: wire::ExportRequest,
     tenant: &TenantId,
-    budget: usize,
+    (budget, message_bytes): (usize, usize),
 ) -> Result<(ExportQuery, Exporting), Error> {
     let mut violations = Violations::default();
     let token = std::mem::take(&mut request.resume_token);
@@ -41,6 +44,7 @@ pub fn export_request(
         count: 0,
         digest: [0; 32],
         budget,
+        message_bytes,
     };
     let mut after = Key(0);
     match cursor::<48>(&token, &exporting.binding) {
@@ -65,15 +69,32 @@ pub fn export_request(
 }
 
 impl Exporting {
-    /// The chunks of a page.
-    pub fn chunks(&mut self, page: Vec<Exported>) -> Vec<wire::ExportResponse> {
-        let (mut chunks, mut chunk, mut bytes) = (Vec::new(), wire::ExportResponse::default(), 0);
+    /// The chunks of a page; it ends with the error when a memory does not fit a message, after those before it.
+    pub fn chunks(&mut self, page: Vec<Exported>) -> Vec<Result<wire::ExportResponse, Error>> {
+        let mut chunks = Vec::new();
+        let (mut chunk, mut bytes) = (wire::ExportResponse::default(), 0);
         for one in page {
             let key = one.key;
             let item = exported(one);
             let encoded = item.encode_to_vec();
+            let message_bytes = self.message_bytes;
+            if encoded.len() + ECHO > message_bytes {
+                let id = item.memory.map(|memory| memory.id).unwrap_or_default();
+                let message = format!(
+                    "the memory {id} with its versions has {} bytes, and `limits.message_bytes` is {message_bytes}; \
+                     export without history, or raise the limit",
+                    encoded.len()
+                );
+                if !chunk.memories.is_empty() {
+                    chunks.push(Ok(chunk));
+                }
+                chunks.push(Err(
+                    Error::new(Reason::MessageTooLarge, message).with("limit", message_bytes)
+                ));
+                return chunks;
+            }
             if bytes + encoded.len() > self.budget && !chunk.memories.is_empty() {
-                chunks.push(std::mem::take(&mut chunk));
+                chunks.push(Ok(std::mem::take(&mut chunk)));
                 bytes = 0;
             }
             bytes += encoded.len();
@@ -82,7 +103,9 @@ impl Exporting {
             chunk.memories.push(item);
             chunk.resume_token = self.token(key);
         }
-        chunks.extend(Some(chunk).filter(|chunk| !chunk.memories.is_empty()));
+        if !chunk.memories.is_empty() {
+            chunks.push(Ok(chunk));
+        }
         chunks
     }
 

@@ -112,7 +112,8 @@ impl Policies for SqliteStore {
     async fn governed(&self) -> Result<Vec<(TenantId, Vec<(ScopeKey, Scope)>)>, MemoryError> {
         let all = |connection: &Connection| {
             let query = "SELECT s.tenant, s.key, s.path FROM scopes s \
-                         WHERE s.tenant IN (SELECT tenant FROM policies) ORDER BY s.tenant";
+                         WHERE s.tenant IN (SELECT tenant FROM policies) AND EXISTS (SELECT 1 FROM memories m \
+                         WHERE m.scope = s.key AND m.deleted_at IS NOT NULL) ORDER BY s.tenant";
             rows(connection, query, [], |row| {
                 let tenant: TenantId = text(row, 0)?.parse().map_err(|_| damaged("tenant"))?;
                 Ok((tenant, (ScopeKey(get(row, 1)?), parsed(text(row, 2)?, "scope")?)))

@@ -27,6 +27,9 @@ CREATE TABLE document_versions (
 
 ALTER TABLE outbox ADD COLUMN resource TEXT;
 
+-- What policies may remove for good.
+CREATE INDEX memories_by_deletion ON memories (scope, deleted_at) WHERE deleted_at IS NOT NULL;
+
 -- How far an import has come, so that the same stream resumes it.
 CREATE TABLE imports (
     tenant TEXT NOT NULL,
