@@ -17,7 +17,7 @@ pub fn source(path: &Path, scope: Option<&Scope>) -> anyhow::Result<Source> {
     let file = File::open(path)?;
     let total = file.metadata()?.len();
     let scope = scope.cloned();
-    let items = Lines::of(file).filter_map(move |line| match line {
+    let items = Lines::of(file, MAX_LINE).filter_map(move |line| match line {
         Ok((_, text)) if text.trim_ascii().is_empty() => None,
         Ok((number, text)) => Some(Ok(Item {
             place: format!("line {number}"),
@@ -48,14 +48,17 @@ fn memory(line: &[u8], scope: Option<&Scope>) -> Result<Memory, String> {
 pub struct Lines {
     reader: BufReader<File>,
     number: u64,
+    /// Bytes that are kept of a line, at least.
+    most: usize,
 }
 
 impl Lines {
-    /// The lines of a file.
-    pub fn of(file: File) -> Self {
+    /// The lines of a file, each at least whole up to so many bytes.
+    pub fn of(file: File, most: usize) -> Self {
         Self {
             reader: BufReader::new(file),
             number: 0,
+            most,
         }
     }
 }
@@ -76,7 +79,7 @@ impl Iterator for Lines {
             }
             let end = chunk.iter().position(|byte| *byte == b'\n');
             let taken = end.map_or(chunk.len(), |end| end + 1);
-            if line.len() <= MAX_LINE {
+            if line.len() <= self.most {
                 line.extend_from_slice(&chunk[..taken]);
             }
             self.reader.consume(taken);

@@ -353,14 +353,14 @@ impl Background {
         let texts = states.iter().map(|state| state.text.clone()).collect();
         match app.embed(&context, model, texts, false).await {
             Ok(vectors) => return Ok(vectors.into_iter().map(Some).collect()),
-            Err(error) if error.reason() == Reason::DependencyUnavailable => return Err(error),
+            Err(error) if error.reason() != Reason::InvalidField => return Err(error),
             Err(_) => {}
         }
         let mut vectors = Vec::with_capacity(states.len());
         for state in states {
             match app.embed(&context, model, vec![state.text.clone()], false).await {
                 Ok(mut one) => vectors.push(one.pop()),
-                Err(error) if error.reason() == Reason::DependencyUnavailable => return Err(error),
+                Err(error) if error.reason() != Reason::InvalidField => return Err(error),
                 Err(error) => {
                     tracing::warn!(key = state.key.0, error = %error.chain(), "a memory has no vector until the next start");
                     vectors.push(None);

@@ -19,6 +19,8 @@ use super::explain;
 use crate::import::Lines;
 use crate::json;
 
+/// Bytes of a line, at most: a memory with all its versions, as JSON.
+const MAX_LINE: usize = 1 << 30;
 /// Memories in one chunk, and its bytes, at most.
 const CHUNK: usize = 200;
 const CHUNK_BYTES: usize = 1 << 20;
@@ -72,8 +74,8 @@ pub async fn run(client: &Client, path: &Path) -> anyhow::Result<ExitCode> {
 }
 
 fn lines(path: &Path) -> anyhow::Result<impl Iterator<Item = anyhow::Result<Line>> + use<>> {
-    let lines =
-        Lines::of(File::open(path)?).filter(|line| !line.as_ref().is_ok_and(|(_, text)| text.trim_ascii().is_empty()));
+    let lines = Lines::of(File::open(path)?, MAX_LINE)
+        .filter(|line| !line.as_ref().is_ok_and(|(_, text)| text.trim_ascii().is_empty()));
     Ok(lines.map(|line| {
         let (number, bytes) = line?;
         let text = std::str::from_utf8(&bytes).with_context(|| format!("line {number} is not UTF-8"))?;

@@ -218,11 +218,14 @@ async fn change_one(
         Change::Replace { body, vector, reindex } => {
             memory.body = *body;
             if reindex {
-                drop_vectors(connection, key).await?;
                 memory.embedding_model = vector.as_ref().map(|v| v.model.clone()).unwrap_or_default();
+            }
+            // First, since it may refuse: then the vector stays as it is.
+            update(connection, writer, key, &memory).await?;
+            if reindex {
+                drop_vectors(connection, key).await?;
                 put_vector(connection, key, vector.as_ref()).await?;
             }
-            update(connection, writer, key, &memory).await?;
             record(connection, writer, key, &memory, Kind::Updated).await?
         }
     };
