@@ -166,6 +166,7 @@ impl App {
     /// How well texts answer a query, 0 to 1 each, by the embedding service's cross-encoder.
     async fn cross_encode(&self, context: &RequestContext, query: &str, texts: Vec<String>) -> Result<Vec<f64>, Error> {
         let wanted = texts.len();
+        let texts = texts.into_iter().map(|text| clip(text, 8192)).collect();
         let message = embedding::RerankRequest {
             query: query.to_owned(),
             texts,

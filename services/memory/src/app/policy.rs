@@ -95,6 +95,11 @@ impl App {
     pub async fn put_policy(&self, context: &RequestContext, new: NewPolicy) -> Result<Policy, Error> {
         let writer = self.writer(context);
         context.principal().may_change(&new.policy.scope)?;
+        // What is replaced must be the caller's to change, too.
+        let all = self.store.policies(&writer.tenant).await?;
+        if let Some(existing) = all.iter().find(|policy| policy.name == new.policy.name) {
+            context.principal().may_change(&existing.scope)?;
+        }
         let put = self
             .store
             .put_policy(&writer, new.policy, new.etag, new.idempotency)
