@@ -1,29 +1,22 @@
 //! Every RPC with every kind of token that is not the right one.
 
 use aeterna_auth::Role;
-use aeterna_proto::common::v1::Scope;
 use aeterna_proto::memory::v1::knowledge_service_client::KnowledgeServiceClient;
 use aeterna_proto::memory::v1::memory_service_client::MemoryServiceClient;
 use aeterna_proto::memory::v1::policy_service_client::PolicyServiceClient;
 use aeterna_proto::memory::v1::{
-    AddRequest, DeleteDocumentRequest, DeletePolicyRequest, Document, GetDocumentRequest, Memory, Policy,
-    PutDocumentRequest, PutPolicyRequest,
+    DeleteDocumentRequest, DeletePolicyRequest, Document, GetDocumentRequest, Policy, PutDocumentRequest,
+    PutPolicyRequest,
 };
 use aeterna_testkit::{NEVER, RawClient, SECRET, bearing, refusal, token};
 use prost::Message as _;
 use tonic::{Code, Request};
 
 use crate::hostile::{methods, requests};
+use crate::notes::{item, user};
 use crate::sandbox::Sandbox;
 
 const MARK: &str = "launch-code-4711";
-
-fn scope() -> Option<Scope> {
-    Some(Scope {
-        user: "ann".into(),
-        ..Default::default()
-    })
-}
 
 #[tokio::test]
 async fn no_rpc_is_answered_to_a_token_that_is_none() {
@@ -94,14 +87,7 @@ async fn no_rpc_tells_another_tenant_or_scope_anything() {
         let mut memories = MemoryServiceClient::new(channel.clone());
         let mut documents = KnowledgeServiceClient::new(channel.clone());
         let mut policies = PolicyServiceClient::new(channel.clone());
-        let add = AddRequest {
-            memory: Some(Memory {
-                scope: scope(),
-                content: format!("one {MARK}"),
-                ..Default::default()
-            }),
-            request_id: String::new(),
-        };
+        let add = item("ann", &format!("one {MARK}"));
         let added = memories
             .add(bearing(add, &admin))
             .await
@@ -111,7 +97,7 @@ async fn no_rpc_tells_another_tenant_or_scope_anything() {
             .unwrap();
         let put = PutDocumentRequest {
             document: Some(Document {
-                scope: scope(),
+                scope: user("ann"),
                 path: "notes/a.md".into(),
                 content: MARK.into(),
                 title: MARK.into(),
@@ -123,7 +109,7 @@ async fn no_rpc_tells_another_tenant_or_scope_anything() {
         let policy = PutPolicyRequest {
             policy: Some(Policy {
                 name: "a-policy".into(),
-                scope: scope(),
+                scope: user("ann"),
                 description: MARK.into(),
                 ..Default::default()
             }),
@@ -178,7 +164,7 @@ async fn no_rpc_tells_another_tenant_or_scope_anything() {
                 }
             }
             let gone = DeleteDocumentRequest {
-                scope: scope(),
+                scope: user("ann"),
                 path: "notes/a.md".into(),
                 ..Default::default()
             };
@@ -200,7 +186,7 @@ async fn no_rpc_tells_another_tenant_or_scope_anything() {
         }
         // All is as it was.
         let get = GetDocumentRequest {
-            scope: scope(),
+            scope: user("ann"),
             path: "notes/a.md".into(),
             ..Default::default()
         };

@@ -4,35 +4,16 @@
 use std::path::Path;
 use std::time::Duration;
 
-use aeterna_proto::common::v1::Scope;
 use aeterna_proto::memory::v1::memory_service_client::MemoryServiceClient;
-use aeterna_proto::memory::v1::{
-    AddRequest, BatchAddRequest, Memory, SearchRequest, SearchResponse, StatsRequest, StatsResponse,
-};
+use aeterna_proto::memory::v1::{BatchAddRequest, SearchRequest, SearchResponse, StatsRequest, StatsResponse};
 use aeterna_rpc::AnyChannel;
 use aeterna_testkit::{Program, built, minilm};
+
+use crate::notes::{item, user};
 
 const COUNT: usize = 300;
 
 type Client = MemoryServiceClient<AnyChannel>;
-
-fn scope() -> Option<Scope> {
-    Some(Scope {
-        user: "ann".into(),
-        ..Default::default()
-    })
-}
-
-fn item(content: String) -> AddRequest {
-    AddRequest {
-        memory: Some(Memory {
-            scope: scope(),
-            content,
-            ..Default::default()
-        }),
-        request_id: String::new(),
-    }
-}
 
 async fn start(data: &Path, models: &Path) -> Program {
     let dirs = models.display().to_string();
@@ -42,7 +23,7 @@ async fn start(data: &Path, models: &Path) -> Program {
 
 async fn stats(client: &mut Client) -> StatsResponse {
     client
-        .stats(StatsRequest { scope: scope() })
+        .stats(StatsRequest { scope: user("ann") })
         .await
         .unwrap()
         .into_inner()
@@ -50,7 +31,7 @@ async fn stats(client: &mut Client) -> StatsResponse {
 
 async fn search(client: &mut Client, query: &str) -> SearchResponse {
     let query = SearchRequest {
-        scope: scope(),
+        scope: user("ann"),
         query: query.into(),
         mode: 3,
         ..Default::default()
@@ -64,7 +45,7 @@ async fn another_model_takes_over_without_a_gap_and_after_a_kill() {
     let program = start(data.path(), Path::new("")).await;
     let mut client = MemoryServiceClient::new(program.channel());
     let requests = (0..COUNT)
-        .map(|n| item(format!("note {n} about ship number {n} in the harbour")))
+        .map(|n| item("ann", &format!("note {n} about ship number {n} in the harbour")))
         .collect();
     client.batch_add(BatchAddRequest { requests }).await.unwrap();
     assert_eq!(search(&mut client, "ship number 7").await.model, "hash");
@@ -100,7 +81,7 @@ async fn another_model_takes_over_without_a_gap_and_after_a_kill() {
     );
     // What is written meanwhile is found, and so is everything else, by the one model or the other.
     client
-        .add(item("the lighthouse keeper owns a parrot".into()))
+        .add(item("ann", "the lighthouse keeper owns a parrot"))
         .await
         .unwrap();
     let mut tries = 0;

@@ -4,14 +4,14 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use aeterna_proto::common::v1::Scope;
 use aeterna_proto::embedding::v1::RerankRequest;
 use aeterna_proto::embedding::v1::embedding_service_client::EmbeddingServiceClient;
 use aeterna_proto::memory::v1::memory_service_client::MemoryServiceClient;
-use aeterna_proto::memory::v1::{AddRequest, Memory, SearchRequest, SearchWeights};
+use aeterna_proto::memory::v1::{SearchRequest, SearchWeights};
 use aeterna_testkit::refusal;
 use serde_json::{Value, json};
 
+use crate::notes::{item, user};
 use crate::sandbox::Sandbox;
 
 const HIDDEN: usize = 16;
@@ -156,24 +156,11 @@ async fn a_cross_encoder_orders_what_was_found() {
         );
 
         let mut client = MemoryServiceClient::new(channel);
-        let scope = Some(Scope {
-            user: way.into(),
-            ..Default::default()
-        });
         for text in texts {
-            let memory = Memory {
-                scope: scope.clone(),
-                content: text.into(),
-                ..Default::default()
-            };
-            let add = AddRequest {
-                memory: Some(memory),
-                request_id: String::new(),
-            };
-            client.add(add).await.unwrap();
+            client.add(item(way, text)).await.unwrap();
         }
         let search = |share: f64| SearchRequest {
-            scope: scope.clone(),
+            scope: user(way),
             query: "who sleeps".into(),
             rerank: true,
             explain: true,

@@ -10,4 +10,4 @@ pub use clock::{Clock, ManualClock, SystemClock, TimeError, Timestamp};
 pub use id::{IdError, MemoryId, RequestId, TenantId};
 pub use page::{PageToken, PageTokenError};
 pub use scope::{Layer, MAX_SCOPE_ID_CHARS, Scope, ScopeError};
-pub use seal::fingerprint;
+pub use seal::{chain, fingerprint, mark};

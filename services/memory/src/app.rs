@@ -35,7 +35,7 @@ pub use list::{ListQuery, Page};
 pub use policy::NewPolicy;
 pub use search::{Arms, Breakdown, Found, Fusion, SearchQuery, SearchStats, Weights};
 pub use stats::Stats;
-pub use transfer::{ExportQuery, Item, Taken, chain};
+pub use transfer::{ExportQuery, Item, Taken};
 pub use update::{FIELDS, Patch};
 pub use watch::{News, RING, WatchQuery};
 
@@ -89,8 +89,8 @@ pub struct App {
     pub(crate) indexes: Arc<dyn Indexes>,
     /// What searches are answered by now.
     pub(crate) serving: RwLock<Arc<Serving>>,
-    /// The model that every memory gets a vector of, before searches are answered by it.
-    pub(crate) next: Option<Model>,
+    /// The default model: every memory gets a vector of it, and then searches are answered by it.
+    pub(crate) wanted: Model,
     pub(crate) embedder: AnyChannel,
     pub(crate) credentials: Credentials,
     pub(crate) clock: Arc<dyn Clock>,

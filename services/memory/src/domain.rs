@@ -3,7 +3,7 @@
 mod document;
 mod policy;
 
-use aeterna_types::{Layer, MemoryId, RequestId, Scope, TenantId, Timestamp, fingerprint};
+use aeterna_types::{Layer, MemoryId, RequestId, Scope, TenantId, Timestamp, fingerprint, mark};
 use serde::{Deserialize, Serialize};
 
 pub use document::{Document, DocumentChange, Edit, Text};
@@ -188,8 +188,7 @@ impl Memory {
 
     /// Opaque mark of this version.
     pub fn etag(&self) -> String {
-        let mark = fingerprint([self.id.as_bytes().as_slice(), &self.version.to_le_bytes()]);
-        mark[..8].iter().map(|byte| format!("{byte:02x}")).collect()
+        mark([self.id.as_bytes().as_slice(), &self.version.to_le_bytes()])
     }
 
     /// The memory without anything that its writers said: what may be kept of it after it was removed for good.

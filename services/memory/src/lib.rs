@@ -194,7 +194,7 @@ pub async fn build(config: Config, deps: Deps) -> Result<Service, Error> {
         store,
         indexes: Arc::new(indexes),
         serving: RwLock::new(Arc::new(Serving { model: first, index })),
-        next: Some(wanted),
+        wanted,
         embedder: deps.embedder,
         credentials: deps.credentials,
         clock: Arc::new(SystemClock),
@@ -278,23 +278,24 @@ async fn models(deps: &Deps) -> Result<Vec<embedding::Model>, Error> {
 /// The model to answer searches by at first: the wanted one, unless most vectors are by another one that the embedding service
 /// still has; then memories are embedded anew in the background.
 async fn serving(wanted: &Model, models: &[embedding::Model], store: &dyn Relational) -> Result<Model, Error> {
-    let counted = store.models().await?;
-    let count = |identity: &str| {
-        counted
-            .iter()
-            .find(|(known, _)| known == identity)
-            .map_or(0, |(_, count)| *count)
-    };
-    let own = count(&wanted.identity);
-    for (identity, count) in &counted {
-        let before = models.iter().find(|model| identity_of(model) == *identity);
-        if *count > own
-            && let Some(before) = before
-        {
-            return model(before);
+    let (mut most, mut first) = (None, wanted.clone());
+    for identity in store.models().await? {
+        let before = models.iter().find(|model| identity_of(model) == identity);
+        let Some(before) = before.filter(|_| identity != wanted.identity) else {
+            continue;
+        };
+        // Only where there is a choice: counting takes long in a large store.
+        let least = match most {
+            Some(most) => most,
+            None => store.vectors_by(&wanted.identity).await?,
+        };
+        let count = store.vectors_by(&identity).await?;
+        most = Some(least.max(count));
+        if count > least {
+            first = model(before)?;
         }
     }
-    Ok(wanted.clone())
+    Ok(first)
 }
 
 fn identity_of(model: &embedding::Model) -> String {

@@ -307,8 +307,11 @@ pub trait Relational: Policies + Documents {
     /// How far the writer's import of that id has come.
     async fn import_progress(&self, writer: &Writer, id: &RequestId) -> Result<Option<Progress>, MemoryError>;
 
-    /// The models that have made vectors, each with how many, the most first.
-    async fn models(&self) -> Result<Vec<(String, i64)>, MemoryError>;
+    /// The models that have made vectors.
+    async fn models(&self) -> Result<Vec<String>, MemoryError>;
+
+    /// How many vectors a model has made. Counting reads them all.
+    async fn vectors_by(&self, model: &str) -> Result<i64, MemoryError>;
 
     /// Forgets all vectors that a model has made.
     async fn forget_model(&self, model: &str) -> Result<(), MemoryError>;

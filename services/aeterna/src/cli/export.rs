@@ -5,7 +5,8 @@ use std::io::{BufWriter, Write as _};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use aeterna_proto::memory::v1::{ExportRequest, ExportedMemory, StreamSummary};
+use aeterna_proto::memory::v1::{ExportRequest, StreamSummary};
+use aeterna_types::chain;
 use anyhow::Context as _;
 use indicatif::{ProgressBar, ProgressStyle};
 use prost::Message as _;
@@ -120,7 +121,7 @@ async fn stream(
         };
         for memory in &chunk.memories {
             writeln!(file, "{}", json::to_line("aeterna.memory.v1.ExportedMemory", memory)?)?;
-            *digest = chain(*digest, memory);
+            *digest = chain(*digest, &memory.encode_to_vec());
             *count += 1;
         }
         bar.set_message(format!("{count} memories"));
@@ -129,14 +130,4 @@ async fn stream(
         }
         request.resume_token = chunk.resume_token;
     }
-}
-
-/// The digest of a stream after one more memory.
-pub fn chain(digest: [u8; 32], memory: &ExportedMemory) -> [u8; 32] {
-    let mut hasher = blake3::Hasher::new();
-    *hasher
-        .update(&digest)
-        .update(&memory.encode_to_vec())
-        .finalize()
-        .as_bytes()
 }

@@ -262,13 +262,13 @@ impl Background {
     /// What was done when the process ended is not done again.
     async fn embed_anew(&self, stop: &CancellationToken) {
         let app = &self.app;
-        let serving = app.serving().model.identity.clone();
-        let Some(next) = app.next.as_ref().filter(|next| next.identity != serving) else {
+        let next = &app.wanted;
+        if next.identity == app.serving().model.identity {
             if let Err(error) = self.tidy().await {
                 tracing::warn!(error = %error.chain(), "vectors of models before can't be removed");
             }
             return;
-        };
+        }
         tracing::info!(
             model = next.name,
             "embedding all memories anew; searches go on by the model before"
@@ -309,11 +309,11 @@ impl Background {
     /// Removes what models before have left, once the serving one has as much.
     async fn tidy(&self) -> Result<(), Error> {
         let app = &self.app;
-        let (serving, counted) = (app.serving(), app.store.models().await?);
-        let own = counted.iter().find(|(identity, _)| *identity == serving.model.identity);
-        let own = own.map_or(0, |(_, count)| *count);
-        for (identity, count) in &counted {
-            if *identity != serving.model.identity && *count <= own {
+        let serving = app.serving().model.identity.clone();
+        let mut others = app.store.models().await?;
+        others.retain(|identity| *identity != serving);
+        for identity in &others {
+            if app.store.vectors_by(identity).await? <= app.store.vectors_by(&serving).await? {
                 app.forget_model(identity).await?;
             }
         }
@@ -323,7 +323,7 @@ impl Background {
     /// Answers searches by the next model from now on. Called by the writer of the index, so that no change is missed.
     async fn switch(&self) -> Result<(), Error> {
         let app = &self.app;
-        let Some(next) = app.next.clone() else { return Ok(()) };
+        let next = app.wanted.clone();
         let (indexes, model, end) = (Arc::clone(&app.indexes), next.clone(), app.store.last_sequence().await?);
         let opened = tokio::task::spawn_blocking(move || indexes.open(&model, end)).await;
         let (index, fresh) = opened

@@ -33,29 +33,14 @@ impl Law {
 
     /// Refuses a caller who may not write there.
     pub fn may_write(&self, principal: &Principal, scope: &Scope) -> Result<(), MemoryError> {
-        let effective = self.effective(scope);
-        let why = match effective.rules.writers {
-            Some(Writers::Nobody) => "nobody may write here",
-            Some(Writers::Admins) if principal.role < Role::Admin => "only admins may write here",
-            _ => return Ok(()),
-        };
-        Err(MemoryError::Forbidden {
-            policy: effective.origin("writers").to_owned(),
-            why: why.to_owned(),
-        })
+        check_writer(&self.effective(scope), principal)
     }
 
-    /// Refuses a body that is too large there.
-    pub fn check_size(&self, scope: &Scope, body: &Body) -> Result<(), MemoryError> {
+    /// Refuses a caller who may not write there, and a body that is too large.
+    pub fn may_change(&self, principal: &Principal, scope: &Scope, body: &Body) -> Result<(), MemoryError> {
         let effective = self.effective(scope);
-        let bytes = body.content.len();
-        match effective.rules.max_content_bytes {
-            Some(most) if i64::try_from(bytes).is_ok_and(|bytes| bytes > most) => Err(MemoryError::Forbidden {
-                policy: effective.origin("max_content_bytes").to_owned(),
-                why: format!("`content` has {bytes} bytes, and `max_content_bytes` is {most}"),
-            }),
-            _ => Ok(()),
-        }
+        check_writer(&effective, principal)?;
+        check_size(&effective, body)
     }
 
     /// Asks about a new memory, and gives it the expiry that the rules say when it has none of its own; answers how many the
@@ -70,15 +55,38 @@ impl Law {
         if self.0.is_empty() {
             return Ok(None);
         }
-        self.may_write(principal, scope)?;
-        self.check_size(scope, body)?;
         let effective = self.effective(scope);
+        check_writer(&effective, principal)?;
+        check_size(&effective, body)?;
         let expiry = |life: i64| Timestamp::from_micros(now.micros().saturating_add(life));
         body.expires_at = body
             .expires_at
             .or_else(|| effective.rules.time_to_live.and_then(expiry));
         let most = effective.rules.max_memories;
         Ok(most.map(|most| (most, effective.origin("max_memories").to_owned())))
+    }
+}
+
+fn check_writer(effective: &Effective, principal: &Principal) -> Result<(), MemoryError> {
+    let why = match effective.rules.writers {
+        Some(Writers::Nobody) => "nobody may write here",
+        Some(Writers::Admins) if principal.role < Role::Admin => "only admins may write here",
+        _ => return Ok(()),
+    };
+    Err(MemoryError::Forbidden {
+        policy: effective.origin("writers").to_owned(),
+        why: why.to_owned(),
+    })
+}
+
+fn check_size(effective: &Effective, body: &Body) -> Result<(), MemoryError> {
+    let bytes = body.content.len();
+    match effective.rules.max_content_bytes {
+        Some(most) if i64::try_from(bytes).is_ok_and(|bytes| bytes > most) => Err(MemoryError::Forbidden {
+            policy: effective.origin("max_content_bytes").to_owned(),
+            why: format!("`content` has {bytes} bytes, and `max_content_bytes` is {most}"),
+        }),
+        _ => Ok(()),
     }
 }
 
@@ -96,8 +104,7 @@ impl App {
         let writer = self.writer(context);
         context.principal().may_change(&new.policy.scope)?;
         // What is replaced must be the caller's to change, too.
-        let all = self.store.policies(&writer.tenant).await?;
-        if let Some(existing) = all.iter().find(|policy| policy.name == new.policy.name) {
+        if let Some(existing) = self.find_policy(&writer.tenant, &new.policy.name).await? {
             context.principal().may_change(&existing.scope)?;
         }
         let put = self
@@ -113,9 +120,13 @@ impl App {
     /// # Errors
     /// NOT_FOUND.
     pub async fn policy(&self, context: &RequestContext, name: &str) -> Result<Policy, Error> {
-        let all = self.store.policies(&context.principal().tenant).await?;
-        let found = all.into_iter().find(|policy| policy.name == name);
+        let found = self.find_policy(&context.principal().tenant, name).await?;
         found.ok_or_else(|| MemoryError::NoPolicy(name.to_owned()).into())
+    }
+
+    async fn find_policy(&self, tenant: &TenantId, name: &str) -> Result<Option<Policy>, MemoryError> {
+        let all = self.store.policies(tenant).await?;
+        Ok(all.into_iter().find(|policy| policy.name == name))
     }
 
     /// Policies of the tenant by name, after one of them; true when there are more.

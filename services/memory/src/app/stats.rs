@@ -34,11 +34,8 @@ impl App {
         let (serving, now) = (self.serving(), self.clock.now());
         let counts = self.store.counts(&serving.model.identity, &scopes, now).await?;
         let mut reembedding = None;
-        if let Some(next) = self
-            .next
-            .as_ref()
-            .filter(|next| next.identity != serving.model.identity)
-        {
+        let next = &self.wanted;
+        if next.identity != serving.model.identity {
             let left = self.store.counts(&next.identity, &scopes, now).await?.pending;
             reembedding = Some((next.name.clone(), left));
         }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use aeterna_error::{Error, Reason};
 use aeterna_rpc::RequestContext;
-use aeterna_types::{RequestId, Scope};
+use aeterna_types::{RequestId, Scope, chain};
 
 use super::App;
 use super::get::view;
@@ -102,12 +102,6 @@ impl Export {
         }
         Ok(found)
     }
-}
-
-/// The digest of a stream after one more item: that of the digest before it and the item's bytes.
-pub fn chain(digest: [u8; 32], item: &[u8]) -> [u8; 32] {
-    let mut hasher = blake3::Hasher::new();
-    *hasher.update(&digest).update(item).finalize().as_bytes()
 }
 
 /// An import under way.

@@ -2,11 +2,11 @@
 
 use aeterna_error::{Error, Reason, Violations, item_error};
 use aeterna_proto::memory::v1 as wire;
-use aeterna_types::{MemoryId, PageToken, RequestId, TenantId, Timestamp};
+use aeterna_types::{MemoryId, PageToken, RequestId, TenantId, Timestamp, chain};
 use prost::Message as _;
 
 use super::{body, change, cursor, filter, memory, scope, value};
-use crate::app::{ExportQuery, Item, Taken, chain};
+use crate::app::{ExportQuery, Item, Taken};
 use crate::domain::{Key, Kind, Memory, Version};
 use crate::store::code::Code;
 use crate::store::{Exported, Imported, StoredVector};

@@ -1,6 +1,6 @@
 //! Documents by path, with versions.
 
-use aeterna_types::{Scope, Timestamp, fingerprint};
+use aeterna_types::{Scope, Timestamp, mark};
 use serde::{Deserialize, Serialize};
 
 use super::Idempotency;
@@ -48,8 +48,7 @@ impl Document {
     /// Opaque mark of this version.
     pub fn etag(&self) -> String {
         let times = [self.version, self.created_at.micros(), self.updated_at.micros()].map(i64::to_le_bytes);
-        let mark = fingerprint([self.path.as_bytes(), times.as_flattened()]);
-        mark[..8].iter().map(|byte| format!("{byte:02x}")).collect()
+        mark([self.path.as_bytes(), times.as_flattened()])
     }
 }
 

@@ -1,6 +1,6 @@
 //! Rules per scope.
 
-use aeterna_types::{Layer, Scope, Timestamp, fingerprint};
+use aeterna_types::{Layer, Scope, Timestamp, mark};
 use serde::{Deserialize, Serialize};
 
 /// Who may write.
@@ -54,8 +54,7 @@ impl Policy {
     /// Opaque mark of this version.
     pub fn etag(&self) -> String {
         let (version, at) = (self.version.to_le_bytes(), self.updated_at.micros().to_le_bytes());
-        let mark = fingerprint([self.name.as_bytes(), &version, &at]);
-        mark[..8].iter().map(|byte| format!("{byte:02x}")).collect()
+        mark([self.name.as_bytes(), &version, &at])
     }
 
     /// True when it applies to what lives in a layer of a scope.

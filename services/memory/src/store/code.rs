@@ -63,18 +63,11 @@ impl Code {
         let high = |q: i16| (q + 2) >> 2;
         bytes.extend(quantized.iter().map(|q| high(*q) as i8 as u8));
         let low = |q: i16| (q - (high(q) << 2) + 2) as u8;
-        let four = |at: &[i16]| low(at[0]) | (low(at[1]) << 2) | (low(at[2]) << 4) | (low(at[3]) << 6);
         // Value i, i + 16, i + 32 and i + 48 of a block share a byte: all of one shift lie side by side, as SIMD wants them.
+        let quarter = BLOCK / 4;
         for block in quantized.chunks_exact(BLOCK) {
-            let quarter = BLOCK / 4;
-            bytes.extend((0..quarter).map(|i| {
-                four(&[
-                    block[i],
-                    block[i + quarter],
-                    block[i + 2 * quarter],
-                    block[i + 3 * quarter],
-                ])
-            }));
+            let four = |i: usize| (0..4).fold(0, |byte, part| byte | low(block[i + part * quarter]) << (2 * part));
+            bytes.extend((0..quarter).map(four));
         }
         Some(Self(bytes))
     }
@@ -93,6 +86,11 @@ impl<B: AsRef<[u8]>> Code<B> {
     /// The bytes to store.
     pub fn as_bytes(&self) -> &[u8] {
         self.0.as_ref()
+    }
+
+    /// The same code in bytes of its own.
+    pub fn to_owned(&self) -> Code {
+        Code(self.as_bytes().to_vec())
     }
 
     /// Dimensions of the vector.

@@ -292,8 +292,13 @@ impl Relational for SqliteStore {
             .await
     }
 
-    async fn models(&self) -> Result<Vec<(String, i64)>, MemoryError> {
-        self.read(read::model_counts).await
+    async fn models(&self) -> Result<Vec<String>, MemoryError> {
+        self.read(read::models).await
+    }
+
+    async fn vectors_by(&self, model: &str) -> Result<i64, MemoryError> {
+        let model = model.to_owned();
+        self.read(move |connection| read::vectors_by(connection, &model)).await
     }
 
     async fn forget_model(&self, model: &str) -> Result<(), MemoryError> {

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use aeterna_proto::memory::v1::{ExportedMemory, ImportRequest, ImportResponse, StreamSummary};
+use aeterna_types::chain;
 use anyhow::Context as _;
 use indicatif::{ProgressBar, ProgressStyle};
 use prost::Message as _;
@@ -14,7 +15,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::Code;
 
 use super::super::client::{Client, Patience};
-use super::super::{export, output};
+use super::super::output;
 use super::explain;
 use crate::import::Lines;
 use crate::json;
@@ -100,7 +101,7 @@ fn check(path: &Path) -> anyhow::Result<(u64, StreamSummary)> {
     for line in lines(path)? {
         match line? {
             Line::Memory(memory) => {
-                digest = export::chain(digest, &memory);
+                digest = chain(digest, &memory.encode_to_vec());
                 count += 1;
             }
             Line::Summary(summary) => {

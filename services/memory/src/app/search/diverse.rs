@@ -30,7 +30,8 @@ pub fn order(relevance: &[f64], vectors: &[Option<Vec<f32>>], lambda: f64, limit
     taken
 }
 
-fn cosine(a: &[f32], b: &[f32]) -> f64 {
+/// Cosine of two vectors of the same size; 0 when one of them is zero.
+pub fn cosine(a: &[f32], b: &[f32]) -> f64 {
     let sum = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| f64::from(a * b)).sum::<f64>();
     let norms = (sum(a, a) * sum(b, b)).sqrt();
     if norms > 0.0 { sum(a, b) / norms } else { 0.0 }

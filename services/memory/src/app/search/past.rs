@@ -7,6 +7,7 @@ use aeterna_rpc::RequestContext;
 use aeterna_types::{TenantId, Timestamp};
 
 use super::super::Model;
+use super::diverse::cosine;
 use super::{App, Filter};
 use crate::domain::{Key, Memory, ScopeKey};
 use crate::store::Earlier;
@@ -80,16 +81,7 @@ impl App {
             reworded.map(|(key, memory)| (*key, memory.body.dense_text())).unzip();
         if !texts.is_empty() {
             let vectors = self.embed(context, model, texts, false).await?;
-            let cosine = |other: &Vec<f32>| {
-                let norm = other
-                    .iter()
-                    .take(vector.len())
-                    .map(|x| x * x)
-                    .sum::<f32>()
-                    .sqrt()
-                    .max(f32::MIN_POSITIVE);
-                f64::from(other.iter().zip(vector).map(|(a, b)| a * b).sum::<f32>() / norm)
-            };
+            let cosine = |other: &Vec<f32>| cosine(&other[..vector.len()], vector);
             cosines.extend(keys.into_iter().zip(vectors.iter().map(cosine)));
         }
         Ok(cosines)

@@ -9,7 +9,7 @@ use aeterna_types::TenantId;
 use sqlx::{AssertSqlSafe, Row as _, SqliteConnection};
 
 use super::filter::Sql;
-use super::read::rows;
+use super::read::{limit, rows};
 use super::{SqliteStore, failed, parsed, storage};
 use crate::domain::{Key, Memory, ScopeKey};
 use crate::error::MemoryError;
@@ -255,7 +255,7 @@ fn ranked(
             .iter()
             .flat_map(|at| [Value::from(at.micros()), at.micros().into(), at.micros().into()]),
     );
-    bound.push(i64::try_from(search.limit).unwrap_or(i64::MAX).into());
+    bound.push(limit(search.limit).into());
     rows(connection, &text, params_from_iter(bound), |row| {
         let (key, score): (i64, f64) = row.try_into().map_err(failed)?;
         Ok((Key(key), score))

@@ -290,16 +290,10 @@ pub fn models(connection: &Connection) -> Result<Vec<String>, MemoryError> {
     })
 }
 
-/// The models with how many vectors each has made, the most first.
-pub fn model_counts(connection: &Connection) -> Result<Vec<(String, i64)>, MemoryError> {
-    let mut counted = Vec::new();
-    for model in models(connection)? {
-        let query = format!("SELECT count(*) FROM {}", vectors(connection, &model)?);
-        let count = connection.query_row(&query, [], |row| row.get(0)).map_err(failed)?;
-        counted.push((model, count));
-    }
-    counted.sort_by_key(|(_, count)| std::cmp::Reverse(*count));
-    Ok(counted)
+/// How many vectors a model has made.
+pub fn vectors_by(connection: &Connection, model: &str) -> Result<i64, MemoryError> {
+    let query = format!("SELECT count(*) FROM {}", vectors(connection, model)?);
+    connection.query_row(&query, [], |row| row.get(0)).map_err(failed)
 }
 
 /// The table of a model's vectors; an empty one when nothing was stored by it.

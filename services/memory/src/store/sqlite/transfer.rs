@@ -1,5 +1,7 @@
 //! Export and import.
 
+use std::collections::HashMap;
+
 use aeterna_storage::rusqlite::types::Value;
 use aeterna_storage::rusqlite::{Connection, params, params_from_iter};
 use aeterna_types::{MemoryId, RequestId};
@@ -9,9 +11,8 @@ use super::filter::Sql;
 use super::read::{self, get, limit, rows, scopes_json, stored};
 use super::write::{self, Place};
 use super::{SqliteStore, storage};
-use crate::domain::{Kind, Outcome, Sequence, Version, Writer};
+use crate::domain::{Key, Kind, Outcome, Sequence, Version, Writer};
 use crate::error::MemoryError;
-use crate::store::code::Code;
 use crate::store::{ExportPage, Exported, Imported, Imports, Progress, StoredVector};
 
 pub fn export(connection: &Connection, page: &ExportPage) -> Result<Vec<Exported>, MemoryError> {
@@ -30,21 +31,20 @@ pub fn export(connection: &Connection, page: &ExportPage) -> Result<Vec<Exported
     query.push_str(" ORDER BY m.key LIMIT ?");
     bound.push(limit(page.limit).into());
     let found = rows(connection, &query, params_from_iter(bound), stored)?;
-    let models = match page.vectors {
-        true => read::models(connection)?,
-        false => Vec::new(),
-    };
-    let mut exported = Vec::with_capacity(found.len());
-    for one in found {
-        let mut vectors = Vec::new();
-        for model in &models {
-            read::codes(connection, model, &[one.key], |_, code| {
-                vectors.extend(Code::from_bytes(code.as_bytes().to_vec()).map(|code| StoredVector {
+    let mut vectors: HashMap<Key, Vec<StoredVector>> = HashMap::new();
+    if page.vectors {
+        let keys: Vec<Key> = found.iter().map(|one| one.key).collect();
+        for model in read::models(connection)? {
+            read::codes(connection, &model, &keys, |key, code| {
+                vectors.entry(key).or_default().push(StoredVector {
                     model: model.clone(),
-                    code,
-                }));
+                    code: code.to_owned(),
+                });
             })?;
         }
+    }
+    let mut exported = Vec::with_capacity(found.len());
+    for one in found {
         let versions = match page.history {
             true => {
                 let query =
@@ -57,7 +57,7 @@ pub fn export(connection: &Connection, page: &ExportPage) -> Result<Vec<Exported
             key: one.key,
             memory: one.memory,
             versions,
-            vectors,
+            vectors: vectors.remove(&one.key).unwrap_or_default(),
         });
     }
     Ok(exported)
@@ -85,11 +85,7 @@ pub async fn import(
     let mut transaction = store.0.begin().await?;
     let mut results = Vec::with_capacity(items.len());
     for item in items {
-        match import_one(&mut transaction, writer, item).await {
-            // The store itself failed: nothing of the chunk is kept.
-            Err(error @ MemoryError::Other(_)) => return Err(error),
-            result => results.push(result),
-        }
+        results.push(write::verdict(import_one(&mut transaction, writer, item).await)?);
     }
     sqlx::query("INSERT OR REPLACE INTO imports (tenant, subject, id, items, digest, at) VALUES (?, ?, ?, ?, ?, ?)")
         .bind(writer.tenant.as_str())

@@ -19,14 +19,19 @@ pub async fn add(
     let mut transaction = store.0.begin().await?;
     let mut results = Vec::with_capacity(items.len());
     for item in items {
-        match add_one(&mut transaction, writer, item).await {
-            // The store itself failed: nothing of the batch is kept.
-            Err(error @ MemoryError::Other(_)) => return Err(error),
-            result => results.push(result),
-        }
+        results.push(verdict(add_one(&mut transaction, writer, item).await)?);
     }
     transaction.commit().await.map_err(storage)?;
     Ok(results)
+}
+
+/// What becomes of one item of a batch: a refusal stays with it, and when the store itself failed nothing of the batch is
+/// kept.
+pub fn verdict<T>(result: Result<T, MemoryError>) -> Result<Result<T, MemoryError>, MemoryError> {
+    match result {
+        Err(error @ MemoryError::Other(_)) => Err(error),
+        result => Ok(result),
+    }
 }
 
 async fn add_one(connection: &mut SqliteConnection, writer: &Writer, item: Addition) -> Result<Written, MemoryError> {
@@ -163,11 +168,7 @@ pub async fn change(
     let mut transaction = store.0.begin().await?;
     let mut results = Vec::with_capacity(items.len());
     for item in items {
-        match change_one(&mut transaction, writer, item).await {
-            // The store itself failed: nothing of the batch is kept.
-            Err(error @ MemoryError::Other(_)) => return Err(error),
-            result => results.push(result),
-        }
+        results.push(verdict(change_one(&mut transaction, writer, item).await)?);
     }
     transaction.commit().await.map_err(storage)?;
     Ok(results)
@@ -555,7 +556,7 @@ pub async fn reap(store: &SqliteStore, now: Timestamp, limit: usize) -> Result<u
         "SELECT key, tenant, record FROM memories WHERE expires_at <= ? AND deleted_at IS NULL ORDER BY expires_at LIMIT ?",
     )
     .bind(now.micros())
-    .bind(i64::try_from(limit).unwrap_or(i64::MAX))
+    .bind(read::limit(limit))
     .fetch_all(&mut *transaction)
     .await
     .map_err(storage)?;
