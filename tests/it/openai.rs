@@ -8,9 +8,9 @@ use std::time::Duration;
 use aeterna_proto::embedding::v1::embedding_service_client::EmbeddingServiceClient;
 use aeterna_proto::embedding::v1::{BatchEmbedRequest, EmbedRequest};
 use aeterna_proto::memory::v1::memory_service_client::MemoryServiceClient;
-use aeterna_proto::memory::v1::{SearchRequest, SearchResponse, StatsRequest};
+use aeterna_proto::memory::v1::{BatchAddRequest, SearchRequest, SearchResponse, StatsRequest};
 use aeterna_rpc::AnyChannel;
-use aeterna_testkit::refusal;
+use aeterna_testkit::{Program, built, refusal};
 use axum::extract::State;
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::IntoResponse as _;
@@ -32,6 +32,10 @@ enum Mode {
     Failing,
     /// Says once that it is asked too often.
     Busy,
+    /// Does not answer.
+    Hanging,
+    /// Takes every text.
+    Lenient,
 }
 
 struct Script {
@@ -75,6 +79,7 @@ async fn embeddings(State(script): State<Arc<Script>>, headers: HeaderMap, body:
     let size = if mode == Mode::WrongSize { 32 } else { DIMENSION };
     match mode {
         Mode::Slow => tokio::time::sleep(Duration::from_secs(3)).await,
+        Mode::Hanging => tokio::time::sleep(Duration::from_secs(600)).await,
         Mode::Failing => return (StatusCode::INTERNAL_SERVER_ERROR, "out of memory").into_response(),
         Mode::Busy => {
             script.set(Mode::Sound);
@@ -82,7 +87,7 @@ async fn embeddings(State(script): State<Arc<Script>>, headers: HeaderMap, body:
         }
         _ => {}
     }
-    if texts.iter().any(|text| text.contains("forbidden")) {
+    if mode != Mode::Lenient && texts.iter().any(|text| text.contains("forbidden")) {
         return (StatusCode::BAD_REQUEST, "this text is not taken").into_response();
     }
     let item = |(index, text): (usize, &&str)| {
@@ -245,6 +250,93 @@ async fn texts_share_calls_and_a_busy_server_is_waited_for() {
     });
     assert_eq!(refusal(&bad.unwrap_err()).0, "INVALID_FIELD");
     assert!(good.is_ok());
+    sandbox.stop().await;
+    served.abort();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_model_that_refuses_the_texts_does_not_take_over() {
+    let (script, url, served) = serve().await;
+    let data = tempfile::tempdir().unwrap();
+    let start = async |flags: &[&str]| {
+        let common = ["serve", "--embedding.model_dirs", "", "--log.filter", "warn"];
+        Program::start(&built("aeterna"), &[&common, flags].concat(), data.path()).await
+    };
+    let program = start(&[]).await;
+    let mut client = MemoryServiceClient::new(program.channel());
+    let requests = (0..20)
+        .map(|n| item("ann", &format!("forbidden cargo number {n}")))
+        .collect();
+    client.batch_add(BatchAddRequest { requests }).await.unwrap();
+    program.stop().await;
+
+    let program = start(&[
+        "--embedding.openai.urls",
+        &url,
+        "--embedding.openai.model",
+        "scripted",
+        "--embedding.openai.dimension",
+        "64",
+        "--embedding.openai.api_key",
+        "sk-test",
+        "--embedding.default_model",
+        "scripted",
+    ])
+    .await;
+    let mut client = MemoryServiceClient::new(program.channel());
+    let mut left = 200;
+    while !program.log().contains("the model before goes on answering") {
+        left -= 1;
+        assert!(left > 0, "nothing was refused: {}", program.log());
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    let found = search(&mut client, "ann", "cargo number 7").await;
+    assert!(
+        found.model == "hash" && !found.degraded && found.results.len() == 10,
+        "{found:?}"
+    );
+    script.set(Mode::Lenient);
+    let mut left = 400;
+    while search(&mut client, "ann", "cargo number 7").await.model != "scripted" {
+        left -= 1;
+        assert!(left > 0, "it does not take over: {}", program.log());
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    program.stop().await;
+    served.abort();
+}
+
+#[tokio::test]
+async fn a_hanging_server_leaves_time_to_answer_without_it() {
+    let (script, url, served) = serve().await;
+    let sandbox = Sandbox::start(&[
+        ("embedding.openai.urls", &url),
+        ("embedding.openai.model", "scripted"),
+        ("embedding.openai.dimension", "64"),
+        ("embedding.openai.api_key", "sk-test"),
+        ("embedding.default_model", "scripted"),
+    ])
+    .await;
+    let [(way, channel), _] = sandbox.ways();
+    let mut client = MemoryServiceClient::new(channel);
+    script.set(Mode::Hanging);
+    let mut request = tonic::Request::new(item(way, "the anchor is down"));
+    request.set_timeout(Duration::from_secs(3));
+    let added = client.add(request).await.unwrap().into_inner().memory.unwrap();
+    assert_eq!(added.embedding_model, "");
+    let mut request = tonic::Request::new(SearchRequest {
+        scope: user(way),
+        query: "anchor".into(),
+        ..Default::default()
+    });
+    request.set_timeout(Duration::from_secs(3));
+    let found = client.search(request).await.unwrap().into_inner();
+    assert!(
+        found.degraded_reasons[0].contains("did not answer within"),
+        "{:?}",
+        found.degraded_reasons
+    );
+    assert_eq!(found.results[0].memory.as_ref().unwrap().id, added.id);
     sandbox.stop().await;
     served.abort();
 }

@@ -4,9 +4,11 @@ use std::path::Path;
 
 use aeterna_auth::Role;
 use aeterna_proto::memory::v1::memory_service_client::MemoryServiceClient;
+use aeterna_proto::memory::v1::policy_service_client::PolicyServiceClient;
 use aeterna_proto::memory::v1::{
-    BatchAddRequest, DeleteRequest, ExportRequest, ExportResponse, ExportedMemory, GetRequest, ImportRequest,
-    ListRequest, Memory, SearchRequest, StatsRequest, StreamSummary, UpdateRequest,
+    BatchAddRequest, DeletePolicyRequest, DeleteRequest, EmbeddingCode, ExportRequest, ExportResponse, ExportedMemory,
+    GetRequest, ImportRequest, ListRequest, Memory, Policy, PolicyRules, PutPolicyRequest, SearchRequest, StatsRequest,
+    StreamSummary, UpdateRequest, WriterRule,
 };
 use aeterna_rpc::AnyChannel;
 use aeterna_testkit::{NEVER, Program, SECRET, bearing, built, refusal, token};
@@ -321,4 +323,71 @@ async fn killed_in_the_middle_of_an_import_nothing_is_lost_or_doubled() {
     };
     assert_eq!(client.list(list).await.unwrap().into_inner().memories.len(), 1);
     target.stop().await;
+}
+
+#[tokio::test]
+async fn what_was_refused_is_tried_again_and_damaged_vectors_are_made_anew() {
+    let (from, to) = (Sandbox::start(&[]).await, Sandbox::start(&[]).await);
+    let ([(way, channel), _], [(_, other), _]) = (from.ways(), to.ways());
+    let (mut source, mut target) = (
+        MemoryServiceClient::new(channel),
+        MemoryServiceClient::new(other.clone()),
+    );
+    fill(&mut source, way, 3).await;
+    let sent = export(&mut source, everything(way)).await;
+    let mut all = memories(&sent);
+    all.truncate(3);
+    // The first one has a scale that is no number; the second one brings another model's vector before its own.
+    all[0].embeddings[0].code[3..5].fill(0xff);
+    let foreign = EmbeddingCode {
+        model: "another@1".into(),
+        ..all[1].embeddings[0].clone()
+    };
+    all[1].embeddings.insert(0, foreign);
+
+    let mut policies = PolicyServiceClient::new(other);
+    let closed = Policy {
+        name: "closed".into(),
+        scope: user(way),
+        rules: Some(PolicyRules {
+            writers: WriterRule::Nobody.into(),
+            ..Default::default()
+        }),
+        ..Default::default()
+    };
+    let put = PutPolicyRequest {
+        policy: Some(closed),
+        ..Default::default()
+    };
+    policies.put_policy(put).await.unwrap();
+    let mut import = async || {
+        let stream = tokio_stream::iter(chunks("again", &all, None));
+        let answer = target.import(stream).await.unwrap().into_inner();
+        (answer.created, answer.merged, answer.refused)
+    };
+    assert_eq!(import().await, (0, 0, 3));
+    assert_eq!(import().await, (0, 0, 3), "the policy still forbids it");
+    let delete = DeletePolicyRequest {
+        name: "closed".into(),
+        ..Default::default()
+    };
+    policies.delete_policy(delete).await.unwrap();
+    assert_eq!(import().await, (3, 0, 0));
+    assert_eq!(import().await, (0, 3, 0));
+    let mut left = 200;
+    loop {
+        let stats = target
+            .stats(StatsRequest { scope: user(way) })
+            .await
+            .unwrap()
+            .into_inner();
+        if stats.pending_embeddings == 0 {
+            break;
+        }
+        left -= 1;
+        assert!(left > 0, "the damaged vector is not made anew: {stats:?}");
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    }
+    from.stop().await;
+    to.stop().await;
 }

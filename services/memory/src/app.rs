@@ -15,6 +15,7 @@ mod update;
 mod watch;
 
 use std::sync::{Arc, PoisonError, RwLock};
+use std::time::{Duration, Instant};
 
 use aeterna_error::Error;
 use aeterna_proto::embedding::v1 as embedding;
@@ -81,7 +82,10 @@ pub trait Indexes: Send + Sync {
 }
 
 /// How long a call waits for the index to follow.
-const INDEX_PATIENCE: std::time::Duration = std::time::Duration::from_secs(2);
+const INDEX_PATIENCE: Duration = Duration::from_secs(2);
+/// How long a call waits for vectors, and for each text more: a model that hangs must not use up the time in which the call
+/// can be answered without it.
+const MODEL_PATIENCE: (Duration, Duration) = (Duration::from_secs(5), Duration::from_millis(20));
 
 /// The service's domain.
 pub struct App {
@@ -163,10 +167,35 @@ impl App {
         }
     }
 
+    /// The same for a caller who waits: an error in time to answer without vectors.
+    async fn embed_soon(
+        &self,
+        context: &RequestContext,
+        model: &Model,
+        texts: Vec<String>,
+        query: bool,
+    ) -> Result<Vec<Vec<f32>>, Error> {
+        let (first, each) = MODEL_PATIENCE;
+        let patience = first + each * u32::try_from(texts.len()).unwrap_or(u32::MAX);
+        let half = |deadline: Instant| deadline.saturating_duration_since(Instant::now()) / 2;
+        let patience = context
+            .deadline()
+            .map_or(patience, |deadline| patience.min(half(deadline)));
+        let embedded = tokio::time::timeout(patience, self.embed(context, model, texts, query)).await;
+        embedded.unwrap_or_else(|_| {
+            let message = format!(
+                "the embedding service did not answer within {} ms",
+                patience.as_millis()
+            );
+            Err(Error::unavailable(message))
+        })
+    }
+
     /// How well texts answer a query, 0 to 1 each, by the embedding service's cross-encoder.
     async fn cross_encode(&self, context: &RequestContext, query: &str, texts: Vec<String>) -> Result<Vec<f64>, Error> {
         let wanted = texts.len();
-        let texts = texts.into_iter().map(|text| clip(text, 8192)).collect();
+        let room = self.message_bytes / 2 / wanted.max(1);
+        let texts = texts.into_iter().map(|text| clip(text, room.min(8192))).collect();
         let message = embedding::RerankRequest {
             query: query.to_owned(),
             texts,
@@ -198,7 +227,7 @@ impl App {
                 code,
             })
         };
-        match self.embed(context, &model, texts, false).await {
+        match self.embed_soon(context, &model, texts, false).await {
             Ok(vectors) => Some(vectors.iter().map(stored).collect()),
             Err(error) => {
                 tracing::warn!(%error, "no vectors for now; the indexer makes them up later");

@@ -31,13 +31,12 @@ pub use search::{search_request, search_response};
 pub use transfer::{export_request, import_id, import_items, import_response, sent};
 
 use crate::app::{Added, GetQuery, ListQuery, NewMemory, Page, Patch};
-use crate::domain::{Body, DEFAULT_IMPORTANCE, Idempotency, Memory, Outcome, Sequence, Source};
+use crate::domain::{Body, DEFAULT_IMPORTANCE, Idempotency, MAX_TAGS, Memory, Outcome, Sequence, Source};
 use crate::filter::Filter;
 use value::{from_struct, time, timestamp, to_struct};
 
 const MAX_CONTENT_BYTES: usize = 65_536;
 const MAX_BATCH: usize = 1000;
-const MAX_TAGS: usize = 64;
 const MAX_PAGE: i32 = 1000;
 /// What an answer says of a memory beyond what its writer sent, at most, in bytes.
 const ECHO_BYTES: usize = 512;

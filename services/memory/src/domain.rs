@@ -12,6 +12,9 @@ pub use policy::{Effective, Policy, Rules, Writers};
 /// Importance of a memory whose writer did not say.
 pub const DEFAULT_IMPORTANCE: f64 = 0.5;
 
+/// Tags of a memory or a document, at most.
+pub const MAX_TAGS: usize = 64;
+
 /// The number under which the store knows a memory; smaller than its id, and never shown to a caller.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Key(pub i64);

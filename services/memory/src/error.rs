@@ -37,6 +37,19 @@ pub enum MemoryError {
     /// Another memory of the scope has this content already.
     #[error("another memory of this scope has the same content and source")]
     Duplicate,
+    /// The versions of a memory are more than a message takes.
+    #[error(
+        "the versions of the memory {id} have {bytes} bytes, and `limits.message_bytes` is {limit}; export without history, or \
+         raise the limit"
+    )]
+    TooManyVersions {
+        /// The memory.
+        id: String,
+        /// What they have.
+        bytes: i64,
+        /// What they may have.
+        limit: usize,
+    },
     /// A dependency failed.
     #[error(transparent)]
     Other(#[from] Error),
@@ -51,6 +64,9 @@ impl From<MemoryError> for Error {
             | MemoryError::NoPolicy(_) => Reason::NotFound,
             MemoryError::Forbidden { ref policy, .. } => {
                 return Self::new(Reason::PolicyDenied, error.to_string()).with("policy", policy);
+            }
+            MemoryError::TooManyVersions { limit, .. } => {
+                return Self::new(Reason::MessageTooLarge, error.to_string()).with("limit", limit);
             }
             MemoryError::EtagMismatch => Reason::EtagMismatch,
             MemoryError::RequestIdReused => Reason::RequestIdReused,

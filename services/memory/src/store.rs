@@ -6,7 +6,7 @@ pub mod conformance;
 pub mod flat;
 pub mod sqlite;
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 
 use aeterna_types::{Layer, MemoryId, RequestId, Scope, TenantId, Timestamp};
 use async_trait::async_trait;
@@ -294,14 +294,14 @@ pub trait Relational: Policies + Documents {
     /// Memories with all that belongs to them, in the order in which they were stored.
     async fn export(&self, page: &ExportPage) -> Result<Vec<Exported>, MemoryError>;
 
-    /// Takes memories in as they were and remembers the progress, in one transaction; an item that is refused does not touch
-    /// the others.
+    /// Takes memories with their places in the stream in as they were and remembers the progress, in one transaction; an item
+    /// that is refused does not touch the others, and its place is added to those of the progress.
     async fn import(
         &self,
         writer: &Writer,
         id: &RequestId,
-        items: Vec<Imported>,
-        progress: &Progress,
+        items: Vec<(i64, Imported)>,
+        progress: &mut Progress,
     ) -> Result<Imports, MemoryError>;
 
     /// How far the writer's import of that id has come.
@@ -344,6 +344,8 @@ pub struct ExportPage {
     pub history: bool,
     /// Also vectors.
     pub vectors: bool,
+    /// Bytes that the versions of one memory may have.
+    pub most: usize,
     /// The time of the call.
     pub now: Timestamp,
 }
@@ -370,8 +372,8 @@ pub struct Imported {
     pub named: bool,
     /// Its versions, oldest first; none: it begins anew.
     pub versions: Vec<Version>,
-    /// Its vector.
-    pub vector: Option<StoredVector>,
+    /// Its vectors; only that of the serving model is of use.
+    pub vectors: Vec<StoredVector>,
     /// Only while its scope holds fewer memories, by the policy of that name.
     pub most: Option<(i64, String)>,
 }
@@ -379,10 +381,12 @@ pub struct Imported {
 /// How far an import has come.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Progress {
-    /// Items of the stream that are done with.
+    /// Items of the stream that have been looked at.
     pub items: i64,
     /// Digest of the stream so far.
     pub digest: [u8; 32],
+    /// Those of them that were refused, by their places: they are looked at again when the stream is.
+    pub refused: BTreeSet<i64>,
 }
 
 /// What became of the items of an import, each with its place in the outbox.
@@ -443,6 +447,9 @@ pub trait Documents: Send + Sync {
         writer: &Writer,
         change: DocumentChange,
     ) -> Result<(Document, Sequence), MemoryError>;
+
+    /// Whether a change with this request id is done already.
+    async fn document_replays(&self, writer: &Writer, idempotency: &Idempotency) -> Result<bool, MemoryError>;
 
     /// One version of the document that lives in a scope, the newest without a number.
     async fn document(

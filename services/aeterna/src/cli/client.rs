@@ -35,6 +35,11 @@ impl Patience {
         }
     }
 
+    /// There was progress: waiting begins anew.
+    pub fn progress(&mut self) {
+        *self = Self::new();
+    }
+
     /// Waits; false when that was long enough.
     pub async fn wait(&mut self, bar: &ProgressBar) -> bool {
         if self.waited >= PATIENCE {

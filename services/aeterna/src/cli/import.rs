@@ -107,13 +107,15 @@ async fn import(
                     memory: Some(memory.clone()),
                     request_id: String::new(),
                 };
-                bytes += request.encoded_len();
+                let size = request.encoded_len();
+                let full = batch.len() >= BATCH_ITEMS || bytes + size > BATCH_BYTES;
+                if full && !batch.is_empty() {
+                    send(client, std::mem::take(&mut batch), bar, tally).await?;
+                    bytes = 0;
+                }
+                bytes += size;
                 batch.push((item, request));
             }
-        }
-        if batch.len() >= BATCH_ITEMS || bytes >= BATCH_BYTES {
-            send(client, std::mem::take(&mut batch), bar, tally).await?;
-            bytes = 0;
         }
     }
     if !batch.is_empty() {
@@ -156,7 +158,10 @@ async fn patiently(client: &Client, batch: &BatchAddRequest, bar: &ProgressBar) 
             Err(status) => status,
         };
         let full = aeterna_error::from_status(&status).reason() == aeterna_error::Reason::StorageFull;
-        let busy = matches!(status.code(), Code::Unavailable | Code::ResourceExhausted) && !full;
+        let busy = matches!(
+            status.code(),
+            Code::Unavailable | Code::ResourceExhausted | Code::DeadlineExceeded
+        ) && !full;
         let passing = busy || !aeterna_error::is_answer(&status);
         if !passing || !patience.wait(bar).await {
             return Err(status.into());

@@ -118,6 +118,11 @@ async fn gather(server: Arc<Server>, mut queue: mpsc::Receiver<Job>) {
         let Ok(permit) = Arc::clone(&calls).acquire_owned().await else {
             return;
         };
+        // Who has given up waiting needs no vector.
+        batch.retain(|(_, answer)| !answer.is_closed());
+        if batch.is_empty() {
+            continue;
+        }
         let server = Arc::clone(&server);
         tokio::spawn(async move {
             let (texts, answers): (Vec<String>, Vec<_>) = batch.into_iter().unzip();

@@ -56,27 +56,34 @@ impl App {
         for item in items {
             let placed = item.and_then(|mut item| {
                 item.scope = context.principal().stand_in(&item.scope)?;
-                let most = law.admit(context.principal(), &item.scope, &mut item.body, writer.now)?;
-                Ok((item, most))
+                Ok(item)
             });
-            match placed {
-                Err(error) => results.push(Some(Err(error))),
-                Ok((item, most)) => {
-                    // A retry needs no vectors; its answer is kept.
-                    let replayed = match &item.idempotency {
-                        Some(idempotency) => self.store.replay(&writer, idempotency).await,
-                        None => Ok(None),
-                    };
-                    match replayed {
-                        Ok(None) => {
-                            wanted.push((item, most));
-                            results.push(None);
-                        }
-                        Ok(Some(written)) => results.push(Some(Ok(written))),
-                        Err(error @ MemoryError::Other(_)) => return Err(error.into()),
-                        Err(error) => results.push(Some(Err(error.into()))),
-                    }
+            let mut item = match placed {
+                Ok(item) => item,
+                Err(error) => {
+                    results.push(Some(Err(error)));
+                    continue;
                 }
+            };
+            // A retry needs neither vectors nor the rules of today; its answer is kept.
+            let replayed = match &item.idempotency {
+                Some(idempotency) => self.store.replay(&writer, idempotency).await,
+                None => Ok(None),
+            };
+            let admitted = match replayed {
+                Ok(Some(written)) => Err(Ok(written)),
+                Ok(None) => law
+                    .admit(context.principal(), &item.scope, &mut item.body, writer.now)
+                    .map_err(|error| Err(error.into())),
+                Err(error @ MemoryError::Other(_)) => return Err(error.into()),
+                Err(error) => Err(Err(error.into())),
+            };
+            match admitted {
+                Ok(most) => {
+                    wanted.push((item, most));
+                    results.push(None);
+                }
+                Err(answer) => results.push(Some(answer)),
             }
         }
         let mut fresh = self.store_all(context, wanted).await?.into_iter();
@@ -99,7 +106,12 @@ impl App {
         for result in results {
             let near = match &result {
                 Ok(written) if told && written.outcome == Outcome::Created => {
-                    self.near(&writer.tenant, &written.memory).await?
+                    // The memory is stored: what fails now must not make its writer believe that it is not.
+                    let near = self.near(&writer.tenant, &written.memory).await;
+                    near.unwrap_or_else(|error| {
+                        tracing::warn!(error = %error.chain(), "near duplicates can't be told");
+                        Vec::new()
+                    })
                 }
                 _ => Vec::new(),
             };

@@ -24,6 +24,8 @@ const PENDING: usize = 64;
 const REAPED: usize = 500;
 /// How often a task looks when nobody wakes it, and tries again after a failure.
 const PAUSE: Duration = Duration::from_secs(1);
+/// The longest pause before a model that refuses too much is tried again.
+const LONGEST: Duration = Duration::from_secs(60);
 /// How long changes of the index may wait to survive a loss of power; the outbox still has them.
 const FLUSH: Duration = Duration::from_secs(5);
 /// How often progress is told.
@@ -274,36 +276,71 @@ impl Background {
             "embedding all memories anew; searches go on by the model before"
         );
         let (mut after, mut done, mut told) = (Key(0), 0, Instant::now());
-        let mut in_this_pass = 0;
+        let (mut in_this_pass, mut pause) = (0, PAUSE);
         loop {
             let page = tokio::select! {
                 () = stop.cancelled() => return,
                 page = self.embed_page(next, after) => page,
             };
-            match page {
+            let wait = match page {
                 Ok(Some((last, stored))) => {
-                    (after, done) = (last, done + stored);
+                    (after, done, pause) = (last, done + stored, PAUSE);
                     in_this_pass += stored;
                     if told.elapsed() > TOLD {
                         tracing::info!(model = next.name, memories = done, "embedding anew");
                         told = Instant::now();
                     }
+                    continue;
                 }
-                // What was changed behind the pass has lost its vector again. What the model refuses never gets one.
-                Ok(None) if in_this_pass > 0 => (after, in_this_pass) = (Key(0), 0),
-                Ok(None) => break,
+                // What was changed behind the pass has lost its vector again. The last few are made up once the model serves:
+                // writes that never cease must not put it off for ever.
+                Ok(None) if in_this_pass >= PENDING => {
+                    (after, in_this_pass) = (Key(0), 0);
+                    continue;
+                }
+                Ok(None) => match self.may_take_over(next).await {
+                    Ok(()) => break,
+                    Err(error) => {
+                        (after, in_this_pass) = (Key(0), 0);
+                        tracing::warn!(error = %error.chain(), "the model before goes on answering; trying again");
+                        self.report("embedding", Dependency::Degraded(error.to_string())).await;
+                        let wait = pause;
+                        pause = (2 * pause).min(LONGEST);
+                        wait
+                    }
+                },
                 Err(error) => {
                     tracing::warn!(error = %error.chain(), "memories can't be embedded anew; trying again");
                     self.report("embedding", Dependency::Degraded(error.to_string())).await;
-                    tokio::select! {
-                        () = stop.cancelled() => return,
-                        () = tokio::time::sleep(PAUSE) => {}
-                    }
+                    PAUSE
                 }
+            };
+            tokio::select! {
+                () = stop.cancelled() => return,
+                () = tokio::time::sleep(wait) => {}
             }
         }
         self.pending.switch.store(true, Ordering::SeqCst);
         app.committed.send_replace(());
+    }
+
+    /// Refuses to let a model answer that has vectors of far fewer memories than the one before: it is set up wrongly, and
+    /// what it refuses would not be found any more.
+    async fn may_take_over(&self, next: &Model) -> Result<(), Error> {
+        let store = &self.app.store;
+        let before = self.app.serving().model.clone();
+        let (made, there) = (
+            store.vectors_by(&next.identity).await?,
+            store.vectors_by(&before.identity).await?,
+        );
+        if made.saturating_mul(10) >= there.saturating_mul(9) {
+            return Ok(());
+        }
+        let message = format!(
+            "the model `{}` has taken {made} memories of the {there} that `{}` has vectors of; look at the server's answers",
+            next.name, before.name
+        );
+        Err(Error::unavailable(message))
     }
 
     /// Removes what models before have left, once the serving one has as much.
@@ -375,7 +412,7 @@ impl Background {
         let mut forgotten = None;
         loop {
             if forgotten.is_none_or(|at: Instant| at.elapsed() > FORGET) {
-                match self.app.forget().await {
+                match self.app.forget(stop).await {
                     Ok(0) => {}
                     Ok(_) => {
                         self.app.committed.send_replace(());
@@ -385,7 +422,7 @@ impl Background {
                 forgotten = Some(Instant::now());
             }
             match self.app.store.reap(self.app.clock.now(), REAPED).await {
-                Ok(REAPED) => continue,
+                Ok(REAPED) if !stop.is_cancelled() => continue,
                 Ok(0) => {}
                 Ok(_) => {
                     self.app.committed.send_replace(());

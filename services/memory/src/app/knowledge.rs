@@ -58,9 +58,17 @@ impl App {
     ) -> Result<(Document, Sequence), Error> {
         let writer = self.writer(context);
         change.scope = context.principal().stand_in(&change.scope)?;
-        self.law(&writer.tenant)
+        let allowed = self
+            .law(&writer.tenant)
             .await?
-            .may_write(context.principal(), &change.scope)?;
+            .may_write(context.principal(), &change.scope);
+        if let Err(error) = allowed {
+            // A retry is answered as before, whatever the rules are by now.
+            match &change.idempotency {
+                Some(idempotency) if self.store.document_replays(&writer, idempotency).await? => {}
+                _ => return Err(error.into()),
+            }
+        }
         let written = self.store.change_document(&writer, change).await?;
         self.committed.send_replace(());
         Ok(written)

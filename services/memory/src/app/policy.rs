@@ -4,13 +4,14 @@ use aeterna_auth::{Principal, Role};
 use aeterna_error::Error;
 use aeterna_rpc::RequestContext;
 use aeterna_types::{Layer, Scope, TenantId, Timestamp};
+use tokio_util::sync::CancellationToken;
 
 use super::App;
 use crate::domain::{Body, Effective, Idempotency, Policy, Writers};
 use crate::error::MemoryError;
 
 /// Memories purged at a time.
-const PURGED: usize = 500;
+const PURGED: usize = 100;
 
 /// A policy as an admin sends it.
 #[derive(Clone, Debug)]
@@ -153,6 +154,8 @@ impl App {
     pub async fn delete_policy(&self, context: &RequestContext, name: &str, etag: Option<String>) -> Result<(), Error> {
         let policy = self.policy(context, name).await?;
         context.principal().may_change(&policy.scope)?;
+        // What was looked at is what is deleted.
+        let etag = etag.or_else(|| Some(policy.etag()));
         self.store.delete_policy(&self.writer(context), name, etag).await?;
         self.committed.send_replace(());
         Ok(())
@@ -175,7 +178,7 @@ impl App {
     }
 
     /// Removes for good what was deleted longer ago than the rules keep it; how many memories.
-    pub(super) async fn forget(&self) -> Result<usize, MemoryError> {
+    pub(super) async fn forget(&self, stop: &CancellationToken) -> Result<usize, MemoryError> {
         let now = self.clock.now();
         let mut count = 0;
         for (tenant, scopes) in self.store.governed().await? {
@@ -187,8 +190,12 @@ impl App {
                 let Some(before) = Timestamp::from_micros(now.micros().saturating_sub(kept)) else {
                     continue;
                 };
-                while self.store.purge_deleted(key, before, now, PURGED).await? == PURGED {
-                    count += PURGED;
+                loop {
+                    let purged = self.store.purge_deleted(key, before, now, PURGED).await?;
+                    count += purged;
+                    if purged < PURGED || stop.is_cancelled() {
+                        break;
+                    }
                 }
             }
         }

@@ -248,7 +248,8 @@ impl App {
         if query.rerank
             && let Err(error) = self.rerank(context, &mut hits, &query).await
         {
-            if error.reason() != Reason::DependencyUnavailable {
+            // Without a cross-encoder it was asked for in vain, which only the caller can mend.
+            if matches!(error.reason(), Reason::NotConfigured | Reason::InvalidField) {
                 return Err(error);
             }
             tracing::warn!(error = %error.chain(), "a search goes without its reranking");
@@ -287,7 +288,7 @@ impl App {
     ) -> Result<Vec<(Key, f64)>, Error> {
         let began = Instant::now();
         let vector = self
-            .embed(context, &arm.serving.model, vec![query.text.clone()], true)
+            .embed_soon(context, &arm.serving.model, vec![query.text.clone()], true)
             .await?
             .pop()
             .unwrap_or_default();

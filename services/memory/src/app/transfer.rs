@@ -11,11 +11,15 @@ use super::get::view;
 use super::policy::Law;
 use crate::domain::{Key, Outcome, ScopeKey, Sequence};
 use crate::filter::Filter;
-use crate::store::{ExportPage, Exported, Imported, Progress};
+use crate::store::code::Code;
+use crate::store::{ExportPage, Exported, Imported, Progress, StoredVector};
 
 /// Memories read at a time, and with all their versions.
 const PAGE: usize = 100;
 const PAGE_WITH_VERSIONS: usize = 10;
+/// Items that an import may have refused before it is given up, and those whose errors are told.
+const REFUSED: usize = 100_000;
+const TOLD: usize = 1000;
 
 /// What is exported.
 #[derive(Clone, Debug)]
@@ -64,14 +68,14 @@ impl App {
         Ok(Import {
             app: Arc::clone(self),
             context: context.clone(),
-            law: self.law(&writer.tenant).await?,
             id,
             seen: 0,
             digest: [0; 32],
             done: done.unwrap_or_default(),
             created: 0,
             merged: 0,
-            refused: Vec::new(),
+            refused: 0,
+            errors: Vec::new(),
             last: Sequence::default(),
         })
     }
@@ -94,6 +98,7 @@ impl Export {
             limit: if self.query.history { PAGE_WITH_VERSIONS } else { PAGE },
             history: self.query.history,
             vectors: self.query.vectors,
+            most: self.app.message_bytes,
             now: self.app.clock.now(),
         };
         let found = self.app.store.export(&page).await?;
@@ -108,7 +113,6 @@ impl Export {
 pub struct Import {
     app: Arc<App>,
     context: RequestContext,
-    law: Law,
     id: RequestId,
     /// Items of the stream so far.
     seen: i64,
@@ -118,8 +122,9 @@ pub struct Import {
     done: Progress,
     created: i64,
     merged: i64,
-    /// Items that were refused, with their places.
-    refused: Vec<(i64, Error)>,
+    refused: i64,
+    /// The first refusals, with their places.
+    errors: Vec<(i64, Error)>,
     last: Sequence,
 }
 
@@ -140,18 +145,24 @@ pub struct Taken {
     pub merged: i64,
     /// How many items have arrived, and their digest.
     pub arrived: (i64, [u8; 32]),
-    /// Items that were refused, with their places.
-    pub refused: Vec<(i64, Error)>,
+    /// Items that were refused.
+    pub refused: i64,
+    /// The first of them, with their places.
+    pub errors: Vec<(i64, Error)>,
 }
 
 impl Import {
-    /// Takes a chunk in, in one transaction. What the import has stored before is passed over.
+    /// Takes a chunk in, in one transaction. What the import has stored before is passed over; what it has refused is looked
+    /// at again.
     ///
     /// # Errors
-    /// INVALID_STATE when the stream is another one than that of this id before, or when the store fails: then nothing of the
-    /// chunk is kept.
+    /// INVALID_STATE when the stream is another one than that of this id before or too much of it was refused, or when the
+    /// store fails: then nothing of the chunk is kept.
     pub async fn take(&mut self, items: Vec<Item>) -> Result<(), Error> {
+        let writer = self.app.writer(&self.context);
+        let law = self.app.law(&writer.tenant).await?;
         let mut fresh = Vec::with_capacity(items.len());
+        let mut refused = Vec::new();
         for Item { bytes, item } in items {
             let place = self.seen;
             self.seen += 1;
@@ -160,25 +171,36 @@ impl Import {
                 let message = "`import_id` was used for another stream; use a new one";
                 return Err(Error::new(Reason::InvalidState, message));
             }
-            if place < self.done.items {
+            if place < self.done.items && !self.done.refused.contains(&place) {
                 self.merged += 1;
                 continue;
             }
-            match item.and_then(|item| self.admitted(item)) {
+            match item.and_then(|item| self.admitted(&law, item)) {
                 Ok(item) => fresh.push((place, item)),
-                Err(error) => self.refused.push((place, error)),
+                Err(error) => refused.push((place, error)),
             }
         }
-        if self.seen <= self.done.items {
+        if self.seen <= self.done.items && fresh.is_empty() {
+            self.refuse(refused);
             return Ok(());
         }
-        let (places, fresh): (Vec<i64>, Vec<Imported>) = fresh.into_iter().unzip();
-        let writer = self.app.writer(&self.context);
-        let progress = Progress {
-            items: self.seen,
-            digest: self.digest,
-        };
-        let results = self.app.store.import(&writer, &self.id, fresh, &progress).await?;
+        let mut progress = self.done.clone();
+        if self.seen > progress.items {
+            (progress.items, progress.digest) = (self.seen, self.digest);
+        }
+        progress.refused.extend(refused.iter().map(|(place, _)| *place));
+        if progress.refused.len() > REFUSED {
+            let first = self.errors.first().or(refused.first());
+            let first = first.map_or_else(String::new, |(place, error)| {
+                format!("; the first one is item {place}: {error}")
+            });
+            let message =
+                format!("more than {REFUSED} items are refused; mend the stream, and give it a new `import_id`{first}");
+            return Err(Error::new(Reason::InvalidState, message));
+        }
+        self.refuse(refused);
+        let places: Vec<i64> = fresh.iter().map(|(place, _)| *place).collect();
+        let results = self.app.store.import(&writer, &self.id, fresh, &mut progress).await?;
         self.done = progress;
         self.app.metrics.added.add(results.iter().flatten().count() as u64, &[]);
         for (place, result) in places.into_iter().zip(results) {
@@ -190,11 +212,20 @@ impl Import {
                         Outcome::Merged => self.merged += 1,
                     }
                 }
-                Err(error) => self.refused.push((place, error.into())),
+                Err(error) => self.refuse([(place, error.into())]),
             }
         }
         self.app.committed.send_replace(());
         Ok(())
+    }
+
+    fn refuse(&mut self, items: impl IntoIterator<Item = (i64, Error)>) {
+        for item in items {
+            self.refused += 1;
+            if self.errors.len() < TOLD {
+                self.errors.push(item);
+            }
+        }
     }
 
     /// Ends it; `sent` is what the sender says that the stream was.
@@ -217,11 +248,12 @@ impl Import {
             merged: self.merged,
             arrived: (self.seen, self.digest),
             refused: self.refused,
+            errors: self.errors,
         })
     }
 
     /// Puts an item where its writer may write, by the rules that hold there.
-    fn admitted(&self, mut item: Imported) -> Result<Imported, Error> {
+    fn admitted(&self, law: &Law, mut item: Imported) -> Result<Imported, Error> {
         let principal = self.context.principal();
         if !item.versions.is_empty() {
             // A history says who did what: only an admin is believed.
@@ -230,19 +262,21 @@ impl Import {
         item.memory.scope = principal.stand_in(&item.memory.scope)?;
         let now = self.app.clock.now();
         let kept = item.memory.body.expires_at;
-        item.most = self
-            .law
-            .admit(principal, &item.memory.scope, &mut item.memory.body, now)?;
+        item.most = law.admit(principal, &item.memory.scope, &mut item.memory.body, now)?;
         if item.memory.deleted_at.is_some() {
             item.memory.body.expires_at = kept;
         }
         let serving = self.app.serving();
         let own = &serving.model;
-        let fits = |vector: &crate::store::StoredVector| {
-            vector.model == own.identity && vector.code.dimension() == own.dimension
-        };
-        // What another model has made is of no use here; the own one makes it anew.
-        item.vector = item.vector.filter(fits);
+        // What another model has made is of no use here, nor is what is no unit vector; the own one makes it anew.
+        let fits = |vector: &StoredVector| vector.model == own.identity && vector.code.dimension() == own.dimension;
+        item.vectors.retain(|vector| fits(vector) && is_unit(&vector.code));
         Ok(item)
     }
+}
+
+/// Whether what somebody else has encoded is a vector of about unit length.
+fn is_unit(code: &Code) -> bool {
+    let norm = code.decode().iter().map(|x| x * x).sum::<f32>().sqrt();
+    (0.9..=1.1).contains(&norm)
 }

@@ -11,12 +11,11 @@ use crate::domain::{Key, Kind, Memory, Version};
 use crate::store::code::Code;
 use crate::store::{Exported, Imported, StoredVector};
 
-/// Errors of an import that are told, at most.
-const TOLD: usize = 1000;
 const MAX_MEMORIES: usize = 1000;
 /// Bytes of a chunk beside its memories.
 const ECHO: usize = 1024;
-const MAX_VERSIONS: usize = 10_000;
+/// Vectors of a memory that are looked at.
+const MAX_EMBEDDINGS: usize = 16;
 
 /// How far an export has come, and what its resume tokens are bound to.
 #[derive(Clone, Debug)]
@@ -181,12 +180,9 @@ fn imported(message: wire::ExportedMemory, prefix: &str, now: Timestamp) -> Resu
             "is empty; name at least one layer, for instance `{\"user\": \"ann\"}`",
         );
     }
-    if message.versions.len() > MAX_VERSIONS {
-        violations.add("versions", "has more than 10,000 items");
-    }
     let newest = memory.as_ref().map_or(0, |memory| memory.version);
     let mut versions: Vec<Version> = Vec::new();
-    for (index, version) in message.versions.into_iter().take(MAX_VERSIONS).enumerate() {
+    for (index, version) in message.versions.into_iter().enumerate() {
         let at = format!("versions[{index}]");
         let kind = match wire::ChangeKind::try_from(version.kind) {
             Ok(wire::ChangeKind::Added) => Kind::Added,
@@ -216,15 +212,13 @@ fn imported(message: wire::ExportedMemory, prefix: &str, now: Timestamp) -> Resu
             changed_by: version.changed_by.chars().take(256).collect(),
         });
     }
-    let mut vector = None;
-    for (index, embedding) in message.embeddings.into_iter().take(16).enumerate() {
+    let mut vectors = Vec::new();
+    for (index, embedding) in message.embeddings.into_iter().take(MAX_EMBEDDINGS).enumerate() {
         match Code::from_bytes(embedding.code) {
-            Some(code) => {
-                vector = vector.or(Some(StoredVector {
-                    model: embedding.model,
-                    code,
-                }));
-            }
+            Some(code) => vectors.push(StoredVector {
+                model: embedding.model,
+                code,
+            }),
             None => violations.add(
                 &format!("embeddings[{index}].code"),
                 "is damaged, or of another version",
@@ -235,7 +229,7 @@ fn imported(message: wire::ExportedMemory, prefix: &str, now: Timestamp) -> Resu
         memory,
         named,
         versions,
-        vector,
+        vectors,
         most: None,
     }))
 }
@@ -278,11 +272,12 @@ pub fn sent(summary: Option<wire::StreamSummary>) -> Result<Option<(i64, [u8; 32
 
 /// The answer to Import.
 pub fn import_response(taken: Taken) -> wire::ImportResponse {
-    let refused = taken.refused.iter().take(TOLD);
     wire::ImportResponse {
         created: taken.created,
         merged: taken.merged,
-        errors: refused
+        errors: taken
+            .errors
+            .iter()
             .map(|(place, error)| {
                 let mut told = item_error(error);
                 told.index = *place;
@@ -290,5 +285,6 @@ pub fn import_response(taken: Taken) -> wire::ImportResponse {
             })
             .collect(),
         summary: Some(summary(taken.arrived.0, taken.arrived.1)),
+        refused: taken.refused,
     }
 }

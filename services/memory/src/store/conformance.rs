@@ -1,6 +1,7 @@
 //! What every adapter of the ports must do. A new adapter calls these suites; they need an empty store each.
 
 mod filters;
+mod limits;
 mod past;
 
 use std::collections::HashSet;
@@ -161,6 +162,8 @@ async fn add(
 pub async fn relational(store: Arc<dyn Relational>) {
     let store = store.as_ref();
     writes_are_merged_versioned_and_replayed(store).await;
+    limits::tags_that_are_united_have_an_end(store).await;
+    limits::a_scope_takes_what_it_has_room_for(store).await;
     tenants_and_scopes_are_walls(store).await;
     words_and_neighbours_are_found(store).await;
     the_outbox_tells_the_index_everything(store).await;

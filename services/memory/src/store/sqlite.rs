@@ -36,6 +36,10 @@ pub const MIGRATIONS: &[(&str, &str)] = &[
         include_str!("sqlite/schema_4.sql"),
     ),
     ("policies, documents, imports", include_str!("sqlite/schema_5.sql")),
+    (
+        "answers by memory, refusals of imports",
+        include_str!("sqlite/schema_6.sql"),
+    ),
 ];
 
 /// The store.
@@ -280,8 +284,8 @@ impl Relational for SqliteStore {
         &self,
         writer: &Writer,
         id: &RequestId,
-        items: Vec<Imported>,
-        progress: &Progress,
+        items: Vec<(i64, Imported)>,
+        progress: &mut Progress,
     ) -> Result<Imports, MemoryError> {
         transfer::import(self, writer, id, items, progress).await
     }

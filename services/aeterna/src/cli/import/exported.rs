@@ -41,14 +41,19 @@ pub async fn run(client: &Client, path: &Path) -> anyhow::Result<ExitCode> {
     bar.set_style(ProgressStyle::with_template(
         "{bar:40} {percent:>3} %  {msg}  {elapsed}, {eta} to go",
     )?);
-    let mut patience = Patience::new();
+    let (mut patience, mut furthest) = (Patience::new(), 0);
     let answer = loop {
         let status = match send(client, path, &summary, &bar).await {
             Ok(answer) => break answer,
             Err(status) => status,
         };
-        // What was stored is passed over when the same stream is sent again.
-        let passing = status.code() == Code::Unavailable || !aeterna_error::is_answer(&status);
+        if bar.position() > furthest {
+            furthest = bar.position();
+            patience.progress();
+        }
+        // What was stored is passed over when the same stream is sent again; a server bounds the time of a stream, too.
+        let passing = matches!(status.code(), Code::Unavailable | Code::DeadlineExceeded);
+        let passing = passing || !aeterna_error::is_answer(&status);
         if !passing || !patience.wait(&bar).await {
             return Err(anyhow::Error::from(status).context("run the same command again to continue"))
                 .with_context(context);
@@ -62,7 +67,7 @@ pub async fn run(client: &Client, path: &Path) -> anyhow::Result<ExitCode> {
             output::clean(&explain(error))
         ));
     }
-    let (name, refused) = (path.display(), answer.errors.len());
+    let (name, refused) = (path.display(), answer.refused);
     output::line(format!(
         "{name}: {} new, {} there already, {refused} refused",
         answer.created, answer.merged
@@ -133,11 +138,10 @@ async fn send(
         };
         let (mut under_way, mut bytes) = (chunk(), 0);
         for line in lines(&path)? {
-            if let Line::Memory(memory) = line? {
-                bytes += memory.encoded_len();
-                under_way.memories.push(*memory);
-            }
-            if under_way.memories.len() >= CHUNK || bytes >= CHUNK_BYTES {
+            let Line::Memory(memory) = line? else { continue };
+            let size = memory.encoded_len();
+            let full = under_way.memories.len() >= CHUNK || bytes + size > CHUNK_BYTES;
+            if full && !under_way.memories.is_empty() {
                 progress.inc(under_way.memories.len() as u64);
                 // The server may have hung up; its answer says why.
                 if sender
@@ -148,6 +152,8 @@ async fn send(
                 }
                 bytes = 0;
             }
+            bytes += size;
+            under_way.memories.push(*memory);
         }
         under_way.summary = Some(last.clone());
         let _ = sender.blocking_send(under_way);

@@ -196,6 +196,7 @@ pub async fn exports_are_imported_as_they_were(store: &dyn Relational) {
                 limit: 100,
                 history,
                 vectors: true,
+                most: 4096,
                 now: at(100),
             }
         }
@@ -206,23 +207,36 @@ pub async fn exports_are_imported_as_they_were(store: &dyn Relational) {
         (exported.len(), exported[4].versions.len(), exported[0].vectors.len()),
         (5, 2, 1)
     );
-    let imported = |most: Option<i64>| -> Vec<Imported> {
+    let imported = |most: Option<i64>| -> Vec<(i64, Imported)> {
         let one = |one: &crate::store::Exported| Imported {
             memory: one.memory.clone(),
             named: true,
             versions: one.versions.clone(),
-            vector: one.vectors.first().cloned(),
+            vectors: one.vectors.clone(),
             most: most.map(|most| (most, "p".to_owned())),
         };
-        exported.iter().map(one).collect()
+        (0..).zip(exported.iter().map(one)).collect()
     };
+    let narrow = ExportPage {
+        most: 100,
+        ..page(from, true).await
+    };
+    let refused = store.export(&narrow).await;
+    assert!(
+        matches!(refused, Err(MemoryError::TooManyVersions { limit: 100, .. })),
+        "{refused:?}"
+    );
     let (writer, id) = (writer(to, 200), "i".parse().unwrap());
-    let progress = Progress {
+    let mut progress = Progress {
         items: 5,
         digest: [7; 32],
+        refused: [0].into(),
     };
     // Other ids: those are of another tenant here.
-    let results = store.import(&writer, &id, imported(Some(2)), &progress).await.unwrap();
+    let results = store
+        .import(&writer, &id, imported(Some(2)), &mut progress)
+        .await
+        .unwrap();
     let verdicts: Vec<_> = results
         .iter()
         .map(|result| match result {
@@ -234,6 +248,7 @@ pub async fn exports_are_imported_as_they_were(store: &dyn Relational) {
     let created = Some(Outcome::Created);
     // Two live ones have room, and the deleted one needs none.
     assert_eq!(verdicts, [created, created, None, None, created]);
+    assert_eq!(progress.refused, [2, 3].into());
     assert_eq!(
         store.import_progress(&writer, &id).await.unwrap(),
         Some(progress.clone())
@@ -246,7 +261,7 @@ pub async fn exports_are_imported_as_they_were(store: &dyn Relational) {
     assert_ne!(arrived[0].memory.id, exported[0].memory.id);
     assert_eq!(arrived[0].memory.created_at, exported[0].memory.created_at);
     let again = store
-        .import(&writer, &"j".parse().unwrap(), imported(None), &progress)
+        .import(&writer, &"j".parse().unwrap(), imported(None), &mut progress)
         .await
         .unwrap();
     let merged = again

@@ -8,10 +8,10 @@ use serde::{Deserialize, Serialize};
 use sqlx::Row as _;
 use sqlx::SqliteConnection;
 
-use super::read::{get, limit, rows, scopes_json, text};
+use super::read::{self, get, limit, rows, scopes_json, text};
 use super::write::{self, Resource};
 use super::{SqliteStore, encode, parsed, storage};
-use crate::domain::{Document, DocumentChange, Edit, Kind, ScopeKey, Sequence, Text, Writer};
+use crate::domain::{Document, DocumentChange, Edit, Idempotency, Kind, ScopeKey, Sequence, Text, Writer};
 use crate::error::MemoryError;
 use crate::store::{DocumentListing, Documents};
 
@@ -87,6 +87,12 @@ impl Documents for SqliteStore {
         write::remember(connection, writer, change.idempotency.as_ref(), &answer).await?;
         transaction.commit().await.map_err(storage)?;
         Ok((answer.document, sequence))
+    }
+
+    async fn document_replays(&self, writer: &Writer, idempotency: &Idempotency) -> Result<bool, MemoryError> {
+        let (writer, idempotency) = (writer.clone(), idempotency.clone());
+        let answer = move |connection: &Connection| read::replay::<Answer>(connection, &writer, &idempotency);
+        Ok(self.read(answer).await?.is_some())
     }
 
     async fn document(

@@ -7,9 +7,7 @@ use aeterna_types::{Layer, MemoryId, Scope, TenantId, Timestamp};
 use super::filter::Sql;
 use super::write::{REPLAY, answered};
 use super::{damaged, encode, failed, parsed, past};
-use crate::domain::{
-    Change, Idempotency, Key, Kind, Memory, ScopeKey, Sequence, Subject, Version, View, Writer, Written,
-};
+use crate::domain::{Change, Idempotency, Key, Kind, Memory, ScopeKey, Sequence, Subject, Version, View, Writer};
 use crate::error::MemoryError;
 use crate::filter::Filter;
 use crate::store::code::Code;
@@ -243,11 +241,11 @@ pub fn any_expired(connection: &Connection, now: Timestamp) -> Result<bool, Memo
     statement.exists([now.micros()]).map_err(failed)
 }
 
-pub fn replay(
+pub fn replay<T: serde::de::DeserializeOwned>(
     connection: &Connection,
     writer: &Writer,
     idempotency: &Idempotency,
-) -> Result<Option<Written>, MemoryError> {
+) -> Result<Option<T>, MemoryError> {
     let bound = [writer.tenant.as_str(), &writer.subject, idempotency.request_id.as_str()];
     let mut answers = rows(connection, REPLAY, bound, |row| {
         answered(idempotency, blob(row, 0)?, text(row, 1)?)
@@ -355,9 +353,9 @@ pub fn changes(
     let text = "SELECT o.sequence, o.tenant, o.kind, o.committed_at, s.path, o.id, h.record, o.resource, v.record, p.record \
                 FROM outbox o LEFT JOIN scopes s ON s.key = o.scope \
                 LEFT JOIN history h ON h.memory = o.id AND h.version = o.version \
-                LEFT JOIN documents d ON d.scope = o.scope AND 'document:' || d.path = o.resource \
+                LEFT JOIN documents d ON o.resource LIKE 'document:%' AND d.path = substr(o.resource, 10) AND d.scope = o.scope \
                 LEFT JOIN document_versions v ON v.document = d.key AND v.version = o.version \
-                LEFT JOIN policies p ON p.tenant = o.tenant AND 'policy:' || p.name = o.resource \
+                LEFT JOIN policies p ON o.resource LIKE 'policy:%' AND p.tenant = o.tenant AND p.name = substr(o.resource, 8) \
                 WHERE o.sequence > ?1 AND (?2 IS NULL OR o.tenant = ?2) AND o.kind <> 'embedded' \
                 AND (o.kind = 'purged' OR o.resource IS NOT NULL OR h.record IS NOT NULL) ORDER BY o.sequence LIMIT ?3";
     let bound = params![after.0, tenant.map(TenantId::as_str), limit(count)];

@@ -8,9 +8,9 @@ use aeterna_types::{MemoryId, RequestId};
 use sqlx::{Row as _, SqliteConnection};
 
 use super::filter::Sql;
-use super::read::{self, get, limit, rows, scopes_json, stored};
-use super::write::{self, Place};
-use super::{SqliteStore, storage};
+use super::read::{self, get, limit, rows, scopes_json, stored, text};
+use super::write::{self, Place, Rooms};
+use super::{SqliteStore, encode, failed, parsed, storage};
 use crate::domain::{Key, Kind, Outcome, Sequence, Version, Writer};
 use crate::error::MemoryError;
 use crate::store::{ExportPage, Exported, Imported, Imports, Progress, StoredVector};
@@ -47,6 +47,7 @@ pub fn export(connection: &Connection, page: &ExportPage) -> Result<Vec<Exported
     for one in found {
         let versions = match page.history {
             true => {
+                fits(connection, &one.memory.id, page.most)?;
                 let query =
                     "SELECT record, kind, changed_at, changed_by FROM history WHERE memory = ? ORDER BY version";
                 rows(connection, query, [one.memory.id.as_bytes().as_slice()], read::version)?
@@ -63,13 +64,31 @@ pub fn export(connection: &Connection, page: &ExportPage) -> Result<Vec<Exported
     Ok(exported)
 }
 
+/// Refuses a memory whose versions would not fit a message, before they are read.
+fn fits(connection: &Connection, id: &MemoryId, limit: usize) -> Result<(), MemoryError> {
+    let query = "SELECT coalesce(sum(length(CAST(record AS BLOB))), 0) FROM history WHERE memory = ?";
+    let bytes: i64 = connection
+        .query_row(query, [id.as_bytes().as_slice()], |row| row.get(0))
+        .map_err(failed)?;
+    // A record has names that a message does not have.
+    if usize::try_from(bytes).is_ok_and(|bytes| bytes / 2 <= limit) {
+        return Ok(());
+    }
+    Err(MemoryError::TooManyVersions {
+        id: id.to_string(),
+        bytes,
+        limit,
+    })
+}
+
 pub fn progress(connection: &Connection, writer: &Writer, id: &RequestId) -> Result<Option<Progress>, MemoryError> {
-    let query = "SELECT items, digest FROM imports WHERE tenant = ? AND subject = ? AND id = ?";
+    let query = "SELECT items, digest, refused FROM imports WHERE tenant = ? AND subject = ? AND id = ?";
     let bound = params![writer.tenant.as_str(), writer.subject, id.as_str()];
     let found = rows(connection, query, bound, |row| {
         Ok(Progress {
             items: get(row, 0)?,
             digest: get(row, 1)?,
+            refused: parsed(text(row, 2)?, "list of refusals")?,
         })
     })?;
     Ok(found.into_iter().next())
@@ -79,21 +98,30 @@ pub async fn import(
     store: &SqliteStore,
     writer: &Writer,
     id: &RequestId,
-    items: Vec<Imported>,
-    progress: &Progress,
+    items: Vec<(i64, Imported)>,
+    progress: &mut Progress,
 ) -> Result<Imports, MemoryError> {
     let mut transaction = store.0.begin().await?;
     let mut results = Vec::with_capacity(items.len());
-    for item in items {
-        results.push(write::verdict(import_one(&mut transaction, writer, item).await)?);
+    let mut rooms = Rooms::default();
+    for (place, item) in items {
+        let result = write::verdict(import_one(&mut transaction, writer, &mut rooms, item).await)?;
+        match &result {
+            Ok(_) => progress.refused.remove(&place),
+            Err(_) => progress.refused.insert(place),
+        };
+        results.push(result);
     }
-    sqlx::query("INSERT OR REPLACE INTO imports (tenant, subject, id, items, digest, at) VALUES (?, ?, ?, ?, ?, ?)")
+    let query =
+        "INSERT OR REPLACE INTO imports (tenant, subject, id, items, digest, at, refused) VALUES (?, ?, ?, ?, ?, ?, ?)";
+    sqlx::query(query)
         .bind(writer.tenant.as_str())
         .bind(&writer.subject)
         .bind(id.as_str())
         .bind(progress.items)
         .bind(progress.digest.as_slice())
         .bind(writer.now.micros())
+        .bind(encode(&progress.refused)?)
         .execute(&mut *transaction)
         .await
         .map_err(storage)?;
@@ -104,6 +132,7 @@ pub async fn import(
 async fn import_one(
     connection: &mut SqliteConnection,
     writer: &Writer,
+    rooms: &mut Rooms,
     item: Imported,
 ) -> Result<(Outcome, Sequence), MemoryError> {
     let (mut memory, mut versions) = (item.memory, item.versions);
@@ -130,15 +159,12 @@ async fn import_one(
         }
     };
     if let Some((most, policy)) = item.most.as_ref().filter(|_| memory.deleted_at.is_none()) {
-        write::has_room(connection, scope, *most, policy).await?;
+        rooms.take(connection, scope, *most, policy).await?;
     }
-    memory.embedding_model = item
-        .vector
-        .as_ref()
-        .map(|vector| vector.model.clone())
-        .unwrap_or_default();
+    let vector = item.vectors.first();
+    memory.embedding_model = vector.map(|vector| vector.model.clone()).unwrap_or_default();
     let key = write::insert(connection, writer, scope, &memory).await?;
-    write::put_vector(connection, key, item.vector.as_ref()).await?;
+    write::put_vector(connection, key, vector).await?;
     let kind = if memory.deleted_at.is_some() {
         Kind::Deleted
     } else {

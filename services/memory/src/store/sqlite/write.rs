@@ -1,12 +1,17 @@
 //! Writes: row, history, outbox event, lexical text, vector and request id in one transaction.
 
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+
 use aeterna_types::{Layer, MemoryId, Scope, Timestamp};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use sqlx::{AssertSqlSafe, Row as _, SqliteConnection};
 
 use super::{SqliteStore, damaged, encode, lexical, parsed, read, storage, stored};
-use crate::domain::{Body, Idempotency, Key, Kind, Memory, Outcome, ScopeKey, Sequence, Version, Writer, Written};
+use crate::domain::{
+    Body, Idempotency, Key, Kind, MAX_TAGS, Memory, Outcome, ScopeKey, Sequence, Version, Writer, Written,
+};
 use crate::error::MemoryError;
 use crate::store::code::Code;
 use crate::store::{Addition, Change, ChangeItem, Stored, StoredVector};
@@ -17,9 +22,9 @@ pub async fn add(
     items: Vec<Addition>,
 ) -> Result<Vec<Result<Written, MemoryError>>, MemoryError> {
     let mut transaction = store.0.begin().await?;
-    let mut results = Vec::with_capacity(items.len());
+    let (mut results, mut rooms) = (Vec::with_capacity(items.len()), Rooms::default());
     for item in items {
-        results.push(verdict(add_one(&mut transaction, writer, item).await)?);
+        results.push(verdict(add_one(&mut transaction, writer, &mut rooms, item).await)?);
     }
     transaction.commit().await.map_err(storage)?;
     Ok(results)
@@ -34,7 +39,12 @@ pub fn verdict<T>(result: Result<T, MemoryError>) -> Result<Result<T, MemoryErro
     }
 }
 
-async fn add_one(connection: &mut SqliteConnection, writer: &Writer, item: Addition) -> Result<Written, MemoryError> {
+async fn add_one(
+    connection: &mut SqliteConnection,
+    writer: &Writer,
+    rooms: &mut Rooms,
+    item: Addition,
+) -> Result<Written, MemoryError> {
     if let Some(idempotency) = &item.idempotency
         && let Some(earlier) = replay(connection, writer, idempotency).await?
     {
@@ -44,7 +54,7 @@ async fn add_one(connection: &mut SqliteConnection, writer: &Writer, item: Addit
         Place::Taken(key, existing) => merge(connection, writer, key, *existing, item.body).await?,
         Place::Free(scope) => {
             if let Some((most, policy)) = &item.most {
-                has_room(connection, scope, *most, policy).await?;
+                rooms.take(connection, scope, *most, policy).await?;
             }
             let memory = Memory {
                 id: MemoryId::new(writer.now),
@@ -98,28 +108,39 @@ pub async fn place(
     })
 }
 
-/// Refuses one memory more than a scope may hold.
-pub async fn has_room(
-    connection: &mut SqliteConnection,
-    scope: ScopeKey,
-    most: i64,
-    policy: &str,
-) -> Result<(), MemoryError> {
-    let there: i64 = sqlx::query_scalar("SELECT count(*) FROM memories WHERE scope = ? AND deleted_at IS NULL")
-        .bind(scope.0)
-        .fetch_one(connection)
-        .await
-        .map_err(storage)?;
-    if there < most {
-        return Ok(());
+/// How many memories scopes hold, counted once a transaction.
+#[derive(Debug, Default)]
+pub struct Rooms(HashMap<ScopeKey, i64>);
+
+impl Rooms {
+    /// Takes the place of a new memory, which is written next; refuses one more than the scope may hold.
+    pub async fn take(
+        &mut self,
+        connection: &mut SqliteConnection,
+        scope: ScopeKey,
+        most: i64,
+        policy: &str,
+    ) -> Result<(), MemoryError> {
+        let there = match self.0.entry(scope) {
+            Entry::Occupied(known) => known.into_mut(),
+            Entry::Vacant(unknown) => {
+                let query = "SELECT count(*) FROM memories WHERE scope = ? AND deleted_at IS NULL";
+                let count = sqlx::query_scalar(query).bind(scope.0).fetch_one(connection).await;
+                unknown.insert(count.map_err(storage)?)
+            }
+        };
+        if *there < most {
+            *there += 1;
+            return Ok(());
+        }
+        Err(MemoryError::Forbidden {
+            policy: policy.to_owned(),
+            why: format!("the scope holds {there} memories, and `max_memories` is {most}; delete some first"),
+        })
     }
-    Err(MemoryError::Forbidden {
-        policy: policy.to_owned(),
-        why: format!("the scope holds {there} memories, and `max_memories` is {most}; delete some first"),
-    })
 }
 
-/// Unites the tags and keeps the higher importance.
+/// Unites the tags, as far as a memory takes them, and keeps the higher importance.
 pub async fn merge(
     connection: &mut SqliteConnection,
     writer: &Writer,
@@ -127,9 +148,10 @@ pub async fn merge(
     mut memory: Memory,
     body: Body,
 ) -> Result<Written, MemoryError> {
-    let mut tags = [memory.body.tags.clone(), body.tags].concat();
+    let mut tags = memory.body.tags.clone();
+    let new = body.tags.into_iter().filter(|tag| !memory.body.tags.contains(tag));
+    tags.extend(new.take(MAX_TAGS.saturating_sub(memory.body.tags.len())));
     tags.sort();
-    tags.dedup();
     let importance = memory.body.importance.max(body.importance);
     // What is said again lives as long as the longer-lived of the two; without an expiry that is for good.
     let expires_at = memory
