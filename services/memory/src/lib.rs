@@ -66,7 +66,11 @@ pub const SETTINGS: &[Setting] = &[
         "5s",
         "How long a statement waits for a lock that another program holds.",
     ),
-    Setting::new("memory.readers", "4", "Connections for reading, 1 to 64."),
+    Setting::new(
+        "memory.readers",
+        "6",
+        "Connections for reading, 1 to 64; searches take up to half of them.",
+    ),
 ];
 
 /// How the service is set up.

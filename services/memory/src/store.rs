@@ -178,6 +178,72 @@ pub struct LexicalSearch {
     pub limit: usize,
 }
 
+/// Where a search looks.
+#[derive(Clone, Debug)]
+pub struct Sight {
+    /// The tenant.
+    pub tenant: TenantId,
+    /// What the caller sees.
+    pub view: View,
+    /// Only these layers; empty: any.
+    pub layers: Vec<Layer>,
+    /// Only memories that satisfy it.
+    pub filter: Option<Filter>,
+    /// Memories of the tenant to leave out.
+    pub exclude: Vec<MemoryId>,
+    /// What has expired by then is left out, too.
+    pub now: Option<Timestamp>,
+}
+
+/// What a search looks at.
+#[derive(Clone, Debug, Default)]
+pub struct Seen {
+    /// The scopes that are visible, only in the layers that were named.
+    pub scopes: Vec<ScopeKey>,
+    /// Memories to leave out.
+    pub hidden: Vec<Key>,
+    /// Of the scopes, those that satisfy the filter, in any order; `None` without a filter.
+    pub matching: Option<Vec<Key>>,
+}
+
+/// Candidates of the index, to be compared at full size.
+#[derive(Clone, Debug)]
+pub struct Rescoring {
+    /// The model's identity.
+    pub model: String,
+    /// The candidates.
+    pub keys: Vec<Key>,
+    /// What they are compared with, over as many dimensions as it has.
+    pub vector: Vec<f32>,
+}
+
+/// The arms of a search.
+#[derive(Clone, Debug, Default)]
+pub struct Arms {
+    /// The lexical one.
+    pub lexical: Option<LexicalSearch>,
+    /// The dense one.
+    pub dense: Option<Rescoring>,
+    /// Also find the neighbours of the candidates, and of these.
+    pub neighbours: Option<Vec<Key>>,
+}
+
+/// What the arms of a search brought.
+#[derive(Debug)]
+pub struct Scored {
+    /// The best memories by BM25 over any of the terms, best first; scores are positive, and made from the tenant's own
+    /// texts alone.
+    pub lexical: Vec<(Key, f64)>,
+    /// Cosines of the candidates that have a vector, or why there are none.
+    pub dense: Result<Vec<(Key, f32)>, MemoryError>,
+    /// For turns of conversations, the turns directly before and after them: `(turn, neighbour)`.
+    pub neighbours: Vec<(Key, Key)>,
+    /// Milliseconds in the lexical arm.
+    pub lexical_ms: f64,
+    /// Milliseconds in the dense arm.
+    pub dense_ms: f64,
+}
+
 /// A memory with the numbers that a search needs.
 #[derive(Clone, Debug)]
 pub struct Stored {
@@ -247,18 +313,14 @@ pub trait Relational: Policies + Documents {
     /// Memories, newest first.
     async fn list(&self, listing: &Listing) -> Result<Vec<Stored>, MemoryError>;
 
-    /// The best memories by BM25 over any of the terms, best first; scores are positive, and made from the tenant's own
-    /// texts alone.
-    async fn lexical(&self, search: &LexicalSearch) -> Result<Vec<(Key, f64)>, MemoryError>;
+    /// What a search looks at, all as of one moment.
+    async fn seen(&self, sight: &Sight) -> Result<Seen, MemoryError>;
 
-    /// The memories of the scopes that satisfy a filter, in any order.
-    async fn matching(&self, scopes: &[ScopeKey], filter: &Filter) -> Result<Vec<Key>, MemoryError>;
+    /// Scores the candidates of a search, all as of one moment. A dense arm that fails leaves the lexical one.
+    async fn scored(&self, arms: &Arms) -> Result<Scored, MemoryError>;
 
     /// Live memories by number, in any order; the others are left out.
     async fn fetch(&self, keys: &[Key], now: Timestamp) -> Result<Vec<Stored>, MemoryError>;
-
-    /// For turns of conversations, the turns directly before and after them: `(turn, neighbour)`.
-    async fn neighbours(&self, keys: &[Key]) -> Result<Vec<(Key, Key)>, MemoryError>;
 
     /// Cosines of memories' vectors with a vector, over as many dimensions as it has; memories without a vector are left out.
     async fn cosines(&self, model: &str, keys: &[Key], vector: &[f32]) -> Result<Vec<(Key, f32)>, MemoryError>;
@@ -283,6 +345,9 @@ pub trait Relational: Policies + Documents {
 
     /// The state of memories for the index; those that are gone or deleted are left out.
     async fn states(&self, model: &str, keys: &[Key]) -> Result<Vec<IndexState>, MemoryError>;
+
+    /// The state of one memory of the tenant; `None` when it is gone or deleted.
+    async fn state(&self, tenant: &TenantId, id: MemoryId, model: &str) -> Result<Option<IndexState>, MemoryError>;
 
     /// The states of all memories after a number, in order; `pending` only those without a vector.
     async fn scan(&self, model: &str, after: Key, limit: usize, pending: bool) -> Result<Vec<IndexState>, MemoryError>;
@@ -315,9 +380,6 @@ pub trait Relational: Policies + Documents {
 
     /// Forgets all vectors that a model has made.
     async fn forget_model(&self, model: &str) -> Result<(), MemoryError>;
-
-    /// Memories of the scopes that have expired and are not reaped yet.
-    async fn expired(&self, scopes: &[ScopeKey], now: Timestamp) -> Result<Vec<Key>, MemoryError>;
 
     /// Deletes what has expired, at most `limit` memories; how many there were.
     async fn reap(&self, now: Timestamp, limit: usize) -> Result<usize, MemoryError>;

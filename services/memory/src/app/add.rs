@@ -7,9 +7,8 @@ use aeterna_rpc::RequestContext;
 use aeterna_types::{MemoryId, Scope, TenantId};
 
 use super::App;
-use crate::domain::{Body, Idempotency, Key, Memory, Outcome, Sequence, View, Written};
+use crate::domain::{Body, Idempotency, Key, Outcome, Sequence, Written};
 use crate::error::MemoryError;
-use crate::store::code::Code;
 use crate::store::{Addition, Among};
 
 /// One memory as its writer sends it.
@@ -107,7 +106,7 @@ impl App {
             let near = match &result {
                 Ok(written) if told && written.outcome == Outcome::Created => {
                     // The memory is stored: what fails now must not make its writer believe that it is not.
-                    let near = self.near(&writer.tenant, &written.memory).await;
+                    let near = self.near(&writer.tenant, written.memory.id).await;
                     near.unwrap_or_else(|error| {
                         tracing::warn!(error = %error.chain(), "near duplicates can't be told");
                         Vec::new()
@@ -121,26 +120,19 @@ impl App {
     }
 
     /// Other memories of the same place that say nearly the same; none as long as the vector is pending.
-    async fn near(&self, tenant: &TenantId, memory: &Memory) -> Result<Vec<(MemoryId, f64)>, Error> {
-        let (Some(own), Some(layer)) = (self.store.get(tenant, memory.id).await?, memory.layer()) else {
-            return Ok(Vec::new());
-        };
+    async fn near(&self, tenant: &TenantId, id: MemoryId) -> Result<Vec<(MemoryId, f64)>, Error> {
         let serving = self.serving();
-        let vector = self.store.vectors(&serving.model.identity, &[own.key]).await?.pop();
-        let Some((vector, code)) = vector.and_then(|(_, vector)| Code::encode(&vector).map(|code| (vector, code)))
-        else {
+        let own = self.store.state(tenant, id, &serving.model.identity).await?;
+        let Some((own, code)) = own.and_then(|mut own| own.code.take().map(|code| (own, code))) else {
             return Ok(Vec::new());
         };
-        let view = View {
-            scope: memory.scope.clone(),
-            exact: true,
-        };
+        let vector = code.decode();
         let among = Among {
-            scopes: self.store.visible(tenant, &view, &[layer]).await?.into_iter().collect(),
+            scopes: [own.scope].into(),
             only: None,
             exclude: [own.key].into(),
         };
-        let keys = self.candidates(&serving, code, among, 4 * TOLD).await?;
+        let keys = self.candidates(&serving, code, among.into(), 4 * TOLD).await?;
         let mut near = self.store.cosines(&serving.model.identity, &keys, &vector).await?;
         near.retain(|(_, cosine)| f64::from(*cosine) >= NEAR);
         near.sort_unstable_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));

@@ -18,7 +18,7 @@ use super::{App, Serving};
 use crate::domain::{Key, Memory, Sequence};
 use crate::filter::Filter;
 use crate::store::code::Code;
-use crate::store::{Among, LexicalSearch, Stored};
+use crate::store::{self, Among, LexicalSearch, Rescoring, Seen, Sight, Stored};
 
 use past::Past;
 use score::fuse;
@@ -125,17 +125,6 @@ pub struct Found {
     pub stats: SearchStats,
 }
 
-/// What the dense arm works with.
-struct Dense<'a> {
-    serving: &'a Serving,
-    among: &'a Among,
-    past: Option<&'a Past>,
-    /// Candidates wanted.
-    depth: usize,
-    /// Dimensions that are compared.
-    compared: usize,
-}
-
 fn ms(since: Instant) -> f64 {
     since.elapsed().as_secs_f64() * 1e3
 }
@@ -147,9 +136,21 @@ impl App {
     /// SCOPE_DENIED, or when the store fails. A model that is away only degrades the search.
     pub async fn search(&self, context: &RequestContext, query: SearchQuery) -> Result<Found, Error> {
         let started = Instant::now();
-        let view = view(context, query.scope.as_ref())?;
         let tenant = &context.principal().tenant;
-        let scopes = self.store.visible(tenant, &view, &query.layers).await?;
+        let sight = Sight {
+            tenant: tenant.clone(),
+            view: view(context, query.scope.as_ref())?,
+            layers: query.layers.clone(),
+            exclude: query.exclude.clone(),
+            filter: query.filter.clone().filter(|_| query.as_of.is_none()),
+            // What has expired and is not reaped yet must not take the place of what lives.
+            now: query.as_of.is_none().then(|| self.clock.now()),
+        };
+        let Seen {
+            scopes,
+            hidden,
+            matching,
+        } = self.store.seen(&sight).await?;
         let mut degraded = Vec::new();
         if query.after > Sequence::default() && query.arms != Arms::Lexical && !self.reached(query.after).await {
             degraded.push("the vector index has not followed the write of `consistency_token` yet".to_owned());
@@ -161,89 +162,90 @@ impl App {
         if past.as_ref().is_some_and(|past| past.cut) {
             degraded.push("of what has changed since `as_of`, only a part was looked at; narrow the scope".to_owned());
         }
-        // What has expired and is not reaped yet must not take the place of what lives.
-        let expired = match query.as_of {
-            Some(_) => Vec::new(),
-            None => self.store.expired(&scopes, self.clock.now()).await?,
-        };
-        let mut exclude: HashSet<Key> = expired.into_iter().collect();
-        for id in &query.exclude {
-            exclude.extend(self.store.get(tenant, *id).await?.map(|stored| stored.key));
-        }
-        let only = match (&past, &query.filter) {
-            (Some(past), _) => Some(past.unchanged.clone()),
-            (None, Some(filter)) => Some(self.store.matching(&scopes, filter).await?.into_iter().collect()),
-            (None, None) => None,
-        };
-        let mut among = Among {
+        let matching = matching.map(|matching| matching.into_iter().collect());
+        let among = Arc::new(Among {
             scopes: scopes.iter().copied().collect(),
-            only,
-            exclude,
-        };
+            only: past.as_ref().map(|past| past.unchanged.clone()).or(matching),
+            exclude: hidden.into_iter().collect(),
+        });
         let depth = CANDIDATES.max(4 * query.top_k);
         let mut stats = SearchStats {
             terms: aeterna_text::analyse(&query.text),
             ..SearchStats::default()
         };
         let serving = self.serving();
-        let full = serving.model.dimension;
-        let compared = query.dimension.unwrap_or(full).min(full);
-        let arm = Dense {
-            serving: &serving,
-            among: &among,
-            past: past.as_ref(),
-            depth,
-            compared,
-        };
-        let mut dense = Vec::new();
-        let mut dense_used = false;
+        let mut nearest = None;
         if query.arms != Arms::Lexical {
-            match self.dense(context, &query, &arm, &mut stats).await {
-                Ok(found) => {
-                    dense = found;
-                    dense_used = true;
-                }
-                Err(error) => {
-                    tracing::warn!(error = %error.chain(), "a search goes without its dense arm");
-                    degraded.push(format!("no dense arm: {error}"));
+            match self.nearest(context, &query, &serving, &among, depth, &mut stats).await {
+                Ok(found) => nearest = Some(found),
+                Err(error) => degraded.push(without_dense(&error)),
+            }
+        }
+        let mut terms = stats.terms.clone();
+        terms.sort();
+        terms.dedup();
+        let lexical = LexicalSearch {
+            tenant: tenant.clone(),
+            scopes,
+            terms,
+            filter: query.filter.clone(),
+            as_of: query.as_of,
+            limit: depth + among.exclude.len(),
+        };
+        let also = past.as_ref().map(|past| past.changed.keys().copied().collect());
+        let mut arms = store::Arms {
+            lexical: (query.arms != Arms::Dense || nearest.is_none()).then(|| lexical.clone()),
+            dense: nearest,
+            neighbours: (query.weights.neighbour != 0.0).then(|| also.unwrap_or_default()),
+        };
+        let mut scored = self.store.scored(&arms).await?;
+        let past_dense = match (&past, &arms.dense, &scored.dense) {
+            (Some(past), Some(near), Ok(_)) => self.past_cosines(context, &serving.model, past, &near.vector).await,
+            _ => Ok(Vec::new()),
+        };
+        let compared = arms.dense.as_ref().map(|near| near.vector.len());
+        let mut dense_used = compared.is_some();
+        let mut dense = Vec::new();
+        match (
+            std::mem::replace(&mut scored.dense, Ok(Vec::new())).map_err(Error::from),
+            past_dense,
+        ) {
+            (Ok(found), Ok(earlier)) => {
+                dense.extend(found.into_iter().map(|(key, cosine)| (key, f64::from(cosine))));
+                dense.extend(earlier.into_iter().filter(|(key, _)| !among.exclude.contains(key)));
+                best_first(&mut dense);
+            }
+            (Err(error), _) | (_, Err(error)) => {
+                degraded.push(without_dense(&error));
+                dense_used = false;
+                arms.dense = None;
+                if arms.lexical.is_none() {
+                    arms.lexical = Some(lexical.clone());
+                    scored = self.store.scored(&arms).await?;
                 }
             }
         }
-        let mut lexical = Vec::new();
-        if query.arms != Arms::Dense || !dense_used {
-            let began = Instant::now();
-            let mut terms = stats.terms.clone();
-            terms.sort();
-            terms.dedup();
-            let depth = depth + among.exclude.len();
-            let lexical_search = LexicalSearch {
-                tenant: tenant.clone(),
-                scopes,
-                terms,
-                filter: query.filter.clone(),
-                as_of: query.as_of,
-                limit: depth,
-            };
-            lexical = self.store.lexical(&lexical_search).await?;
-            if let Some(past) = &past {
-                lexical.extend(self.past_lexical(tenant, past, &lexical_search.terms).await?);
-                best_first(&mut lexical);
-            }
-            lexical.retain(|(key, _)| !among.exclude.contains(key));
-            stats.lexical_ms = ms(began);
+        let mut lexical_scores = scored.lexical;
+        if let Some(past) = past.as_ref().filter(|_| arms.lexical.is_some()) {
+            lexical_scores.extend(self.past_lexical(tenant, past, &lexical.terms).await?);
+            best_first(&mut lexical_scores);
         }
-        (stats.dense_candidates, stats.lexical_candidates) = (dense.len(), lexical.len());
+        lexical_scores.retain(|(key, _)| !among.exclude.contains(key));
+        (stats.dense_candidates, stats.lexical_candidates) = (dense.len(), lexical_scores.len());
+        (stats.lexical_ms, stats.dense_ms) = (scored.lexical_ms, stats.dense_ms + scored.dense_ms);
 
         let share = match (dense_used, query.arms) {
             (_, Arms::Lexical) | (false, _) => 0.0,
             (_, Arms::Dense) => 1.0,
             (true, Arms::Hybrid) => query.weights.dense,
         };
-        let mut scores = fuse(&dense, &lexical, query.fusion, share, query.weights.rrf_k);
-        if let Some((past, only)) = past.as_ref().zip(among.only.as_mut()) {
-            only.extend(past.changed.keys());
-        }
-        self.spread(&mut scores, query.weights.neighbour, &among).await?;
+        let mut scores = fuse(&dense, &lexical_scores, query.fusion, share, query.weights.rrf_k);
+        let shown = |key: &Key| {
+            let chosen = among.only.as_ref().is_none_or(|only| only.contains(key));
+            let changed = past.as_ref().is_some_and(|past| past.changed.contains_key(key));
+            (chosen || changed) && !among.exclude.contains(key)
+        };
+        spread(&mut scores, query.weights.neighbour, scored.neighbours, shown);
         let mut hits = self.rank(scores, &query, past).await?;
         if query.rerank
             && let Err(error) = self.rerank(context, &mut hits, &query).await
@@ -268,7 +270,7 @@ impl App {
         Ok(Found {
             hits,
             degraded,
-            dimension: if dense_used { compared } else { 0 },
+            dimension: compared.filter(|_| dense_used).unwrap_or_default(),
             model: if dense_used {
                 serving.model.name.clone()
             } else {
@@ -278,49 +280,41 @@ impl App {
         })
     }
 
-    /// Scans the prefixes and rescores the best candidates with the vectors that the relational store holds.
-    async fn dense(
+    /// Embeds the query and scans the prefixes; what comes out is to be compared at full size.
+    async fn nearest(
         &self,
         context: &RequestContext,
         query: &SearchQuery,
-        arm: &Dense<'_>,
+        serving: &Serving,
+        among: &Arc<Among>,
+        depth: usize,
         stats: &mut SearchStats,
-    ) -> Result<Vec<(Key, f64)>, Error> {
+    ) -> Result<Rescoring, Error> {
         let began = Instant::now();
         let vector = self
-            .embed_soon(context, &arm.serving.model, vec![query.text.clone()], true)
+            .embed_soon(context, &serving.model, vec![query.text.clone()], true)
             .await?
             .pop()
             .unwrap_or_default();
         stats.embed_ms = ms(began);
         let began = Instant::now();
-        let Some(code) = Code::encode(&vector) else {
-            return Ok(Vec::new());
-        };
-        stats.scanned = arm.serving.index.len();
-        let keys = self.candidates(arm.serving, code, arm.among.clone(), arm.depth).await?;
-        // As long as one: a prefix of a unit vector is shorter.
-        let mut compared = vector[..arm.compared.min(vector.len())].to_vec();
-        let norm = compared
-            .iter()
-            .map(|x| x * x)
-            .sum::<f32>()
-            .sqrt()
-            .max(f32::MIN_POSITIVE);
-        compared.iter_mut().for_each(|x| *x /= norm);
-        let identity = &arm.serving.model.identity;
-        let cosines = self.store.cosines(identity, &keys, &compared).await?;
-        let mut scored: Vec<(Key, f64)> = cosines
-            .into_iter()
-            .map(|(key, cosine)| (key, f64::from(cosine)))
-            .collect();
-        if let Some(past) = arm.past {
-            let earlier = self.past_cosines(context, &arm.serving.model, past, &compared).await?;
-            scored.extend(earlier.into_iter().filter(|(key, _)| !arm.among.exclude.contains(key)));
+        let mut keys = Vec::new();
+        if let Some(code) = Code::encode(&vector) {
+            stats.scanned = serving.index.len();
+            keys = self.candidates(serving, code, Arc::clone(among), depth).await?;
         }
-        best_first(&mut scored);
+        let full = serving.model.dimension;
+        let compared = query.dimension.unwrap_or(full).min(full).min(vector.len());
+        // As long as one: a prefix of a unit vector is shorter.
+        let mut vector = vector[..compared].to_vec();
+        let norm = vector.iter().map(|x| x * x).sum::<f32>().sqrt().max(f32::MIN_POSITIVE);
+        vector.iter_mut().for_each(|x| *x /= norm);
         stats.dense_ms = ms(began);
-        Ok(scored)
+        Ok(Rescoring {
+            model: serving.model.identity.clone(),
+            keys,
+            vector,
+        })
     }
 
     /// The nearest vectors by the index, to be rescored.
@@ -328,7 +322,7 @@ impl App {
         &self,
         serving: &Serving,
         code: Code,
-        among: Among,
+        among: Arc<Among>,
         limit: usize,
     ) -> Result<Vec<Key>, Error> {
         let index = Arc::clone(&serving.index);
@@ -338,28 +332,6 @@ impl App {
             .into_iter()
             .map(|(key, _)| key)
             .collect())
-    }
-
-    /// Gives each turn of a conversation a part of its best neighbour's score; neighbours become candidates themselves.
-    async fn spread(&self, scores: &mut HashMap<Key, Breakdown>, part: f64, among: &Among) -> Result<(), Error> {
-        if part == 0.0 {
-            return Ok(());
-        }
-        let keys: Vec<Key> = scores.keys().copied().collect();
-        let fused: HashMap<Key, f64> = scores
-            .iter()
-            .map(|(key, breakdown)| (*key, breakdown.fused()))
-            .collect();
-        for (turn, neighbour) in self.store.neighbours(&keys).await? {
-            let chosen = among.only.as_ref().is_none_or(|only| only.contains(&neighbour));
-            if !chosen || among.exclude.contains(&neighbour) {
-                continue;
-            }
-            let gift = part * fused.get(&turn).copied().unwrap_or(0.0);
-            let breakdown = scores.entry(neighbour).or_default();
-            breakdown.neighbour_part = breakdown.neighbour_part.max(gift);
-        }
-        Ok(())
     }
 
     /// Reads the candidates, adds what depends on the memory itself, and orders them; those that can't reach the top are left
@@ -455,6 +427,27 @@ impl SearchQuery {
             usual.max(RERANKED)
         } else {
             usual
+        }
+    }
+}
+
+/// What is said when the dense arm is away.
+fn without_dense(error: &Error) -> String {
+    tracing::warn!(error = %error.chain(), "a search goes without its dense arm");
+    format!("no dense arm: {error}")
+}
+
+/// Gives each turn of a conversation a part of its best neighbour's score; neighbours that are shown become candidates
+/// themselves.
+fn spread(scores: &mut HashMap<Key, Breakdown>, part: f64, neighbours: Vec<(Key, Key)>, shown: impl Fn(&Key) -> bool) {
+    let fused: HashMap<Key, f64> = scores
+        .iter()
+        .map(|(key, breakdown)| (*key, breakdown.fused()))
+        .collect();
+    for (turn, neighbour) in neighbours {
+        if let Some(fused) = fused.get(&turn).filter(|_| shown(&neighbour)) {
+            let breakdown = scores.entry(neighbour).or_default();
+            breakdown.neighbour_part = breakdown.neighbour_part.max(part * fused);
         }
     }
 }

@@ -3,6 +3,7 @@
 mod filters;
 mod limits;
 mod past;
+mod search;
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -10,12 +11,12 @@ use std::sync::Arc;
 use aeterna_types::{Layer, MemoryId, Scope, TenantId, Timestamp};
 
 use super::code::Code;
-use super::{
-    Addition, Among, Change, ChangeItem, Entry, LexicalSearch, Listing, Relational, StoredVector, VectorIndex,
-};
+use super::{Addition, Among, Change, ChangeItem, Entry, Listing, Relational, StoredVector, VectorIndex};
 use crate::domain::{Body, Idempotency, Key, Kind, Outcome, ScopeKey, Sequence, Source, Subject, View, Writer};
 use crate::error::MemoryError;
 use crate::filter::Filter;
+pub use search::find;
+use search::{neighbours, sight};
 
 const MODEL: &str = "m@1";
 
@@ -112,26 +113,6 @@ fn listing(scopes: Vec<ScopeKey>) -> Listing {
     }
 }
 
-/// The lexical arm alone.
-pub async fn find(
-    store: &dyn Relational,
-    tenant: &TenantId,
-    scopes: &[ScopeKey],
-    terms: &[String],
-    filter: Option<&Filter>,
-    limit: usize,
-) -> Result<Vec<(Key, f64)>, MemoryError> {
-    let search = LexicalSearch {
-        tenant: tenant.clone(),
-        scopes: scopes.to_vec(),
-        terms: terms.to_vec(),
-        filter: filter.cloned(),
-        as_of: None,
-        limit,
-    };
-    store.lexical(&search).await
-}
-
 /// One change; the store's own failures end the test.
 pub async fn change(
     store: &dyn Relational,
@@ -166,6 +147,7 @@ pub async fn relational(store: Arc<dyn Relational>) {
     limits::a_scope_takes_what_it_has_room_for(store).await;
     tenants_and_scopes_are_walls(store).await;
     words_and_neighbours_are_found(store).await;
+    search::the_arms_of_a_search_are_read_together(store).await;
     the_outbox_tells_the_index_everything(store).await;
     filters::mean_what_the_language_says(store).await;
     what_expires_is_told_and_reaped(store).await;
@@ -368,7 +350,7 @@ async fn words_and_neighbours_are_found(store: &dyn Relational) {
         .unwrap();
     let key = |content: &str| fetched.iter().find(|s| s.memory.body.content == content).unwrap().key;
     let (first, third) = (key("the cat sat"), key("cats and more cats"));
-    let mut pairs = store.neighbours(&[first, third]).await.unwrap();
+    let mut pairs = neighbours(store, &[first, third]).await;
     pairs.sort();
     assert_eq!(
         pairs.len(),
@@ -382,7 +364,7 @@ async fn words_and_neighbours_are_found(store: &dyn Relational) {
     change(store, &writer("t4", 1), id, None, Change::Delete, None)
         .await
         .unwrap();
-    assert_eq!(store.neighbours(&[first]).await.unwrap(), []);
+    assert_eq!(neighbours(store, &[first]).await, []);
     let gone = aeterna_text::analyse("mat");
     assert!(find(&scopes, &gone, None, 10).await.unwrap().is_empty());
 }
@@ -462,10 +444,12 @@ async fn what_expires_is_told_and_reaped(store: &dyn Relational) {
         .await
         .remove(0)
         .unwrap();
-    let scopes = store.visible(&tenant, &everything(), &[]).await.unwrap();
-    assert!(store.expired(&scopes, at(9)).await.unwrap().is_empty());
-    assert_eq!(store.expired(&scopes, at(10)).await.unwrap().len(), 1);
-    assert!(store.expired(&[], at(10)).await.unwrap().is_empty());
+    let hidden = async |now: i64| {
+        let mut sight = sight(&tenant);
+        sight.now = Some(at(now));
+        store.seen(&sight).await.unwrap().hidden.len()
+    };
+    assert_eq!((hidden(9).await, hidden(10).await), (0, 1));
     // Said again with a later end, or without one, it lives on.
     for (seconds, wanted) in [
         (Some(5), Some(at(10))),

@@ -6,8 +6,11 @@ mod lexical;
 mod past;
 mod policies;
 mod read;
+mod search;
 mod transfer;
 mod write;
+
+use std::sync::Arc;
 
 use aeterna_error::Error;
 use aeterna_storage::rusqlite::Connection;
@@ -16,11 +19,12 @@ use aeterna_types::{Layer, MemoryId, RequestId, Scope, TenantId, Timestamp};
 use async_trait::async_trait;
 use sqlx::Row as _;
 use sqlx::sqlite::SqliteRow;
+use tokio::sync::Semaphore;
 
 use super::code::Code;
 use super::{
-    Addition, AsOf, ChangeItem, Counts, ExportPage, Exported, Frequencies, Imported, Imports, IndexEvent, IndexState,
-    LexicalSearch, Listing, Progress, Relational, Stored,
+    Addition, Arms, AsOf, ChangeItem, Counts, ExportPage, Exported, Frequencies, Imported, Imports, IndexEvent,
+    IndexState, Listing, Progress, Relational, Rescoring, Scored, Seen, Sight, Stored,
 };
 use crate::domain::{self, Idempotency, Key, Memory, ScopeKey, Sequence, Version, View, Writer, Written};
 use crate::error::MemoryError;
@@ -44,7 +48,12 @@ pub const MIGRATIONS: &[(&str, &str)] = &[
 
 /// The store.
 #[derive(Clone, Debug)]
-pub struct SqliteStore(Sqlite, lexical::Cache);
+pub struct SqliteStore {
+    database: Sqlite,
+    frequencies: lexical::Cache,
+    /// Searches read much: they leave half of the connections to what is quickly read.
+    searches: Arc<Semaphore>,
+}
 
 impl SqliteStore {
     /// Opens the database, and brings its schema and its lexical tables up to date.
@@ -52,7 +61,11 @@ impl SqliteStore {
     /// # Errors
     /// When it can't be opened, or was written by a newer version.
     pub async fn open(options: &SqliteOptions) -> Result<Self, MemoryError> {
-        let store = Self(Sqlite::open(options, MIGRATIONS).await?, lexical::Cache::default());
+        let store = Self {
+            database: Sqlite::open(options, MIGRATIONS).await?,
+            frequencies: lexical::Cache::default(),
+            searches: Arc::new(Semaphore::new(options.readers.div_ceil(2) as usize)),
+        };
         lexical::analyse_again(&store).await?;
         Ok(store)
     }
@@ -62,7 +75,7 @@ impl SqliteStore {
         T: Send + 'static,
         W: FnOnce(&Connection) -> Result<T, MemoryError> + Send + 'static,
     {
-        self.0.readers().read(work).await
+        self.database.readers().read(work).await
     }
 }
 
@@ -175,7 +188,7 @@ impl Relational for SqliteStore {
     }
 
     async fn frequencies(&self, tenant: &TenantId, terms: &[String]) -> Result<Frequencies, MemoryError> {
-        let (tenant, terms, cache) = (tenant.clone(), terms.to_vec(), self.1.clone());
+        let (tenant, terms, cache) = (tenant.clone(), terms.to_vec(), self.frequencies.clone());
         self.read(move |connection| lexical::frequencies(connection, &cache, &tenant, &terms))
             .await
     }
@@ -191,15 +204,15 @@ impl Relational for SqliteStore {
         self.read(move |connection| read::list(connection, &listing)).await
     }
 
-    async fn lexical(&self, search: &LexicalSearch) -> Result<Vec<(Key, f64)>, MemoryError> {
-        let (search, frequencies) = (search.clone(), self.1.clone());
-        self.read(move |connection| lexical::search(connection, &frequencies, &search))
-            .await
+    async fn seen(&self, sight: &Sight) -> Result<Seen, MemoryError> {
+        let sight = sight.clone();
+        self.read(move |connection| search::seen(connection, &sight)).await
     }
 
-    async fn matching(&self, scopes: &[ScopeKey], filter: &Filter) -> Result<Vec<Key>, MemoryError> {
-        let (scopes, filter) = (scopes.to_vec(), filter.clone());
-        self.read(move |connection| read::matching(connection, &scopes, &filter))
+    async fn scored(&self, arms: &Arms) -> Result<Scored, MemoryError> {
+        let (arms, frequencies) = (arms.clone(), self.frequencies.clone());
+        let _turn = self.searches.acquire().await.map_err(Error::internal)?;
+        self.read(move |connection| search::scored(connection, &frequencies, &arms))
             .await
     }
 
@@ -208,23 +221,14 @@ impl Relational for SqliteStore {
         self.read(move |connection| read::fetch(connection, &keys, now)).await
     }
 
-    async fn neighbours(&self, keys: &[Key]) -> Result<Vec<(Key, Key)>, MemoryError> {
-        let keys = keys.to_vec();
-        self.read(move |connection| read::neighbours(connection, &keys)).await
-    }
-
     async fn cosines(&self, model: &str, keys: &[Key], vector: &[f32]) -> Result<Vec<(Key, f32)>, MemoryError> {
-        let (model, keys, vector) = (model.to_owned(), keys.to_vec(), vector.to_vec());
-        let cosines = move |connection: &Connection| {
-            let mut cosines = Vec::with_capacity(keys.len());
-            read::codes(connection, &model, &keys, |key, code| {
-                if code.dimension() >= vector.len() {
-                    cosines.push((key, code.cosine(&vector)));
-                }
-            })?;
-            Ok(cosines)
+        let rescoring = Rescoring {
+            model: model.to_owned(),
+            keys: keys.to_vec(),
+            vector: vector.to_vec(),
         };
-        self.read(cosines).await
+        self.read(move |connection| search::cosines(connection, &rescoring))
+            .await
     }
 
     async fn vectors(&self, model: &str, keys: &[Key]) -> Result<Vec<(Key, Vec<f32>)>, MemoryError> {
@@ -262,6 +266,12 @@ impl Relational for SqliteStore {
     async fn states(&self, model: &str, keys: &[Key]) -> Result<Vec<IndexState>, MemoryError> {
         let (model, keys) = (model.to_owned(), keys.to_vec());
         self.read(move |connection| read::states(connection, &model, &keys))
+            .await
+    }
+
+    async fn state(&self, tenant: &TenantId, id: MemoryId, model: &str) -> Result<Option<IndexState>, MemoryError> {
+        let (tenant, model) = (tenant.clone(), model.to_owned());
+        self.read(move |connection| read::memory_state(connection, &tenant, id, &model))
             .await
     }
 
@@ -309,12 +319,6 @@ impl Relational for SqliteStore {
         write::forget_model(self, model).await
     }
 
-    async fn expired(&self, scopes: &[ScopeKey], now: Timestamp) -> Result<Vec<Key>, MemoryError> {
-        let scopes = scopes.to_vec();
-        self.read(move |connection| read::expired(connection, &scopes, now))
-            .await
-    }
-
     async fn reap(&self, now: Timestamp, limit: usize) -> Result<usize, MemoryError> {
         write::reap(self, now, limit).await
     }
@@ -324,13 +328,12 @@ impl Relational for SqliteStore {
     }
 
     async fn close(&self) {
-        self.0.close().await;
+        self.database.close().await;
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
     use std::time::Duration;
 
     use aeterna_storage::SqliteOptions;
@@ -360,7 +363,7 @@ mod tests {
         let options = options(&dir);
         let store = SqliteStore::open(&options).await.unwrap();
         super::super::conformance::one_memory(&store, "the cat sat").await;
-        let mut write = store.0.begin().await.unwrap();
+        let mut write = store.database.begin().await.unwrap();
         for text in [
             "DELETE FROM lexical_1",
             "UPDATE meta SET value = '0' WHERE name = 'analysis'",

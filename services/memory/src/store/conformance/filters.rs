@@ -180,7 +180,9 @@ pub async fn mean_what_the_language_says(store: &dyn Relational) {
         assert_eq!(listed, wanted, "{text}\n{filter:?}");
         let deleted = all.iter().find(|s| s.memory.id == gone).unwrap().key;
         wanted.retain(|key| *key != deleted);
-        let mut matching = store.matching(&scopes, &filter).await.unwrap();
+        let mut sight = super::sight(&tenant);
+        sight.filter = Some(filter.clone());
+        let mut matching = store.seen(&sight).await.unwrap().matching.unwrap();
         matching.sort();
         assert_eq!(matching, wanted, "{text}");
         if wanted.is_empty() { none += 1 } else { some += 1 }

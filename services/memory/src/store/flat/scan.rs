@@ -61,7 +61,7 @@ impl<'a> Rows<'a> {
             .map(|scale| scale * f32::from(STEP * STEP))
             .collect();
         let score = |part: &[u32]| self.scores(part, wanted, &factors);
-        let mut scored: Vec<(u32, f32)> = match slots.len() * SHARE < PARALLEL {
+        let mut scored: Vec<(u32, f32)> = match slots.len() < CHUNK {
             true => score(slots),
             false => slots.par_chunks(CHUNK / SHARE).flat_map_iter(score).collect(),
         };

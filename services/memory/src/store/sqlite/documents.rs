@@ -30,7 +30,7 @@ impl Documents for SqliteStore {
         writer: &Writer,
         change: DocumentChange,
     ) -> Result<(Document, Sequence), MemoryError> {
-        let mut transaction = self.0.begin().await?;
+        let mut transaction = self.database.begin().await?;
         let connection = &mut *transaction;
         if let Some(idempotency) = &change.idempotency
             && let Some(earlier) = write::replay::<Answer>(connection, writer, idempotency).await?

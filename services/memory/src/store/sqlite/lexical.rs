@@ -264,7 +264,7 @@ fn ranked(
 
 /// Makes all tables anew when they were made with another version of the analysis, in one transaction.
 pub async fn analyse_again(store: &SqliteStore) -> Result<(), MemoryError> {
-    let mut transaction = store.0.begin().await?;
+    let mut transaction = store.database.begin().await?;
     let wanted = aeterna_text::VERSION.to_string();
     let found: Option<String> = sqlx::query_scalar("SELECT value FROM meta WHERE name = 'analysis'")
         .fetch_optional(&mut *transaction)

@@ -34,7 +34,7 @@ impl Policies for SqliteStore {
         etag: Option<String>,
         idempotency: Option<Idempotency>,
     ) -> Result<Policy, MemoryError> {
-        let mut transaction = self.0.begin().await?;
+        let mut transaction = self.database.begin().await?;
         if let Some(idempotency) = &idempotency
             && let Some(earlier) = write::replay(&mut transaction, writer, idempotency).await?
         {
@@ -61,7 +61,7 @@ impl Policies for SqliteStore {
     }
 
     async fn delete_policy(&self, writer: &Writer, name: &str, etag: Option<String>) -> Result<(), MemoryError> {
-        let mut transaction = self.0.begin().await?;
+        let mut transaction = self.database.begin().await?;
         let existing = find(&mut transaction, writer, name).await?;
         let existing = existing.ok_or_else(|| MemoryError::NoPolicy(name.into()))?;
         check_etag(Some(&existing), etag)?;

@@ -9,7 +9,6 @@ use super::write::{REPLAY, answered};
 use super::{damaged, encode, failed, parsed, past};
 use crate::domain::{Change, Idempotency, Key, Kind, Memory, ScopeKey, Sequence, Subject, Version, View, Writer};
 use crate::error::MemoryError;
-use crate::filter::Filter;
 use crate::store::code::Code;
 use crate::store::{Counts, IndexEvent, IndexState, Listing, Stored};
 
@@ -73,7 +72,7 @@ pub(super) fn numbers(numbers: impl Iterator<Item = i64>) -> String {
     json
 }
 
-fn keys_json(keys: &[Key]) -> String {
+pub(super) fn keys_json(keys: &[Key]) -> String {
     numbers(keys.iter().map(|key| key.0))
 }
 
@@ -130,7 +129,7 @@ pub fn visible(
 }
 
 /// Where filters are applied; `m` and `s` are their names in conditions.
-const FILTERED: &str = "memories m JOIN scopes s ON s.key = m.scope";
+pub(super) const FILTERED: &str = "memories m JOIN scopes s ON s.key = m.scope";
 
 pub fn list(connection: &Connection, listing: &Listing) -> Result<Vec<Stored>, MemoryError> {
     if let Some(at) = listing.as_of {
@@ -154,17 +153,6 @@ pub fn list(connection: &Connection, listing: &Listing) -> Result<Vec<Stored>, M
     text.push_str(" ORDER BY m.id DESC LIMIT ?");
     bound.push(limit(listing.limit).into());
     rows(connection, &text, params_from_iter(bound), stored)
-}
-
-pub fn matching(connection: &Connection, scopes: &[ScopeKey], filter: &Filter) -> Result<Vec<Key>, MemoryError> {
-    let filter = Sql::of(Some(filter));
-    let text = format!(
-        "SELECT m.key FROM {FILTERED} \
-         WHERE m.scope IN (SELECT value FROM json_each(?)) AND m.deleted_at IS NULL AND {}",
-        filter.text
-    );
-    let bound = std::iter::once(Value::from(scopes_json(scopes))).chain(filter.binds());
-    rows(connection, &text, params_from_iter(bound), |row| get(row, 0).map(Key))
 }
 
 pub fn history(
@@ -226,14 +214,6 @@ pub fn counts(
     Ok(counts)
 }
 
-pub fn expired(connection: &Connection, scopes: &[ScopeKey], now: Timestamp) -> Result<Vec<Key>, MemoryError> {
-    // Without statistics SQLite would rather read the whole scope.
-    let text = "SELECT key FROM memories INDEXED BY memories_by_expiry WHERE expires_at <= ? AND deleted_at IS NULL \
-                AND scope IN (SELECT value FROM json_each(?))";
-    let bound = params![now.micros(), scopes_json(scopes)];
-    rows(connection, text, bound, |row| get(row, 0).map(Key))
-}
-
 pub fn any_expired(connection: &Connection, now: Timestamp) -> Result<bool, MemoryError> {
     let mut statement = connection
         .prepare_cached("SELECT 1 FROM memories WHERE expires_at <= ? AND deleted_at IS NULL LIMIT 1")
@@ -263,22 +243,6 @@ pub fn fetch(connection: &Connection, keys: &[Key], now: Timestamp) -> Result<Ve
     let mut all = rows(connection, text, [keys_json(keys)], stored)?;
     all.retain(|stored| stored.memory.is_live(now));
     Ok(all)
-}
-
-pub fn neighbours(connection: &Connection, keys: &[Key]) -> Result<Vec<(Key, Key)>, MemoryError> {
-    // Many stores have no conversations, which the index tells at once.
-    let mut statement = connection
-        .prepare_cached("SELECT 1 FROM memories INDEXED BY memories_by_turn WHERE conversation IS NOT NULL LIMIT 1")
-        .map_err(failed)?;
-    if !statement.exists([]).map_err(failed)? {
-        return Ok(Vec::new());
-    }
-    let text = "SELECT a.key, b.key FROM memories a JOIN memories b \
-                ON b.scope = a.scope AND b.conversation = a.conversation AND b.sequence IN (a.sequence - 1, a.sequence + 1) \
-                WHERE a.key IN (SELECT value FROM json_each(?)) AND b.deleted_at IS NULL";
-    rows(connection, text, [keys_json(keys)], |row| {
-        Ok((Key(get(row, 0)?), Key(get(row, 1)?)))
-    })
 }
 
 /// The models that have made vectors.
@@ -428,6 +392,17 @@ pub fn states(connection: &Connection, model: &str, keys: &[Key]) -> Result<Vec<
     let query = state_query(connection, model)?;
     let text = format!("{query} AND m.key IN (SELECT value FROM json_each(?))");
     rows(connection, &text, [keys_json(keys)], state)
+}
+
+pub fn memory_state(
+    connection: &Connection,
+    tenant: &TenantId,
+    id: MemoryId,
+    model: &str,
+) -> Result<Option<IndexState>, MemoryError> {
+    let text = format!("{} AND m.id = ? AND m.tenant = ?", state_query(connection, model)?);
+    let bound = params![id.as_bytes().as_slice(), tenant.as_str()];
+    Ok(rows(connection, &text, bound, state)?.pop())
 }
 
 pub fn scan(

@@ -101,7 +101,7 @@ pub async fn import(
     items: Vec<(i64, Imported)>,
     progress: &mut Progress,
 ) -> Result<Imports, MemoryError> {
-    let mut transaction = store.0.begin().await?;
+    let mut transaction = store.database.begin().await?;
     let mut results = Vec::with_capacity(items.len());
     let mut rooms = Rooms::default();
     for (place, item) in items {

@@ -21,7 +21,7 @@ pub async fn add(
     writer: &Writer,
     items: Vec<Addition>,
 ) -> Result<Vec<Result<Written, MemoryError>>, MemoryError> {
-    let mut transaction = store.0.begin().await?;
+    let mut transaction = store.database.begin().await?;
     let (mut results, mut rooms) = (Vec::with_capacity(items.len()), Rooms::default());
     for item in items {
         results.push(verdict(add_one(&mut transaction, writer, &mut rooms, item).await)?);
@@ -187,7 +187,7 @@ pub async fn change(
     writer: &Writer,
     items: Vec<ChangeItem>,
 ) -> Result<Vec<Result<Written, MemoryError>>, MemoryError> {
-    let mut transaction = store.0.begin().await?;
+    let mut transaction = store.database.begin().await?;
     let mut results = Vec::with_capacity(items.len());
     for item in items {
         results.push(verdict(change_one(&mut transaction, writer, item).await)?);
@@ -505,7 +505,7 @@ async fn drop_vectors(connection: &mut SqliteConnection, key: Key) -> Result<(),
 
 /// Forgets all vectors that a model has made.
 pub async fn forget_model(store: &SqliteStore, identity: &str) -> Result<(), MemoryError> {
-    let mut transaction = store.0.begin().await?;
+    let mut transaction = store.database.begin().await?;
     let found: Option<i64> = sqlx::query_scalar("DELETE FROM models WHERE identity = ? RETURNING key")
         .bind(identity)
         .fetch_optional(&mut *transaction)
@@ -529,7 +529,7 @@ pub async fn put_codes(
     codes: &[(Key, i64, Code)],
     now: Timestamp,
 ) -> Result<usize, MemoryError> {
-    let mut transaction = store.0.begin().await?;
+    let mut transaction = store.database.begin().await?;
     let mut stored = 0;
     for (key, version, code) in codes {
         let marked = sqlx::query(
@@ -573,7 +573,7 @@ pub async fn reap(store: &SqliteStore, now: Timestamp, limit: usize) -> Result<u
     if !store.read(move |connection| read::any_expired(connection, now)).await? {
         return Ok(0);
     }
-    let mut transaction = store.0.begin().await?;
+    let mut transaction = store.database.begin().await?;
     let rows = sqlx::query(
         "SELECT key, tenant, record FROM memories WHERE expires_at <= ? AND deleted_at IS NULL ORDER BY expires_at LIMIT ?",
     )

@@ -1,0 +1,111 @@
+//! What a search reads.
+
+use aeterna_types::{Layer, TenantId};
+
+use super::{MODEL, add, addition, everything, scope, turn, vector};
+use crate::domain::{Key, ScopeKey};
+use crate::error::MemoryError;
+use crate::filter::Filter;
+use crate::store::{Arms, LexicalSearch, Relational, Rescoring, Sight};
+
+/// Everything of a tenant.
+pub fn sight(tenant: &TenantId) -> Sight {
+    Sight {
+        tenant: tenant.clone(),
+        view: everything(),
+        layers: Vec::new(),
+        filter: None,
+        exclude: Vec::new(),
+        now: None,
+    }
+}
+
+fn lexical(
+    tenant: &TenantId,
+    scopes: &[ScopeKey],
+    terms: &[String],
+    filter: Option<&Filter>,
+    limit: usize,
+) -> LexicalSearch {
+    LexicalSearch {
+        tenant: tenant.clone(),
+        scopes: scopes.to_vec(),
+        terms: terms.to_vec(),
+        filter: filter.cloned(),
+        as_of: None,
+        limit,
+    }
+}
+
+/// The lexical arm alone.
+pub async fn find(
+    store: &dyn Relational,
+    tenant: &TenantId,
+    scopes: &[ScopeKey],
+    terms: &[String],
+    filter: Option<&Filter>,
+    limit: usize,
+) -> Result<Vec<(Key, f64)>, MemoryError> {
+    let arms = Arms {
+        lexical: Some(lexical(tenant, scopes, terms, filter, limit)),
+        ..Arms::default()
+    };
+    store.scored(&arms).await.map(|scored| scored.lexical)
+}
+
+/// The turns beside some.
+pub async fn neighbours(store: &dyn Relational, keys: &[Key]) -> Vec<(Key, Key)> {
+    let arms = Arms {
+        neighbours: Some(keys.to_vec()),
+        ..Arms::default()
+    };
+    store.scored(&arms).await.unwrap().neighbours
+}
+
+pub async fn the_arms_of_a_search_are_read_together(store: &dyn Relational) {
+    let tenant: TenantId = "arms".parse().unwrap();
+    let ann = scope(Layer::User, "ann");
+    let items = (1..=4).map(|n| addition(ann.clone(), turn(&format!("gem{n}"), n.into()), (n != 3).then_some(n)));
+    let written = add(store, "arms", items.collect()).await;
+    let written: Vec<_> = written.into_iter().map(Result::unwrap).collect();
+    let foreign = addition(ann.clone(), turn("gem1", 1), Some(1));
+    let foreign = add(store, "another", vec![foreign]).await.remove(0).unwrap();
+
+    // What is left out is named by the tenant's own ids; another's tell nothing.
+    let mut sight = sight(&tenant);
+    sight.exclude = vec![written[3].memory.id, foreign.memory.id];
+    let seen = store.seen(&sight).await.unwrap();
+    assert_eq!((seen.scopes.len(), seen.hidden.len(), seen.matching), (1, 1, None));
+    sight.layers = vec![Layer::Agent];
+    assert!(store.seen(&sight).await.unwrap().scopes.is_empty());
+
+    let keys = async |terms: &str| {
+        let terms = aeterna_text::analyse(terms);
+        let found = find(store, &tenant, &seen.scopes, &terms, None, 10).await.unwrap();
+        found.into_iter().map(|(key, _)| key).collect::<Vec<_>>()
+    };
+    let mut all = keys("gem1 gem2 gem3 gem4").await;
+    all.sort();
+    let arms = Arms {
+        lexical: Some(lexical(&tenant, &seen.scopes, &aeterna_text::analyse("gem1"), None, 10)),
+        dense: Some(Rescoring {
+            model: MODEL.into(),
+            keys: all.clone(),
+            vector: vector(2, 128),
+        }),
+        neighbours: Some(Vec::new()),
+    };
+    let scored = store.scored(&arms).await.unwrap();
+    assert_eq!(scored.lexical.iter().map(|(key, _)| *key).collect::<Vec<_>>(), [all[0]]);
+    let dense = scored.dense.unwrap();
+    assert_eq!(dense.len(), 3, "the third has no vector: {dense:?}");
+    let nearest = dense.iter().max_by(|a, b| a.1.total_cmp(&b.1)).unwrap();
+    assert!(nearest.0 == all[1] && nearest.1 > 0.99, "{dense:?}");
+    let mut pairs = scored.neighbours;
+    pairs.sort();
+    assert_eq!(
+        pairs,
+        [(all[0], all[1]), (all[1], all[0]), (all[1], all[2]), (all[3], all[2])],
+        "of the candidates of both arms"
+    );
+}
