@@ -4,7 +4,8 @@
 //! A vector is the sum of the centre of one of 64 topics, the centre of one of its clusters (about 50 vectors each) and noise,
 //! each normal with a variance a dimension that falls as a power law, and scaled to length 1. The power is chosen so that the
 //! first 256 of 1536 dimensions carry 79 % of the energy (`mid`) or 46 % (`hard`). Noise is as strong as the cluster, so that
-//! clusters overlap and neighbours come from several of them. Queries are made like vectors and are not among them.
+//! clusters overlap and neighbours come from several of them. `untrained` vectors are `mid` ones after a rotation that spreads the
+//! energy evenly: the funnel scans all their dimensions, or what a rotation of its own, learned from them, keeps. Queries are made like vectors and are not among them.
 
 mod data;
 mod engines;
@@ -15,7 +16,7 @@ use serde_json::{Value, json};
 
 use crate::stats::percentile;
 use data::Data;
-use engines::{Engine, Exact, Funnel};
+use engines::{Engine, Exact, First, Funnel};
 
 /// What `search` takes.
 #[derive(Debug, clap::Args)]
@@ -26,8 +27,9 @@ pub struct Args {
     /// The largest number of vectors of the growth measurement; it begins at 10,000
     #[arg(long, default_value_t = 1_000_000)]
     growth: usize,
-    /// How the energy falls with the dimension: `mid` or `hard`
-    #[arg(long, default_value = "mid", value_parser = ["mid", "hard"])]
+    /// How the energy falls with the dimension: `mid` or `hard`; `untrained`: as `mid`, turned so that no dimension tells more
+    /// than another
+    #[arg(long, default_value = "mid", value_parser = ["mid", "hard", "untrained"])]
     spectrum: String,
     /// Queries per measurement
     #[arg(long, default_value_t = 200)]
@@ -54,9 +56,13 @@ pub async fn run(args: Args) -> anyhow::Result<Value> {
     );
     let truths: Vec<Vec<Vec<usize>>> = FILTERS.iter().map(|(_, scopes)| data.truth(*scopes)).collect();
     let mut engines = Vec::new();
-    let funnel = Funnel::build(&data).await?;
-    engines.push(measure(&funnel, &data, &truths).await?);
-    drop(funnel);
+    let funnels: &[First] = match args.spectrum.as_str() {
+        "untrained" => &[First::All, First::Learned],
+        _ => &[First::Dimensions],
+    };
+    for first in funnels {
+        engines.push(measure(&Funnel::build(&data, *first).await?, &data, &truths).await?);
+    }
     for (name, dimensions) in [("exact-full", engines::FULL), ("only-256", 256)] {
         engines.push(measure(&Exact::build(name, &data, dimensions), &data, &truths).await?);
     }
@@ -69,7 +75,8 @@ pub async fn run(args: Args) -> anyhow::Result<Value> {
     while n <= args.growth {
         let data = Data::new(n, args.queries.min(100), &args.spectrum, args.seed);
         let truth = [data.truth(SCOPES)];
-        growth.push(measure(&Funnel::build(&data).await?, &data, &truth).await?);
+        let funnel = Funnel::build(&data, funnels[funnels.len() - 1]).await?;
+        growth.push(measure(&funnel, &data, &truth).await?);
         n *= 10;
     }
     let report = json!({

@@ -18,6 +18,7 @@ mod past;
 mod readme;
 mod reembed;
 mod rerank;
+mod rotation;
 mod sandbox;
 mod tenants;
 mod tidy;

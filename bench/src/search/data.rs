@@ -22,6 +22,7 @@ pub struct Data {
 impl Data {
     pub fn new(n: usize, queries: usize, spectrum: &str, seed: u64) -> Self {
         let deviations = deviations(if spectrum == "hard" { 0.46 } else { 0.79 });
+        let turned = spectrum == "untrained";
         let clusters = (n / CLUSTER).max(TOPICS);
         let make = |count: usize, salt: u64| {
             let mut all = vec![0f32; count * FULL];
@@ -38,6 +39,9 @@ impl Data {
                     for (value, deviation) in vector.iter_mut().zip(&deviations) {
                         *value += pull * deviation * normal(&mut rng);
                     }
+                }
+                if turned {
+                    turn(vector);
                 }
                 let norm = vector.iter().map(|x| x * x).sum::<f32>().sqrt();
                 vector.iter_mut().for_each(|x| *x /= norm);
@@ -100,6 +104,30 @@ pub fn nearest<'a>(among: impl Iterator<Item = (usize, &'a [f32])>, query: &[f32
         best.truncate(K);
     }
     best.into_iter().map(|(_, number)| number).collect()
+}
+
+/// Spreads the energy over all dimensions, by the same rotation for every vector: signs are changed at random, blocks of 512 go
+/// through a Walsh-Hadamard transform, and the dimensions of all blocks change places, three times.
+fn turn(vector: &mut [f32]) {
+    let mut rng = Rng::new(0);
+    for _ in 0..3 {
+        for block in vector.chunks_exact_mut(512) {
+            block
+                .iter_mut()
+                .for_each(|value| *value *= 1.0 - 2.0 * rng.below(2) as f32);
+            for half in (0..9).map(|step| 1 << step) {
+                for pair in block.chunks_exact_mut(2 * half) {
+                    let (low, high) = pair.split_at_mut(half);
+                    for (a, b) in low.iter_mut().zip(high) {
+                        (*a, *b) = (*a + *b, *a - *b);
+                    }
+                }
+            }
+        }
+        let before = vector.to_vec();
+        // Neighbours go to places 29 apart, which reaches every place once.
+        (0..FULL).for_each(|at| vector[at * 29 % FULL] = before[at]);
+    }
 }
 
 /// Standard deviations that fall as a power law, with this part of the energy in the first 256 dimensions.

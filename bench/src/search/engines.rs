@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use aeterna_memory::domain::{Key, ScopeKey, Sequence};
 use aeterna_memory::store::code::Code;
+use aeterna_memory::store::flat::rotation::Rotation;
 use aeterna_memory::store::flat::{FlatIndex, Layout, Opened};
 use aeterna_memory::store::sqlite::SqliteStore;
 use aeterna_memory::store::{Among, Entry, Relational as _, VectorIndex as _};
@@ -80,8 +81,20 @@ impl Engine for Exact {
     }
 }
 
+/// What the first pass of a funnel works with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum First {
+    /// The first dimensions.
+    Dimensions,
+    /// All of them, as with a model that was not trained for being cut short.
+    All,
+    /// What a learned rotation keeps of them.
+    Learned,
+}
+
 /// The index and the relational store of the memory service.
 pub struct Funnel {
+    name: &'static str,
     index: FlatIndex,
     store: SqliteStore,
     built: Duration,
@@ -93,11 +106,14 @@ pub struct Funnel {
 const MODEL: &str = "synthetic@1";
 /// Candidates that are rescored at full size, as many as in the service.
 const RESCORED: usize = 200;
+/// Vectors that a rotation is learned from, as many as in the service.
+const SAMPLE: usize = 8192;
 /// Vectors in one transaction.
 const BATCH: usize = 1000;
 
 impl Funnel {
-    pub async fn build(data: &Data) -> anyhow::Result<Self> {
+    /// With the first 256 dimensions in the index; untrained ones with all of them, or as many as a rotation keeps.
+    pub async fn build(data: &Data, first: First) -> anyhow::Result<Self> {
         let directory = tempfile::tempdir()?;
         let path = directory.path().join("memory.db");
         let options = SqliteOptions {
@@ -112,16 +128,34 @@ impl Funnel {
             store: "bench".into(),
             model: MODEL.into(),
             dimension: FULL,
-            prefix: 256,
+            prefix: if first == First::All { FULL } else { 256 },
+            learned: if first == First::Learned { data.len() } else { 0 },
         };
-        let opened = FlatIndex::open(&directory.path().join("vectors"), layout, Sequence::default())?;
-        let (Opened::Fresh(index, _) | Opened::Intact(index)) = opened;
+        let vectors = directory.path().join("vectors");
         let began = Instant::now();
+        let index = match first {
+            First::Learned => {
+                let step = data.len().div_ceil(SAMPLE);
+                let sample = (0..data.len()).step_by(step).map(|number| data.vector(number).to_vec());
+                let learned = Rotation::learn(&sample.collect::<Vec<_>>());
+                let (rotation, share) = learned.context("a rotation can be learned")?;
+                eprintln!("the rotation keeps {share:.4} of the neighbours of a sample");
+                FlatIndex::create_learned(&vectors, &layout, rotation)?
+            }
+            _ => match FlatIndex::open(&vectors, layout, Sequence::default())? {
+                Opened::Fresh(index, _) | Opened::Intact(index) => index,
+            },
+        };
         fill(data, &path, &index)?;
         let built = began.elapsed();
         let memory = resident()?.saturating_sub(before);
         let disk = index.bytes() + table_bytes(&path)?;
         Ok(Self {
+            name: match first {
+                First::Dimensions => "funnel",
+                First::All => "funnel-all",
+                First::Learned => "funnel-learned",
+            },
             index,
             store: open().await?,
             built,
@@ -190,7 +224,7 @@ fn resident() -> anyhow::Result<u64> {
 
 impl Engine for Funnel {
     fn name(&self) -> &'static str {
-        "funnel"
+        self.name
     }
 
     async fn search(&self, query: &[f32], scopes: usize) -> anyhow::Result<Vec<usize>> {

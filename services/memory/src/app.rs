@@ -74,6 +74,20 @@ pub trait Indexes: Send + Sync {
     /// When the disk can't be used.
     fn open(&self, model: &Model, end: Sequence) -> std::io::Result<(Arc<dyn VectorIndex>, Option<String>)>;
 
+    /// Begins an index whose first pass works with a rotation learned from some of the `count` vectors of a model; `None` when
+    /// that would find less.
+    ///
+    /// # Errors
+    /// When the disk can't be used.
+    fn learn(&self, model: &Model, vectors: &[Vec<f32>], count: usize)
+    -> std::io::Result<Option<Arc<dyn VectorIndex>>>;
+
+    /// Removes the other indexes of a model than the one that serves.
+    ///
+    /// # Errors
+    /// When the disk refuses.
+    fn settle(&self, serving: &Serving) -> std::io::Result<()>;
+
     /// Removes the index of a model that is of no use any more.
     ///
     /// # Errors
@@ -95,6 +109,8 @@ pub struct App {
     pub(crate) serving: RwLock<Arc<Serving>>,
     /// The default model: every memory gets a vector of it, and then searches are answered by it.
     pub(crate) wanted: Model,
+    /// A rotation may be learned.
+    pub(crate) learn: bool,
     pub(crate) embedder: AnyChannel,
     pub(crate) credentials: Credentials,
     pub(crate) clock: Arc<dyn Clock>,

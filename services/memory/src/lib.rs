@@ -6,6 +6,7 @@ pub mod domain;
 pub mod error;
 pub mod filter;
 mod grpc;
+mod indexes;
 mod metrics;
 pub mod store;
 
@@ -28,11 +29,10 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
 
-use app::{App, Background, Indexes, Model, Serving};
-use domain::Sequence;
-use store::flat::{FlatIndex, Layout, Opened};
+use app::{App, Background, Indexes as _, Model, Serving};
+use indexes::FlatIndexes;
+use store::Relational;
 use store::sqlite::SqliteStore;
-use store::{Relational, VectorIndex};
 
 /// The service's name in its contract.
 pub const SERVICE: &str = "aeterna.memory.v1.MemoryService";
@@ -68,8 +68,13 @@ pub const SETTINGS: &[Setting] = &[
     ),
     Setting::new(
         "memory.readers",
-        "6",
-        "Connections for reading, 1 to 64; searches take up to half of them.",
+        "0",
+        "Connections for reading, 1 to 64, half of them for searches; 0: two for each processor.",
+    ),
+    Setting::new(
+        "memory.rotation",
+        "true",
+        "Learn from the stored vectors, of a model not trained for being cut short, which half of them, or less, a first pass needs.",
     ),
 ];
 
@@ -82,6 +87,7 @@ pub struct Config {
     pub embedding: String,
     busy_timeout: Duration,
     readers: u32,
+    rotation: bool,
 }
 
 impl Config {
@@ -91,13 +97,18 @@ impl Config {
         let index = port(reader, "memory.index", "flat");
         let embedding = reader.text("memory.embedding");
         let busy_timeout = reader.duration("memory.busy_timeout");
-        let readers = reader.within("memory.readers", 1..=64);
+        let readers = reader.within("memory.readers", 0..=64);
+        let rotation = reader.get("memory.rotation");
         Some(Self {
             store: store?,
             index: index?,
             embedding: embedding?,
             busy_timeout: busy_timeout?,
-            readers: readers?,
+            readers: match readers? {
+                0 => std::thread::available_parallelism().map_or(4, |cores| (2 * cores.get()).clamp(4, 64) as u32),
+                readers => readers,
+            },
+            rotation: rotation?,
         })
     }
 }
@@ -181,12 +192,9 @@ pub async fn build(config: Config, deps: Deps) -> Result<Service, Error> {
     let wanted = models.iter().find(|model| model.default);
     let wanted = model(wanted.ok_or_else(|| Error::unavailable("the embedding service has no model"))?)?;
     let first = serving(&wanted, &models, store.as_ref()).await?;
-    let indexes = FlatIndexes {
-        root: deps.data_dir.join(&config.index),
-        store: store.identity().await?,
-    };
+    let indexes = FlatIndexes::new(deps.data_dir.join(&config.index), store.identity().await?);
     let unusable = |error: std::io::Error| {
-        let shown = indexes.root.display();
+        let shown = config.index.display();
         Error::new(
             Reason::NotConfigured,
             format!("the vector index `{shown}` can't be used: {error}"),
@@ -199,6 +207,7 @@ pub async fn build(config: Config, deps: Deps) -> Result<Service, Error> {
         indexes: Arc::new(indexes),
         serving: RwLock::new(Arc::new(Serving { model: first, index })),
         wanted,
+        learn: config.rotation,
         embedder: deps.embedder,
         credentials: deps.credentials,
         clock: Arc::new(SystemClock),
@@ -327,49 +336,4 @@ fn model(model: &embedding::Model) -> Result<Model, Error> {
         dimension,
         prefix,
     })
-}
-
-/// Flat indexes in a directory, each in one of its own.
-struct FlatIndexes {
-    root: PathBuf,
-    /// The relational store that they follow.
-    store: String,
-}
-
-impl Indexes for FlatIndexes {
-    fn open(&self, model: &Model, end: Sequence) -> std::io::Result<(Arc<dyn VectorIndex>, Option<String>)> {
-        let layout = Layout {
-            store: self.store.clone(),
-            model: model.identity.clone(),
-            dimension: model.dimension,
-            prefix: model.prefix,
-        };
-        Ok(
-            match FlatIndex::open(&self.root.join(file_name(&model.identity)), layout, end)? {
-                Opened::Intact(index) => (Arc::new(index), None),
-                Opened::Fresh(index, why) => (Arc::new(index), Some(why)),
-            },
-        )
-    }
-
-    fn remove(&self, identity: &str) -> std::io::Result<()> {
-        match std::fs::remove_dir_all(self.root.join(file_name(identity))) {
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
-            removed => removed,
-        }
-    }
-}
-
-/// A name for a directory.
-fn file_name(identity: &str) -> String {
-    identity
-        .chars()
-        .map(|c| {
-            if c.is_ascii_alphanumeric() || "-@.".contains(c) {
-                c
-            } else {
-                '_'
-            }
-        })
-        .collect()
 }

@@ -580,6 +580,12 @@ pub trait VectorIndex: Send + Sync {
         self.len() == 0
     }
 
+    /// Some of its vectors, of old ones as many as of new ones; at most `count`.
+    fn some(&self, count: usize) -> Vec<Key>;
+
+    /// Vectors that there were when the rotation of its first pass was learned; 0: there is none.
+    fn learned(&self) -> usize;
+
     /// Bytes on disk.
     fn bytes(&self) -> u64;
 

@@ -1,9 +1,9 @@
 //! The background work: keeping the vector index in step with the outbox, making up vectors that are pending, embedding anew
-//! by another model, reaping what has expired, and telling watchers. Each is a task of its own; only the first one writes the index, so changes are applied in order.
+//! by another model, learning a rotation, reaping what has expired, and telling watchers. Each is a task of its own; only the first one writes the index, so changes are applied in order.
 
 use std::collections::HashSet;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use aeterna_error::{Error, Reason};
@@ -32,6 +32,12 @@ const FLUSH: Duration = Duration::from_secs(5);
 const TOLD: Duration = Duration::from_secs(10);
 /// How often policies are asked about what was deleted.
 const FORGET: Duration = Duration::from_secs(10);
+/// Vectors from which on a rotation is learned.
+const LEARNED_FROM: usize = 2_000;
+/// How many times as many there are when it is learned again.
+const GROWN: usize = 8;
+/// Vectors that a rotation is learned from and tried with, at most.
+const SAMPLE: usize = 8_192;
 /// Nothing is pending.
 const NOTHING: i64 = i64::MAX;
 
@@ -52,6 +58,8 @@ struct Pending {
     some: Notify,
     /// Every memory has a vector by the next model.
     switch: AtomicBool,
+    /// An index with a learned rotation that has everything up to its watermark.
+    learned: Mutex<Option<Serving>>,
 }
 
 impl App {
@@ -73,6 +81,7 @@ impl Background {
             from: AtomicI64::new(0),
             some: Notify::new(),
             switch: AtomicBool::new(false),
+            learned: Mutex::new(None),
         });
         Self {
             app,
@@ -109,6 +118,7 @@ impl Background {
             self.follow(&stop),
             self.make_up(&stop),
             self.embed_anew(&stop),
+            self.learn(&stop),
             self.reap(&stop),
             self.app.publish(&stop)
         );
@@ -125,7 +135,10 @@ impl Background {
             {
                 tracing::warn!(error = %error.chain(), "the new model can't serve yet; trying again");
             }
-            match self.catch_up().await {
+            if let Err(error) = self.hand_over().await {
+                tracing::warn!(error = %error.chain(), "the index with a learned rotation can't serve yet; trying again");
+            }
+            match self.catch_up(&self.app.serving()).await {
                 Ok(changed) => {
                     dirty |= changed;
                     self.report("index", Dependency::Up).await;
@@ -146,7 +159,7 @@ impl Background {
             }
         }
         // What was written until the last call was answered.
-        if let Err(error) = self.catch_up().await {
+        if let Err(error) = self.catch_up(&self.app.serving()).await {
             tracing::warn!(error = %error.chain(), "the index is left behind; it catches up at the next start");
         }
         let _ = self.try_flush().await;
@@ -156,10 +169,22 @@ impl Background {
         self.health.report(self.service, dependency, state).await;
     }
 
-    /// Applies what is new in the outbox.
-    async fn catch_up(&self) -> Result<bool, Error> {
+    /// Applies what is new in the outbox to the index that serves.
+    async fn catch_up(&self, serving: &Serving) -> Result<bool, Error> {
         let app = &self.app;
-        let serving = app.serving();
+        let indexed = |watermark| {
+            app.indexed.send_replace(watermark);
+        };
+        let changed = self.apply_new(serving, indexed).await?;
+        let end = app.store.last_sequence().await?;
+        let lag = u64::try_from(end.0 - serving.index.watermark().0).unwrap_or(0);
+        app.metrics.index_lag.record(lag, &[]);
+        Ok(changed)
+    }
+
+    /// Applies what is new in the outbox to an index, and tells how far it is; true when there was something.
+    async fn apply_new(&self, serving: &Serving, applied: impl Fn(Sequence)) -> Result<bool, Error> {
+        let app = &self.app;
         let mut changed = false;
         loop {
             let events = app.store.events(serving.index.watermark(), BATCH).await?;
@@ -175,13 +200,10 @@ impl Background {
                 self.pending.from.fetch_min(first, Ordering::SeqCst);
                 self.pending.some.notify_one();
             }
-            apply(&serving, entries, gone, last.sequence).await?;
+            apply(serving, entries, gone, last.sequence).await?;
+            applied(serving.index.watermark());
             changed = true;
-            app.indexed.send_replace(serving.index.watermark());
         }
-        let end = app.store.last_sequence().await?;
-        let lag = u64::try_from(end.0 - serving.index.watermark().0).unwrap_or(0);
-        app.metrics.index_lag.record(lag, &[]);
         Ok(changed)
     }
 
@@ -378,6 +400,101 @@ impl Background {
         self.pending.from.store(0, Ordering::SeqCst);
         self.pending.some.notify_one();
         app.forget_model(&before).await
+    }
+
+    /// Learns a rotation when there are enough vectors, and again when there are many more, while searches go on by the index
+    /// before.
+    async fn learn(&self, stop: &CancellationToken) {
+        if !self.app.learn {
+            return;
+        }
+        let mut tried = (String::new(), 0);
+        loop {
+            let learned = tokio::select! {
+                () = stop.cancelled() => return,
+                learned = self.learn_some(&mut tried) => learned,
+            };
+            if let Err(error) = learned {
+                tracing::warn!(error = %error.chain(), "a rotation can't be learned; trying again with more vectors");
+            }
+            tokio::select! {
+                () = stop.cancelled() => return,
+                () = tokio::time::sleep(PAUSE) => {}
+            }
+        }
+    }
+
+    /// `tried` is the model and the number of vectors of the last time.
+    async fn learn_some(&self, tried: &mut (String, usize)) -> Result<(), Error> {
+        let app = &self.app;
+        let serving = app.serving();
+        let (model, index) = (&serving.model, &serving.index);
+        let before = match tried.0 == model.identity {
+            true => tried.1.max(index.learned()),
+            false => index.learned(),
+        };
+        let count = index.len();
+        // Where the first dimensions tell enough there is nothing to learn.
+        if model.prefix < model.dimension || count < LEARNED_FROM.max(before * GROWN) {
+            return Ok(());
+        }
+        *tried = (model.identity.clone(), count);
+        let vectors = app.store.vectors(&model.identity, &index.some(SAMPLE)).await?;
+        let vectors: Vec<Vec<f32>> = vectors.into_iter().map(|(_, vector)| vector).collect();
+        let (indexes, of) = (Arc::clone(&app.indexes), model.clone());
+        let learned = tokio::task::spawn_blocking(move || indexes.learn(&of, &vectors, count)).await;
+        let learned = learned
+            .map_err(Error::internal)?
+            .map_err(|error| Error::unavailable("an index can't be begun").caused_by(error))?;
+        let Some(index) = learned else {
+            tracing::info!(
+                model = model.name,
+                vectors = count,
+                "no rotation serves: all dimensions are scanned"
+            );
+            return Ok(());
+        };
+        let next = Serving {
+            model: model.clone(),
+            index,
+        };
+        self.rebuild(&next).await?;
+        *self.learned() = Some(next);
+        app.committed.send_replace(());
+        Ok(())
+    }
+
+    fn learned(&self) -> MutexGuard<'_, Option<Serving>> {
+        self.pending.learned.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Answers searches by the index with a learned rotation, if one is ready. Called by the writer of the index, so that no
+    /// change is missed.
+    async fn hand_over(&self) -> Result<(), Error> {
+        let app = &self.app;
+        let Some(next) = self.learned().take() else {
+            return Ok(());
+        };
+        if next.model.identity != app.serving().model.identity {
+            return Ok(());
+        }
+        if let Err(error) = self.apply_new(&next, |_| ()).await {
+            *self.learned() = Some(next);
+            return Err(error);
+        }
+        flush(&next).await?;
+        tracing::info!(
+            model = next.model.name,
+            vectors = next.index.len(),
+            "searches scan by a learned rotation"
+        );
+        app.serve(next);
+        app.indexed.send_replace(app.serving().index.watermark());
+        let (indexes, serving) = (Arc::clone(&app.indexes), app.serving());
+        let settled = tokio::task::spawn_blocking(move || indexes.settle(&serving)).await;
+        settled
+            .map_err(Error::internal)?
+            .map_err(|error| Error::unavailable("the index before can't be removed").caused_by(error))
     }
 
     /// The vectors of memories' texts; a text that the model refuses has none, and does not keep the others from theirs.

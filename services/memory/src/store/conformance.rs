@@ -628,6 +628,8 @@ pub fn vector_index(index: &dyn VectorIndex) {
     let entries: Vec<Entry> = (1..=300).map(|key| entry(key, key % 3)).collect();
     index.apply(&entries, &[], Sequence(5)).unwrap();
     assert_eq!((index.len(), index.watermark()), (300, Sequence(5)));
+    let some: HashSet<Key> = index.some(20).into_iter().collect();
+    assert!((10..=20).contains(&some.len()) && some.iter().any(|key| key.0 < 50) && some.iter().any(|key| key.0 > 250));
     let scopes = |keys: &[i64]| keys.iter().map(|key| ScopeKey(*key)).collect::<HashSet<_>>();
     let search = |query: u32, places: &[i64], exclude: &[i64], limit: usize| {
         let among = Among {

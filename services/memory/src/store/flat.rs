@@ -3,22 +3,28 @@
 //! The file holds, per vector, its key, scope and the int8 high part of the prefix of its code, under a checksum. A search
 //! narrows down in stages: signs (1 bit a dimension, kept in memory) for many vectors, int8 for the best of them; the caller
 //! rescores what remains with the full-size codes of the relational store. A small manifest says up to which change of the
-//! outbox everything is in. Both are rebuilt from the relational store when they are missing, damaged, ahead of it, or of
+//! outbox everything is in. Of a model that was not trained for being cut short, all dimensions are kept at first, and then
+//! those of a learned rotation, in a directory of its own. All are rebuilt from the relational store when they are missing, damaged, ahead of it, or of
 //! another store or model.
 
 mod file;
+pub mod rotation;
 mod scan;
 
+use std::borrow::Cow;
 use std::collections::{HashMap, HashSet};
 use std::io;
 use std::path::Path;
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+
+use rayon::prelude::*;
 
 use super::code::{BLOCK, Code, SCALE};
 use super::{Among, Entry, VectorIndex};
 use crate::domain::{Key, ScopeKey, Sequence};
 pub use file::Layout;
 use file::{Files, Head};
+use rotation::Rotation;
 use scan::{Rows, Signs};
 
 /// The index of one model.
@@ -26,6 +32,9 @@ use scan::{Rows, Signs};
 pub struct FlatIndex {
     prefix: usize,
     dimension: usize,
+    /// Vectors that there were when the rotation was learned.
+    learned: usize,
+    rotation: Option<Rotation>,
     inner: RwLock<Inner>,
 }
 
@@ -64,23 +73,64 @@ impl FlatIndex {
     /// # Errors
     /// When the directory can't be written.
     pub fn open(directory: &Path, layout: Layout, end: Sequence) -> io::Result<Opened> {
-        let (prefix, dimension) = (layout.prefix, layout.dimension);
-        let index = |files: Files, watermark: Sequence| Self {
-            prefix,
-            dimension,
-            inner: RwLock::new(Inner::new(files, watermark, prefix)),
-        };
-        let opened = Files::open(directory, &layout, end).and_then(|(files, watermark)| {
-            let index = index(files, watermark);
-            index.write().load(prefix)?;
-            Ok(index)
-        });
-        match opened {
+        match Self::load(directory, &layout, end, None) {
             Ok(index) => Ok(Opened::Intact(index)),
             Err(why) => {
-                let files = Files::create(directory, layout)?;
-                Ok(Opened::Fresh(index(files, Sequence::default()), why))
+                let files = Files::create(directory, layout.clone())?;
+                Ok(Opened::Fresh(Self::of(&layout, files, Sequence::default(), None), why))
             }
+        }
+    }
+
+    /// Opens the index in `directory` whose rotation was learned.
+    ///
+    /// # Errors
+    /// Why it can't be used.
+    pub fn open_learned(directory: &Path, layout: &Layout, end: Sequence) -> Result<Self, String> {
+        let rotation = Rotation::read(directory, layout.dimension, layout.prefix);
+        Self::load(directory, layout, end, Some(rotation.ok_or("its rotation is damaged")?))
+    }
+
+    /// Begins an index in `directory` with a rotation that was learned.
+    ///
+    /// # Errors
+    /// When the directory can't be written.
+    pub fn create_learned(directory: &Path, layout: &Layout, rotation: Rotation) -> io::Result<Self> {
+        let files = Files::create(directory, layout.clone())?;
+        rotation.write(directory)?;
+        Ok(Self::of(layout, files, Sequence::default(), Some(rotation)))
+    }
+
+    /// Removes the index that lies in `directory` itself.
+    ///
+    /// # Errors
+    /// When the disk refuses.
+    pub fn remove(directory: &Path) -> io::Result<()> {
+        Files::remove(directory)
+    }
+
+    fn of(layout: &Layout, files: Files, watermark: Sequence, rotation: Option<Rotation>) -> Self {
+        Self {
+            prefix: layout.prefix,
+            dimension: layout.dimension,
+            learned: layout.learned,
+            rotation,
+            inner: RwLock::new(Inner::new(files, watermark, layout.prefix)),
+        }
+    }
+
+    fn load(directory: &Path, layout: &Layout, end: Sequence, rotation: Option<Rotation>) -> Result<Self, String> {
+        let (files, watermark) = Files::open(directory, layout, end)?;
+        let index = Self::of(layout, files, watermark, rotation);
+        index.write().load(layout.prefix)?;
+        Ok(index)
+    }
+
+    /// What is kept of a code.
+    fn shorten<'a>(&self, code: &'a Code) -> Cow<'a, Code> {
+        match &self.rotation {
+            Some(rotation) => Cow::Owned(rotation.shorten(code)),
+            None => Cow::Borrowed(code),
         }
     }
 
@@ -185,20 +235,16 @@ impl Inner {
         }
     }
 
-    fn upsert(&mut self, entry: &Entry, prefix: usize) -> io::Result<()> {
-        let slot = match self.by_key.get(&entry.key) {
+    fn upsert(&mut self, key: Key, scope: ScopeKey, code: &Code, prefix: usize) -> io::Result<()> {
+        let slot = match self.by_key.get(&key) {
             Some(slot) => *slot,
             None => self.slot()?,
         };
-        let head = Head {
-            live: true,
-            key: entry.key,
-            scope: entry.scope,
-        };
-        self.files.put(slot, &head, Some(&entry.code));
-        self.keys[slot] = entry.key;
-        self.own(slot, Some(entry.scope));
-        self.by_key.insert(entry.key, slot);
+        let head = Head { live: true, key, scope };
+        self.files.put(slot, &head, Some(code));
+        self.keys[slot] = key;
+        self.own(slot, Some(scope));
+        self.by_key.insert(key, slot);
         let rows = Rows::new(self.files.rows(), prefix);
         self.signs.put(&rows, slot, self.keys.len());
         Ok(())
@@ -242,10 +288,12 @@ impl VectorIndex for FlatIndex {
             let why = "a vector has another size than the index";
             return Err(io::Error::new(io::ErrorKind::InvalidInput, why));
         }
+        // Before searches have to wait.
+        let codes: Vec<Cow<'_, Code>> = upserts.par_iter().map(|entry| self.shorten(&entry.code)).collect();
         let mut inner = self.write();
         removals.iter().for_each(|key| inner.remove(*key));
-        for entry in upserts {
-            inner.upsert(entry, self.prefix)?;
+        for (entry, code) in upserts.iter().zip(codes) {
+            inner.upsert(entry.key, entry.scope, &code, self.prefix)?;
         }
         inner.watermark = inner.watermark.max(watermark);
         Ok(())
@@ -256,10 +304,11 @@ impl VectorIndex for FlatIndex {
     }
 
     fn search(&self, query: &Code, among: &Among, limit: usize) -> Vec<(Key, f32)> {
-        let inner = self.read();
         if query.dimension() != self.dimension || limit == 0 {
             return Vec::new();
         }
+        let query = &*self.shorten(query);
+        let inner = self.read();
         let rows = Rows::new(inner.files.rows(), self.prefix);
         let slots = inner.nearest(query, among, limit);
         let best = rows.best(query, &slots, limit);
@@ -272,8 +321,20 @@ impl VectorIndex for FlatIndex {
         self.read().by_key.len()
     }
 
+    fn some(&self, count: usize) -> Vec<Key> {
+        let inner = self.read();
+        let mut slots: Vec<usize> = inner.by_key.values().copied().collect();
+        slots.sort_unstable();
+        let step = slots.len().div_ceil(count.max(1)).max(1);
+        slots.into_iter().step_by(step).map(|slot| inner.keys[slot]).collect()
+    }
+
+    fn learned(&self) -> usize {
+        self.learned
+    }
+
     fn bytes(&self) -> u64 {
-        self.read().files.bytes()
+        self.read().files.bytes() + self.rotation.as_ref().map_or(0, Rotation::bytes)
     }
 
     fn flush(&self) -> io::Result<()> {
@@ -298,6 +359,7 @@ mod tests {
             model: model.into(),
             dimension: 128,
             prefix: 128,
+            learned: 0,
         }
     }
 

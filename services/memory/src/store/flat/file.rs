@@ -30,6 +30,9 @@ pub struct Layout {
     pub dimension: usize,
     /// Dimensions that are kept here.
     pub prefix: usize,
+    /// Vectors that there were when a rotation was learned from them; 0: the first dimensions are kept.
+    #[serde(default)]
+    pub learned: usize,
 }
 
 /// What the small file says.
@@ -127,6 +130,17 @@ impl Files {
             slots: 0,
             size,
         })
+    }
+
+    /// Removes the files; what is counted on goes first.
+    pub fn remove(directory: &Path) -> io::Result<()> {
+        for name in ["manifest.json", "vectors.bin"] {
+            match fs::remove_file(directory.join(name)) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                removed => removed?,
+            }
+        }
+        Ok(())
     }
 
     /// Rows in use, free ones between them included.

@@ -1,5 +1,7 @@
 //! The stages of the funnel that need no more than the index.
 
+use std::sync::{Mutex, MutexGuard, PoisonError, mpsc};
+
 use rayon::prelude::*;
 
 use super::super::code::{BLOCK, Code, SCALE, STEP, scales};
@@ -18,6 +20,8 @@ const PARALLEL: usize = 1 << 18;
 const AHEAD: usize = 6;
 /// Vectors that a thread takes at a time.
 const CHUNK: usize = 1 << 15;
+/// Vectors whose signs stay in a processor's cache while several searches go over them.
+const SHARED: usize = 1 << 12;
 /// Vectors that the centre is the mean of, at most.
 const SAMPLE: usize = 8192;
 
@@ -138,6 +142,9 @@ fn signs(values: &[i8], scales: impl Iterator<Item = f32>, centre: &[f32], out: 
     }
 }
 
+/// A search that waits for a pass: its signs, and where its distances go.
+type Waiting = (Vec<u64>, mpsc::Sender<Vec<u16>>);
+
 /// The signs of all rows: 1 bit a dimension, made from the rows and never stored.
 #[derive(Debug)]
 pub struct Signs {
@@ -148,6 +155,10 @@ pub struct Signs {
     centre: Vec<f32>,
     /// Rows when the centre was taken.
     taken: usize,
+    /// Searches that wait for a pass.
+    waiting: Mutex<Vec<Waiting>>,
+    /// Held during a pass.
+    turn: Mutex<()>,
 }
 
 impl Signs {
@@ -158,6 +169,8 @@ impl Signs {
             bits: Vec::new(),
             centre: vec![0.0; prefix],
             taken: 0,
+            waiting: Mutex::default(),
+            turn: Mutex::default(),
         }
     }
 
@@ -223,15 +236,7 @@ impl Signs {
             return (0..count).filter(|slot| shown(*slot)).filter_map(number).collect();
         }
         let wanted = self.wanted(query);
-        let mut distances = vec![0u16; count];
-        let bits = &self.bits[..count * self.words];
-        match count < PARALLEL {
-            true => distances_to(&wanted, bits, &mut distances),
-            false => {
-                let parts = bits.par_chunks(CHUNK * self.words).zip(distances.par_chunks_mut(CHUNK));
-                parts.for_each(|(bits, distances)| distances_to(&wanted, bits, distances));
-            }
-        }
+        let distances = self.distances(wanted, count);
         let farthest = self.words * BLOCK;
         let counts = histogram(&distances, &shown, farthest);
         let cut = cut(&counts, keep);
@@ -250,6 +255,41 @@ impl Signs {
         near
     }
 
+    /// The distances of the first `count` slots. Of few, each search makes its own pass; a pass over many uses all threads, and
+    /// serves all searches that wait when it begins: the signs come from memory once for all of them.
+    fn distances(&self, wanted: Vec<u64>, count: usize) -> Vec<u16> {
+        let bits = &self.bits[..count * self.words];
+        if count < PARALLEL {
+            let mut distances = vec![0u16; count];
+            distances_to(&wanted, bits, &mut distances);
+            return distances;
+        }
+        let (answer, answered) = mpsc::channel();
+        lock(&self.waiting).push((wanted, answer));
+        let _turn = lock(&self.turn);
+        // The pass before may have served this one, too.
+        if let Ok(distances) = answered.try_recv() {
+            return distances;
+        }
+        let searches = std::mem::take(&mut *lock(&self.waiting));
+        let mut all = vec![vec![0u16; count]; searches.len()];
+        let mut chunks: Vec<Vec<&mut [u16]>> = (0..count.div_ceil(SHARED)).map(|_| Vec::new()).collect();
+        for distances in &mut all {
+            let parts = distances.chunks_mut(SHARED).zip(&mut chunks);
+            parts.for_each(|(part, chunk)| chunk.push(part));
+        }
+        let parts = bits.par_chunks(SHARED * self.words).zip(chunks);
+        parts.for_each(|(bits, outs)| {
+            let searches = searches.iter().zip(outs);
+            searches.for_each(|((wanted, _), out)| distances_to(wanted, bits, out));
+        });
+        for ((_, answer), distances) in searches.into_iter().zip(all) {
+            // Nobody waits only when the search was given up.
+            let _ = answer.send(distances);
+        }
+        answered.try_recv().unwrap_or_default()
+    }
+
     /// The signs of a query.
     fn wanted(&self, query: &Code) -> Vec<u64> {
         let mut wanted = vec![0; self.words];
@@ -262,6 +302,10 @@ impl Signs {
         );
         wanted
     }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// How many of so many go on.
@@ -339,5 +383,31 @@ fn distances_plain(wanted: &[u64], bits: &[u64], out: &mut [u16]) {
     }
     for (row, out) in bits.chunks_exact(wanted.len()).zip(out) {
         *out = distance(row, wanted);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn searches_that_share_a_pass_get_what_each_would_get_alone() {
+        let mut signs = Signs::new(BLOCK);
+        let word = |number: usize| (number as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        signs.bits = (0..PARALLEL + 77).map(word).collect();
+        std::thread::scope(|scope| {
+            for caller in 0..16 {
+                let signs = &signs;
+                scope.spawn(move || {
+                    for round in 0..5 {
+                        let wanted = word(caller * 31 + round);
+                        let found = signs.distances(vec![wanted], signs.bits.len());
+                        let alone: Vec<u16> = signs.bits.iter().map(|row| distance(&[*row], &[wanted])).collect();
+                        assert!(found == alone, "caller {caller}, round {round}");
+                    }
+                });
+            }
+        });
+        assert!(signs.waiting.lock().unwrap().is_empty());
     }
 }

@@ -1,0 +1,300 @@
+//! A learned rotation for models whose vectors were not trained to be cut short: the directions in which most of their energy
+//! lies, found among the vectors themselves.
+//!
+//! The directions are the first ones of an uncentred principal component analysis, found by orthogonal iteration (Golub and
+//! Van Loan 2013, §8.2.4), and then mixed at random, so that every sign tells equally much (Gong et al. 2013,
+//! §3). Inner products of what is kept are near those of the vectors; the best by them are rescored at full size.
+
+use std::io::{self, Write as _};
+use std::path::Path;
+
+use rayon::prelude::*;
+
+use super::super::code::{BLOCK, Code};
+
+/// The name of its file.
+const FILE: &str = "rotation.bin";
+/// Vectors that are needed to learn from.
+const LEAST: usize = 1024;
+/// Rounds of the iteration: more bring nothing that a first pass would notice.
+const ROUNDS: usize = 10;
+/// Vectors that a rotation is tried with as queries.
+const TRIED: usize = 128;
+/// Nearest neighbours that it should keep.
+const NEAREST: usize = 10;
+/// Candidates among which they should be.
+const CANDIDATES: usize = 2 * NEAREST;
+/// The part of the neighbours that has to be among the candidates.
+const KEPT: f64 = 0.98;
+
+/// Directions, each of unit length and at right angles to the others.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Rotation {
+    dimension: usize,
+    directions: Vec<f32>,
+}
+
+/// How many directions are kept of so many dimensions; `None` when that would save little.
+pub fn kept(dimension: usize) -> Option<usize> {
+    let kept = (dimension / 2).next_multiple_of(BLOCK).min(256);
+    (2 * kept <= dimension).then_some(kept)
+}
+
+impl Rotation {
+    /// Learns from the first half of some vectors, tries it on the second, and says which part of the nearest neighbours it
+    /// keeps there; `None` when that is too little, or when there are too few vectors.
+    pub fn learn(vectors: &[Vec<f32>]) -> Option<(Self, f64)> {
+        let dimension = vectors.first()?.len();
+        if vectors.len() < LEAST || vectors.iter().any(|vector| vector.len() != dimension) {
+            return None;
+        }
+        let (learned, tried) = vectors.split_at(vectors.len() / 2);
+        let rotation = Self::fit(learned, kept(dimension)?);
+        let share = rotation.keeps(tried);
+        tracing::debug!(share, "neighbours that a learned rotation keeps");
+        (share >= KEPT).then_some((rotation, share))
+    }
+
+    /// The directions of most energy.
+    fn fit(vectors: &[Vec<f32>], kept: usize) -> Self {
+        let dimension = vectors[0].len();
+        let moments = moments(vectors);
+        let mut directions = at_random(kept, dimension);
+        for _ in 0..ROUNDS {
+            directions
+                .par_chunks_mut(dimension)
+                .for_each(|direction| direction.copy_from_slice(&times(&moments, direction)));
+            straighten(&mut directions, dimension);
+        }
+        let mut mixture = at_random(kept, kept);
+        straighten(&mut mixture, kept);
+        let mix = |weights: &[f32]| {
+            let mut mixed = vec![0f32; dimension];
+            for (weight, direction) in weights.iter().zip(directions.chunks_exact(dimension)) {
+                add(&mut mixed, *weight, direction);
+            }
+            mixed
+        };
+        Self {
+            dimension,
+            directions: mixture.par_chunks(kept).flat_map_iter(mix).collect(),
+        }
+    }
+
+    /// What a vector has in each direction.
+    pub fn apply(&self, vector: &[f32]) -> Vec<f32> {
+        #[cfg(target_arch = "x86_64")]
+        if std::arch::is_x86_feature_detected!("avx2") {
+            // SAFETY: the processor has the instructions, as was just asked.
+            return unsafe { self.apply_avx2(vector) };
+        }
+        self.apply_plain(vector)
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx2")]
+    fn apply_avx2(&self, vector: &[f32]) -> Vec<f32> {
+        self.apply_plain(vector)
+    }
+
+    #[inline(always)]
+    fn apply_plain(&self, vector: &[f32]) -> Vec<f32> {
+        let directions = self.directions.chunks_exact(self.dimension);
+        directions.map(|direction| dot(direction, vector)).collect()
+    }
+
+    /// The code of what is kept of a vector.
+    pub fn shorten(&self, code: &Code) -> Code {
+        let kept = self.apply(&code.decode());
+        // Finite and a multiple of the block long, as the vector was.
+        Code::encode(&kept).unwrap_or_else(|| code.clone())
+    }
+
+    /// The part of the nearest neighbours of some of the vectors, among the others, that are near by what is kept, too.
+    fn keeps(&self, vectors: &[Vec<f32>]) -> f64 {
+        let short: Vec<Vec<f32>> = vectors.par_iter().map(|vector| self.apply(vector)).collect();
+        let found = (0..TRIED.min(vectors.len())).into_par_iter().map(|query| {
+            let near = nearest(&short, query, CANDIDATES);
+            let wanted = nearest(vectors, query, NEAREST);
+            wanted.iter().filter(|number| near.contains(number)).count()
+        });
+        found.sum::<usize>() as f64 / (TRIED.min(vectors.len()) * NEAREST) as f64
+    }
+
+    /// Writes it to a directory.
+    ///
+    /// # Errors
+    /// When the disk refuses.
+    pub fn write(&self, directory: &Path) -> io::Result<()> {
+        let mut bytes = u32::try_from(self.dimension).unwrap_or(0).to_le_bytes().to_vec();
+        bytes.extend(self.directions.iter().flat_map(|value| value.to_le_bytes()));
+        bytes.extend(crc32fast::hash(&bytes).to_le_bytes());
+        let mut file = std::fs::File::create(directory.join(FILE))?;
+        file.write_all(&bytes)?;
+        file.sync_all()
+    }
+
+    /// Reads it from a directory; `None` when it is missing, damaged, or of other sizes.
+    pub fn read(directory: &Path, dimension: usize, kept: usize) -> Option<Self> {
+        let bytes = std::fs::read(directory.join(FILE)).ok()?;
+        let (rest, sum) = bytes.split_last_chunk::<4>()?;
+        let (size, values) = rest.split_first_chunk::<4>()?;
+        let whole = crc32fast::hash(rest) == u32::from_le_bytes(*sum) && values.len() == kept * dimension * 4;
+        if !whole || u32::from_le_bytes(*size) as usize != dimension {
+            return None;
+        }
+        let directions = values.as_chunks::<4>().0.iter().map(|value| f32::from_le_bytes(*value));
+        Some(Self {
+            dimension,
+            directions: directions.collect(),
+        })
+    }
+
+    /// Bytes that it takes.
+    pub fn bytes(&self) -> u64 {
+        (self.directions.len() * 4 + 8) as u64
+    }
+}
+
+/// The mean of the products of all pairs of dimensions: a symmetric matrix.
+fn moments(vectors: &[Vec<f32>]) -> Vec<f32> {
+    let dimension = vectors[0].len();
+    let mut moments = vec![0f32; dimension * dimension];
+    let share = 1.0 / vectors.len() as f32;
+    moments.par_chunks_mut(dimension).enumerate().for_each(|(row, out)| {
+        for vector in vectors {
+            add(out, vector[row] * share, vector);
+        }
+    });
+    moments
+}
+
+fn times(matrix: &[f32], vector: &[f32]) -> Vec<f32> {
+    matrix.chunks_exact(vector.len()).map(|row| dot(row, vector)).collect()
+}
+
+/// Makes rows stand at right angles to those before them, and of unit length (modified Gram-Schmidt).
+fn straighten(rows: &mut [f32], length: usize) {
+    for at in 0..rows.len() / length {
+        let (before, rest) = rows.split_at_mut(at * length);
+        let row = &mut rest[..length];
+        for other in before.chunks_exact(length) {
+            let part = dot(other, row);
+            add(row, -part, other);
+        }
+        let norm = dot(row, row).sqrt().max(f32::MIN_POSITIVE);
+        row.iter_mut().for_each(|value| *value /= norm);
+    }
+}
+
+/// Adds so many times another row.
+fn add(row: &mut [f32], times: f32, other: &[f32]) {
+    for (value, other) in row.iter_mut().zip(other) {
+        *value += times * other;
+    }
+}
+
+/// Sums side by side, so that the compiler may use vector registers.
+#[inline(always)]
+fn dot(a: &[f32], b: &[f32]) -> f32 {
+    let (a, rest_a) = a.as_chunks::<16>();
+    let (b, rest_b) = b.as_chunks::<16>();
+    let mut sums = [0f32; 16];
+    for (a, b) in a.iter().zip(b) {
+        for lane in 0..16 {
+            sums[lane] += a[lane] * b[lane];
+        }
+    }
+    let rest: f32 = rest_a.iter().zip(rest_b).map(|(a, b)| a * b).sum();
+    sums.iter().sum::<f32>() + rest
+}
+
+/// Rows of numbers between -1 and 1, the same at every call: nothing depends on which they are.
+fn at_random(rows: usize, length: usize) -> Vec<f32> {
+    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+    let mut next = || {
+        // Xorshift (Marsaglia 2003).
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state >> 40) as f32 / (1 << 23) as f32 - 1.0
+    };
+    (0..rows * length).map(|_| next()).collect()
+}
+
+/// The nearest others of one of the vectors.
+fn nearest(vectors: &[Vec<f32>], query: usize, count: usize) -> Vec<usize> {
+    let others = vectors.iter().enumerate().filter(|(number, _)| *number != query);
+    let mut scored: Vec<(f32, usize)> = others
+        .map(|(number, vector)| (dot(vector, &vectors[query]), number))
+        .collect();
+    let count = count.min(scored.len());
+    scored.sort_unstable_by(|a, b| b.0.total_cmp(&a.0));
+    scored[..count].iter().map(|(_, number)| *number).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Vectors of so many true dimensions, turned at random into 256.
+    fn turned(true_dimensions: usize) -> Vec<Vec<f32>> {
+        let mut turn = at_random(true_dimensions, 256);
+        straighten(&mut turn, 256);
+        let weights = at_random(2 * LEAST, true_dimensions);
+        let make = |weights: &[f32]| {
+            let mut vector = vec![0f32; 256];
+            for (weight, direction) in weights.iter().zip(turn.chunks_exact(256)) {
+                add(&mut vector, *weight, direction);
+            }
+            let norm = dot(&vector, &vector).sqrt();
+            vector.iter().map(|value| value / norm).collect()
+        };
+        weights.chunks_exact(true_dimensions).map(make).collect()
+    }
+
+    #[test]
+    fn what_lies_in_few_directions_is_kept_in_few() {
+        let vectors = turned(60);
+        let (rotation, share) = Rotation::learn(&vectors).unwrap();
+        assert!(share > 0.999, "{share}");
+        for pair in vectors.chunks_exact(2).take(50) {
+            let [a, b] = [0, 1].map(|side| rotation.apply(&pair[side]));
+            assert!((dot(&a, &b) - dot(&pair[0], &pair[1])).abs() < 1e-3);
+        }
+        // The first dimensions alone tell little.
+        let cut = |vector: &Vec<f32>| vector[..64].to_vec();
+        let first: Vec<Vec<f32>> = vectors.iter().map(cut).collect();
+        let same = (0..50).map(|query| {
+            let (short, long) = (nearest(&first, query, 20), nearest(&vectors, query, 10));
+            long.iter().filter(|number| short.contains(number)).count()
+        });
+        assert!(same.sum::<usize>() < 350);
+    }
+
+    #[test]
+    fn what_lies_in_all_directions_is_not_cut() {
+        assert_eq!(Rotation::learn(&turned(256)), None);
+        assert_eq!(Rotation::learn(&turned(60)[..LEAST - 1]), None);
+        assert_eq!(
+            [128, 256, 384, 512, 768, 3072].map(kept),
+            [64, 128, 192, 256, 256, 256].map(Some)
+        );
+        assert_eq!(kept(192), None);
+    }
+
+    #[test]
+    fn it_is_read_as_it_was_written_and_damage_is_noticed() {
+        let directory = tempfile::tempdir().unwrap();
+        let (rotation, _) = Rotation::learn(&turned(60)).unwrap();
+        rotation.write(directory.path()).unwrap();
+        let read = |dimension: usize, kept: usize| Rotation::read(directory.path(), dimension, kept);
+        assert_eq!(read(256, 128), Some(rotation));
+        assert_eq!((read(128, 256), read(256, 64)), (None, None));
+        let path = directory.path().join(FILE);
+        let mut bytes = std::fs::read(&path).unwrap();
+        bytes[100] ^= 1;
+        std::fs::write(&path, &bytes).unwrap();
+        assert_eq!(read(256, 128), None);
+    }
+}
