@@ -15,7 +15,7 @@ use tokio::net::TcpListener;
 
 use crate::notes::{item, user};
 
-const DIMENSION: usize = 512;
+const DIMENSION: usize = 256;
 /// Directions in which the vectors lie.
 const TRUE: usize = 40;
 static DIRECTIONS: OnceLock<Vec<Vec<f64>>> = OnceLock::new();
@@ -62,7 +62,7 @@ async fn embeddings(body: String) -> String {
     json!({"data": data, "usage": {"prompt_tokens": 1}}).to_string()
 }
 
-async fn start(data: &Path, url: &str) -> Program {
+async fn start(data: &Path, url: &str, rotation: &str) -> Program {
     let dimension = DIMENSION.to_string();
     let flags = [
         "serve",
@@ -78,6 +78,8 @@ async fn start(data: &Path, url: &str) -> Program {
         "scripted",
         "--embedding.model_dirs",
         "",
+        "--memory.rotation",
+        rotation,
         "--log.filter",
         "info",
     ];
@@ -112,6 +114,17 @@ fn files(data: &Path) -> (Vec<String>, bool) {
     (learned, plain)
 }
 
+/// Waits for what the files say.
+async fn until(program: &Program, data: &tempfile::TempDir, wanted: impl Fn(&(Vec<String>, bool)) -> bool) {
+    for _ in 0..6_000 {
+        if wanted(&files(data.path())) {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    panic!("it does not happen: {:?}\n{}", files(data.path()), program.log());
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_rotation_is_learned_and_searches_go_on() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -119,7 +132,7 @@ async fn a_rotation_is_learned_and_searches_go_on() {
     let router = axum::Router::new().route("/v1/embeddings", axum::routing::post(embeddings));
     let served = tokio::spawn(async move { axum::serve(listener, router).await.unwrap() });
     let data = tempfile::tempdir().unwrap();
-    let program = start(data.path(), &url).await;
+    let program = start(data.path(), &url, "true").await;
     let mut client = MemoryServiceClient::new(program.channel());
     let text = |n: usize| format!("note {n}");
     for first in (0..COUNT).step_by(400) {
@@ -147,7 +160,7 @@ async fn a_rotation_is_learned_and_searches_go_on() {
     assert_eq!(search(&mut client, "a late note").await[0], "a late note");
     program.kill().await;
 
-    let program = start(data.path(), &url).await;
+    let program = start(data.path(), &url, "true").await;
     let mut client = MemoryServiceClient::new(program.channel());
     assert_eq!(search(&mut client, "a late note").await[0], "a late note");
     let name = added.memory.unwrap().id;
@@ -157,8 +170,6 @@ async fn a_rotation_is_learned_and_searches_go_on() {
     };
     client.delete(request).await.unwrap();
     assert_eq!(search(&mut client, "something else").await, before);
-    let (learned, plain) = files(data.path());
-    assert!(learned.len() == 1 && !plain, "{learned:?} {plain}");
     assert_eq!(
         program.log().matches("learned a rotation").count(),
         1,
@@ -166,6 +177,26 @@ async fn a_rotation_is_learned_and_searches_go_on() {
         program.log()
     );
     assert!(!program.log().contains("rebuilt the vector index"), "{}", program.log());
+    program.stop().await;
+
+    // Without it all dimensions are scanned again.
+    let program = start(data.path(), &url, "false").await;
+    let mut client = MemoryServiceClient::new(program.channel());
+    assert_eq!(search(&mut client, "something else").await, before);
+    assert_eq!(files(data.path()), (Vec::new(), true));
+    program.stop().await;
+
+    // Killed while an index is filled: the start does not take it for a whole one, and learns again.
+    let program = start(data.path(), &url, "true").await;
+    until(&program, &data, |(learned, _)| !learned.is_empty()).await;
+    program.kill().await;
+    let program = start(data.path(), &url, "true").await;
+    let mut client = MemoryServiceClient::new(program.channel());
+    assert_eq!(search(&mut client, "something else").await, before);
+    client.add(item("ann", "a last note")).await.unwrap();
+    until(&program, &data, |(learned, plain)| learned.len() == 1 && !plain).await;
+    assert_eq!(search(&mut client, "something else").await, before);
+    assert_eq!(search(&mut client, "a last note").await[0], "a last note");
     program.stop().await;
     served.abort();
 }

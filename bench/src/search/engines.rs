@@ -137,7 +137,7 @@ impl Funnel {
             First::Learned => {
                 let step = data.len().div_ceil(SAMPLE);
                 let sample = (0..data.len()).step_by(step).map(|number| data.vector(number).to_vec());
-                let learned = Rotation::learn(&sample.collect::<Vec<_>>());
+                let learned = Rotation::learn(&sample.collect::<Vec<_>>(), &|| false);
                 let (rotation, share) = learned.context("a rotation can be learned")?;
                 eprintln!("the rotation keeps {share:.4} of the neighbours of a sample");
                 FlatIndex::create_learned(&vectors, &layout, rotation)?

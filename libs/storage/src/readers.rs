@@ -12,6 +12,9 @@ use crate::StorageError;
 /// Statements that each connection keeps prepared.
 const STATEMENTS: usize = 128;
 
+/// KiB of pages that all connections keep together, unless each would have less than 2 MiB.
+const CACHE: i64 = 65_536;
+
 /// Connections that can't write, each used by one caller at a time.
 #[derive(Clone, Debug)]
 pub struct Readers {
@@ -31,7 +34,7 @@ impl Readers {
             let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
             let connection = Connection::open_with_flags(path, flags)?;
             connection.busy_timeout(busy_timeout)?;
-            connection.pragma_update(None, "cache_size", -16_384)?;
+            connection.pragma_update(None, "cache_size", -(CACHE / i64::from(count.max(1))).max(2_048))?;
             connection.pragma_update(None, "temp_store", "memory")?;
             connection.set_prepared_statement_cache_capacity(STATEMENTS);
             Ok(connection)

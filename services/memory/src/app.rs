@@ -75,12 +75,23 @@ pub trait Indexes: Send + Sync {
     fn open(&self, model: &Model, end: Sequence) -> std::io::Result<(Arc<dyn VectorIndex>, Option<String>)>;
 
     /// Begins an index whose first pass works with a rotation learned from some of the `count` vectors of a model; `None` when
-    /// that would find less.
+    /// that would find less, or when it is told to stop.
     ///
     /// # Errors
     /// When the disk can't be used.
-    fn learn(&self, model: &Model, vectors: &[Vec<f32>], count: usize)
-    -> std::io::Result<Option<Arc<dyn VectorIndex>>>;
+    fn learn(
+        &self,
+        model: &Model,
+        vectors: &[Vec<f32>],
+        count: usize,
+        stop: &CancellationToken,
+    ) -> std::io::Result<Option<Arc<dyn VectorIndex>>>;
+
+    /// Begins an index without a rotation beside one that has one.
+    ///
+    /// # Errors
+    /// When the disk can't be used.
+    fn plain(&self, model: &Model) -> std::io::Result<Arc<dyn VectorIndex>>;
 
     /// Removes the other indexes of a model than the one that serves.
     ///

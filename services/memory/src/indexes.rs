@@ -3,6 +3,8 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use tokio_util::sync::CancellationToken;
+
 use crate::app::{Indexes, Model, Serving};
 use crate::domain::Sequence;
 use crate::store::VectorIndex;
@@ -17,12 +19,14 @@ pub struct FlatIndexes {
     root: PathBuf,
     /// The relational store that they follow.
     store: String,
+    /// Indexes may have a learned rotation.
+    learn: bool,
 }
 
 impl FlatIndexes {
-    /// In a directory, of what the relational store with this identity holds.
-    pub fn new(root: PathBuf, store: String) -> Self {
-        Self { root, store }
+    /// In a directory, of what the relational store with this identity holds; with learned rotations or without.
+    pub fn new(root: PathBuf, store: String, learn: bool) -> Self {
+        Self { root, store, learn }
     }
 
     fn directory(&self, identity: &str) -> PathBuf {
@@ -62,22 +66,24 @@ impl FlatIndexes {
 
 impl Indexes for FlatIndexes {
     fn open(&self, model: &Model, end: Sequence) -> std::io::Result<(Arc<dyn VectorIndex>, Option<String>)> {
+        let plain = self.directory(&model.identity);
+        let newest = FlatIndex::watermark_in(&plain);
+        let mut unusable = None;
         for (learned, directory) in self.learned(&model.identity)? {
-            match FlatIndex::open_learned(&directory, &self.layout(model, learned), end) {
-                Ok(index) => return Ok((Arc::new(index), None)),
-                // One that was being made when the process ended, for instance.
-                Err(why) => {
-                    tracing::debug!(why, directory = %directory.display(), "an index is of no use");
-                    std::fs::remove_dir_all(directory)?;
+            // One without a manifest was being made when the process ended; of two the one that served last has more.
+            let watermark = FlatIndex::watermark_in(&directory).filter(|_| self.learn);
+            if watermark.is_some() && watermark >= newest {
+                match FlatIndex::open_learned(&directory, &self.layout(model, learned), end) {
+                    Ok(index) => return Ok((Arc::new(index), None)),
+                    Err(why) => unusable = Some(why),
                 }
             }
+            std::fs::remove_dir_all(directory)?;
         }
-        Ok(
-            match FlatIndex::open(&self.directory(&model.identity), self.layout(model, 0), end)? {
-                Opened::Intact(index) => (Arc::new(index), None),
-                Opened::Fresh(index, why) => (Arc::new(index), Some(why)),
-            },
-        )
+        Ok(match FlatIndex::open(&plain, self.layout(model, 0), end)? {
+            Opened::Intact(index) => (Arc::new(index), None),
+            Opened::Fresh(index, why) => (Arc::new(index), Some(unusable.unwrap_or(why))),
+        })
     }
 
     fn learn(
@@ -85,14 +91,21 @@ impl Indexes for FlatIndexes {
         model: &Model,
         vectors: &[Vec<f32>],
         count: usize,
+        stop: &CancellationToken,
     ) -> std::io::Result<Option<Arc<dyn VectorIndex>>> {
-        let Some((rotation, share)) = Rotation::learn(vectors) else {
+        let learned = Rotation::learn(vectors, &|| stop.is_cancelled());
+        let Some((rotation, share)) = learned.filter(|_| !stop.is_cancelled()) else {
             return Ok(None);
         };
         tracing::info!(model = model.name, vectors = vectors.len(), share, "learned a rotation");
         let directory = self.directory(&model.identity).join(format!("{LEARNED}{count}"));
         let index = FlatIndex::create_learned(&directory, &self.layout(model, count), rotation)?;
         Ok(Some(Arc::new(index)))
+    }
+
+    fn plain(&self, model: &Model) -> std::io::Result<Arc<dyn VectorIndex>> {
+        let index = FlatIndex::create(&self.directory(&model.identity), &self.layout(model, 0))?;
+        Ok(Arc::new(index))
     }
 
     fn settle(&self, serving: &Serving) -> std::io::Result<()> {

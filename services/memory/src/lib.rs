@@ -192,7 +192,11 @@ pub async fn build(config: Config, deps: Deps) -> Result<Service, Error> {
     let wanted = models.iter().find(|model| model.default);
     let wanted = model(wanted.ok_or_else(|| Error::unavailable("the embedding service has no model"))?)?;
     let first = serving(&wanted, &models, store.as_ref()).await?;
-    let indexes = FlatIndexes::new(deps.data_dir.join(&config.index), store.identity().await?);
+    let indexes = FlatIndexes::new(
+        deps.data_dir.join(&config.index),
+        store.identity().await?,
+        config.rotation,
+    );
     let unusable = |error: std::io::Error| {
         let shown = config.index.display();
         Error::new(

@@ -1,9 +1,11 @@
 //! The background work: keeping the vector index in step with the outbox, making up vectors that are pending, embedding anew
-//! by another model, learning a rotation, reaping what has expired, and telling watchers. Each is a task of its own; only the first one writes the index, so changes are applied in order.
+//! by another model, learning a rotation (`learn`), reaping what has expired, and telling watchers. Each is a task of its own; only the first one writes the index, so changes are applied in order.
+
+mod learn;
 
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use aeterna_error::{Error, Reason};
@@ -32,12 +34,6 @@ const FLUSH: Duration = Duration::from_secs(5);
 const TOLD: Duration = Duration::from_secs(10);
 /// How often policies are asked about what was deleted.
 const FORGET: Duration = Duration::from_secs(10);
-/// Vectors from which on a rotation is learned.
-const LEARNED_FROM: usize = 2_000;
-/// How many times as many there are when it is learned again.
-const GROWN: usize = 8;
-/// Vectors that a rotation is learned from and tried with, at most.
-const SAMPLE: usize = 8_192;
 /// Nothing is pending.
 const NOTHING: i64 = i64::MAX;
 
@@ -58,8 +54,10 @@ struct Pending {
     some: Notify,
     /// Every memory has a vector by the next model.
     switch: AtomicBool,
-    /// An index with a learned rotation that has everything up to its watermark.
-    learned: Mutex<Option<Serving>>,
+    /// An index that is to take over from the one of the same model; it has everything up to its watermark.
+    ready: Mutex<Option<Serving>>,
+    /// There may be files of an index that serves no longer.
+    unsettled: AtomicBool,
 }
 
 impl App {
@@ -81,7 +79,8 @@ impl Background {
             from: AtomicI64::new(0),
             some: Notify::new(),
             switch: AtomicBool::new(false),
-            learned: Mutex::new(None),
+            ready: Mutex::new(None),
+            unsettled: AtomicBool::new(true),
         });
         Self {
             app,
@@ -96,10 +95,17 @@ impl Background {
     /// # Errors
     /// When the store or the disk fails.
     pub async fn rebuild(&self, serving: &Serving) -> Result<usize, Error> {
+        let count = self.fill(serving, &CancellationToken::new()).await?;
+        flush(serving).await?;
+        Ok(count)
+    }
+
+    /// Puts the stored vectors into an index, until it is told to stop; how many there were.
+    async fn fill(&self, serving: &Serving, stop: &CancellationToken) -> Result<usize, Error> {
         let app = &self.app;
         let end = app.store.last_sequence().await?;
         let (mut after, mut count) = (Key(0), 0);
-        loop {
+        while !stop.is_cancelled() {
             let states = app.store.scan(&serving.model.identity, after, 2000, false).await?;
             let Some(last) = states.last() else { break };
             after = last.key;
@@ -108,7 +114,6 @@ impl Background {
             apply(serving, entries, Vec::new(), Sequence::default()).await?;
         }
         apply(serving, Vec::new(), Vec::new(), end).await?;
-        flush(serving).await?;
         Ok(count)
     }
 
@@ -136,7 +141,7 @@ impl Background {
                 tracing::warn!(error = %error.chain(), "the new model can't serve yet; trying again");
             }
             if let Err(error) = self.hand_over().await {
-                tracing::warn!(error = %error.chain(), "the index with a learned rotation can't serve yet; trying again");
+                tracing::warn!(error = %error.chain(), "another index can't take over yet; trying again");
             }
             match self.catch_up(&self.app.serving()).await {
                 Ok(changed) => {
@@ -392,6 +397,7 @@ impl Background {
         if fresh.is_some() {
             self.rebuild(&serving).await?;
         }
+        self.apply_new(&serving, |_| ()).await?;
         let before = app.serving().model.identity.clone();
         tracing::info!(model = serving.model.name, "searches are answered by the new model");
         app.serve(serving);
@@ -400,101 +406,6 @@ impl Background {
         self.pending.from.store(0, Ordering::SeqCst);
         self.pending.some.notify_one();
         app.forget_model(&before).await
-    }
-
-    /// Learns a rotation when there are enough vectors, and again when there are many more, while searches go on by the index
-    /// before.
-    async fn learn(&self, stop: &CancellationToken) {
-        if !self.app.learn {
-            return;
-        }
-        let mut tried = (String::new(), 0);
-        loop {
-            let learned = tokio::select! {
-                () = stop.cancelled() => return,
-                learned = self.learn_some(&mut tried) => learned,
-            };
-            if let Err(error) = learned {
-                tracing::warn!(error = %error.chain(), "a rotation can't be learned; trying again with more vectors");
-            }
-            tokio::select! {
-                () = stop.cancelled() => return,
-                () = tokio::time::sleep(PAUSE) => {}
-            }
-        }
-    }
-
-    /// `tried` is the model and the number of vectors of the last time.
-    async fn learn_some(&self, tried: &mut (String, usize)) -> Result<(), Error> {
-        let app = &self.app;
-        let serving = app.serving();
-        let (model, index) = (&serving.model, &serving.index);
-        let before = match tried.0 == model.identity {
-            true => tried.1.max(index.learned()),
-            false => index.learned(),
-        };
-        let count = index.len();
-        // Where the first dimensions tell enough there is nothing to learn.
-        if model.prefix < model.dimension || count < LEARNED_FROM.max(before * GROWN) {
-            return Ok(());
-        }
-        *tried = (model.identity.clone(), count);
-        let vectors = app.store.vectors(&model.identity, &index.some(SAMPLE)).await?;
-        let vectors: Vec<Vec<f32>> = vectors.into_iter().map(|(_, vector)| vector).collect();
-        let (indexes, of) = (Arc::clone(&app.indexes), model.clone());
-        let learned = tokio::task::spawn_blocking(move || indexes.learn(&of, &vectors, count)).await;
-        let learned = learned
-            .map_err(Error::internal)?
-            .map_err(|error| Error::unavailable("an index can't be begun").caused_by(error))?;
-        let Some(index) = learned else {
-            tracing::info!(
-                model = model.name,
-                vectors = count,
-                "no rotation serves: all dimensions are scanned"
-            );
-            return Ok(());
-        };
-        let next = Serving {
-            model: model.clone(),
-            index,
-        };
-        self.rebuild(&next).await?;
-        *self.learned() = Some(next);
-        app.committed.send_replace(());
-        Ok(())
-    }
-
-    fn learned(&self) -> MutexGuard<'_, Option<Serving>> {
-        self.pending.learned.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Answers searches by the index with a learned rotation, if one is ready. Called by the writer of the index, so that no
-    /// change is missed.
-    async fn hand_over(&self) -> Result<(), Error> {
-        let app = &self.app;
-        let Some(next) = self.learned().take() else {
-            return Ok(());
-        };
-        if next.model.identity != app.serving().model.identity {
-            return Ok(());
-        }
-        if let Err(error) = self.apply_new(&next, |_| ()).await {
-            *self.learned() = Some(next);
-            return Err(error);
-        }
-        flush(&next).await?;
-        tracing::info!(
-            model = next.model.name,
-            vectors = next.index.len(),
-            "searches scan by a learned rotation"
-        );
-        app.serve(next);
-        app.indexed.send_replace(app.serving().index.watermark());
-        let (indexes, serving) = (Arc::clone(&app.indexes), app.serving());
-        let settled = tokio::task::spawn_blocking(move || indexes.settle(&serving)).await;
-        settled
-            .map_err(Error::internal)?
-            .map_err(|error| Error::unavailable("the index before can't be removed").caused_by(error))
     }
 
     /// The vectors of memories' texts; a text that the model refuses has none, and does not keep the others from theirs.

@@ -75,11 +75,22 @@ impl FlatIndex {
     pub fn open(directory: &Path, layout: Layout, end: Sequence) -> io::Result<Opened> {
         match Self::load(directory, &layout, end, None) {
             Ok(index) => Ok(Opened::Intact(index)),
-            Err(why) => {
-                let files = Files::create(directory, layout.clone())?;
-                Ok(Opened::Fresh(Self::of(&layout, files, Sequence::default(), None), why))
-            }
+            Err(why) => Ok(Opened::Fresh(Self::create(directory, &layout)?, why)),
         }
+    }
+
+    /// Begins an index in `directory`.
+    ///
+    /// # Errors
+    /// When the directory can't be written.
+    pub fn create(directory: &Path, layout: &Layout) -> io::Result<Self> {
+        let files = Files::create(directory, layout.clone())?;
+        Ok(Self::of(layout, files, Sequence::default(), None))
+    }
+
+    /// The change up to which an index in `directory` has everything; `None` when there is none that was completed.
+    pub fn watermark_in(directory: &Path) -> Option<Sequence> {
+        Files::watermark(directory)
     }
 
     /// Opens the index in `directory` whose rotation was learned.

@@ -11,6 +11,7 @@ mod transfer;
 mod write;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use aeterna_error::Error;
 use aeterna_storage::rusqlite::Connection;
@@ -19,7 +20,7 @@ use aeterna_types::{Layer, MemoryId, RequestId, Scope, TenantId, Timestamp};
 use async_trait::async_trait;
 use sqlx::Row as _;
 use sqlx::sqlite::SqliteRow;
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::code::Code;
 use super::{
@@ -53,6 +54,8 @@ pub struct SqliteStore {
     frequencies: lexical::Cache,
     /// Searches read much: they leave half of the connections to what is quickly read.
     searches: Arc<Semaphore>,
+    /// How long a search waits for its turn.
+    patience: Duration,
 }
 
 impl SqliteStore {
@@ -65,9 +68,18 @@ impl SqliteStore {
             database: Sqlite::open(options, MIGRATIONS).await?,
             frequencies: lexical::Cache::default(),
             searches: Arc::new(Semaphore::new(options.readers.div_ceil(2) as usize)),
+            patience: options.busy_timeout + Duration::from_secs(5),
         };
         lexical::analyse_again(&store).await?;
         Ok(store)
+    }
+
+    /// The right to read much; it is held until the reading is done, even when nobody waits for it any more.
+    async fn turn(&self) -> Result<OwnedSemaphorePermit, MemoryError> {
+        let turn = tokio::time::timeout(self.patience, Arc::clone(&self.searches).acquire_owned()).await;
+        let away = |why: &str| MemoryError::from(StorageError::Unavailable(why.into()));
+        turn.map_err(|_| away("too many searches wait; try again later"))?
+            .map_err(|_| away("the store is closed"))
     }
 
     async fn read<T, W>(&self, work: W) -> Result<T, MemoryError>
@@ -206,14 +218,26 @@ impl Relational for SqliteStore {
 
     async fn seen(&self, sight: &Sight) -> Result<Seen, MemoryError> {
         let sight = sight.clone();
-        self.read(move |connection| search::seen(connection, &sight)).await
+        // What a filter chooses may take long to read; the rest does not.
+        let turn = match sight.filter {
+            Some(_) => Some(self.turn().await?),
+            None => None,
+        };
+        let seen = move |connection: &Connection| {
+            let _turn = turn;
+            search::seen(connection, &sight)
+        };
+        self.read(seen).await
     }
 
     async fn scored(&self, arms: &Arms) -> Result<Scored, MemoryError> {
         let (arms, frequencies) = (arms.clone(), self.frequencies.clone());
-        let _turn = self.searches.acquire().await.map_err(Error::internal)?;
-        self.read(move |connection| search::scored(connection, &frequencies, &arms))
-            .await
+        let turn = self.turn().await?;
+        let scored = move |connection: &Connection| {
+            let _turn = turn;
+            search::scored(connection, &frequencies, &arms)
+        };
+        self.read(scored).await
     }
 
     async fn fetch(&self, keys: &[Key], now: Timestamp) -> Result<Vec<Stored>, MemoryError> {
@@ -334,8 +358,6 @@ impl Relational for SqliteStore {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use aeterna_storage::SqliteOptions;
 
     use super::*;

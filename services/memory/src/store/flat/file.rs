@@ -132,6 +132,12 @@ impl Files {
         })
     }
 
+    /// What the manifest says.
+    pub fn watermark(directory: &Path) -> Option<Sequence> {
+        let text = fs::read(directory.join("manifest.json")).ok()?;
+        unseal(&text).map(|manifest| manifest.watermark)
+    }
+
     /// Removes the files; what is counted on goes first.
     pub fn remove(directory: &Path) -> io::Result<()> {
         for name in ["manifest.json", "vectors.bin"] {

@@ -41,26 +41,36 @@ pub fn kept(dimension: usize) -> Option<usize> {
 }
 
 impl Rotation {
-    /// Learns from the first half of some vectors, tries it on the second, and says which part of the nearest neighbours it
-    /// keeps there; `None` when that is too little, or when there are too few vectors.
-    pub fn learn(vectors: &[Vec<f32>]) -> Option<(Self, f64)> {
+    /// Learns from every other one of some vectors, tries it on the rest, and says which part of the nearest neighbours it
+    /// keeps there; `None` when that is too little, when there are too few vectors, or when it is told to stop.
+    pub fn learn(vectors: &[Vec<f32>], stopped: &dyn Fn() -> bool) -> Option<(Self, f64)> {
         let dimension = vectors.first()?.len();
         if vectors.len() < LEAST || vectors.iter().any(|vector| vector.len() != dimension) {
             return None;
         }
-        let (learned, tried) = vectors.split_at(vectors.len() / 2);
-        let rotation = Self::fit(learned, kept(dimension)?);
-        let share = rotation.keeps(tried);
+        let every_other = |first: usize| {
+            vectors
+                .iter()
+                .skip(first)
+                .step_by(2)
+                .map(Vec::as_slice)
+                .collect::<Vec<_>>()
+        };
+        let rotation = Self::fit(&every_other(0), kept(dimension)?, stopped)?;
+        let share = rotation.keeps(&every_other(1));
         tracing::debug!(share, "neighbours that a learned rotation keeps");
         (share >= KEPT).then_some((rotation, share))
     }
 
     /// The directions of most energy.
-    fn fit(vectors: &[Vec<f32>], kept: usize) -> Self {
+    fn fit(vectors: &[&[f32]], kept: usize, stopped: &dyn Fn() -> bool) -> Option<Self> {
         let dimension = vectors[0].len();
         let moments = moments(vectors);
         let mut directions = at_random(kept, dimension);
         for _ in 0..ROUNDS {
+            if stopped() {
+                return None;
+            }
             directions
                 .par_chunks_mut(dimension)
                 .for_each(|direction| direction.copy_from_slice(&times(&moments, direction)));
@@ -75,10 +85,10 @@ impl Rotation {
             }
             mixed
         };
-        Self {
+        Some(Self {
             dimension,
             directions: mixture.par_chunks(kept).flat_map_iter(mix).collect(),
-        }
+        })
     }
 
     /// What a vector has in each direction.
@@ -111,14 +121,21 @@ impl Rotation {
     }
 
     /// The part of the nearest neighbours of some of the vectors, among the others, that are near by what is kept, too.
-    fn keeps(&self, vectors: &[Vec<f32>]) -> f64 {
+    fn keeps(&self, vectors: &[&[f32]]) -> f64 {
         let short: Vec<Vec<f32>> = vectors.par_iter().map(|vector| self.apply(vector)).collect();
-        let found = (0..TRIED.min(vectors.len())).into_par_iter().map(|query| {
-            let near = nearest(&short, query, CANDIDATES);
-            let wanted = nearest(vectors, query, NEAREST);
-            wanted.iter().filter(|number| near.contains(number)).count()
+        let short: Vec<&[f32]> = short.iter().map(Vec::as_slice).collect();
+        // Of old ones as many as of new ones.
+        let step = vectors.len().div_ceil(TRIED);
+        let queries: Vec<usize> = (0..vectors.len()).step_by(step).collect();
+        let kept = queries.par_iter().map(|query| {
+            let near = nearest(&short, *query, CANDIDATES);
+            // Equal ones are as good as one another.
+            let farthest = near.last().map_or(f32::MIN, |(score, _)| *score);
+            let wanted = nearest(vectors, *query, NEAREST);
+            let within = |(_, number): &&(f32, usize)| dot(short[*number], short[*query]) >= farthest;
+            wanted.iter().filter(within).count()
         });
-        found.sum::<usize>() as f64 / (TRIED.min(vectors.len()) * NEAREST) as f64
+        kept.sum::<usize>() as f64 / (queries.len() * NEAREST) as f64
     }
 
     /// Writes it to a directory.
@@ -157,7 +174,7 @@ impl Rotation {
 }
 
 /// The mean of the products of all pairs of dimensions: a symmetric matrix.
-fn moments(vectors: &[Vec<f32>]) -> Vec<f32> {
+fn moments(vectors: &[&[f32]]) -> Vec<f32> {
     let dimension = vectors[0].len();
     let mut moments = vec![0f32; dimension * dimension];
     let share = 1.0 / vectors.len() as f32;
@@ -222,15 +239,15 @@ fn at_random(rows: usize, length: usize) -> Vec<f32> {
     (0..rows * length).map(|_| next()).collect()
 }
 
-/// The nearest others of one of the vectors.
-fn nearest(vectors: &[Vec<f32>], query: usize, count: usize) -> Vec<usize> {
+/// The nearest others of one of the vectors, best first.
+fn nearest(vectors: &[&[f32]], query: usize, count: usize) -> Vec<(f32, usize)> {
     let others = vectors.iter().enumerate().filter(|(number, _)| *number != query);
     let mut scored: Vec<(f32, usize)> = others
-        .map(|(number, vector)| (dot(vector, &vectors[query]), number))
+        .map(|(number, vector)| (dot(vector, vectors[query]), number))
         .collect();
-    let count = count.min(scored.len());
     scored.sort_unstable_by(|a, b| b.0.total_cmp(&a.0));
-    scored[..count].iter().map(|(_, number)| *number).collect()
+    scored.truncate(count);
+    scored
 }
 
 #[cfg(test)]
@@ -256,26 +273,27 @@ mod tests {
     #[test]
     fn what_lies_in_few_directions_is_kept_in_few() {
         let vectors = turned(60);
-        let (rotation, share) = Rotation::learn(&vectors).unwrap();
+        let (rotation, share) = Rotation::learn(&vectors, &|| false).unwrap();
         assert!(share > 0.999, "{share}");
         for pair in vectors.chunks_exact(2).take(50) {
             let [a, b] = [0, 1].map(|side| rotation.apply(&pair[side]));
             assert!((dot(&a, &b) - dot(&pair[0], &pair[1])).abs() < 1e-3);
         }
         // The first dimensions alone tell little.
-        let cut = |vector: &Vec<f32>| vector[..64].to_vec();
-        let first: Vec<Vec<f32>> = vectors.iter().map(cut).collect();
+        let first: Vec<&[f32]> = vectors.iter().map(|vector| &vector[..64]).collect();
+        let whole: Vec<&[f32]> = vectors.iter().map(Vec::as_slice).collect();
         let same = (0..50).map(|query| {
-            let (short, long) = (nearest(&first, query, 20), nearest(&vectors, query, 10));
-            long.iter().filter(|number| short.contains(number)).count()
+            let (short, long) = (nearest(&first, query, 20), nearest(&whole, query, 10));
+            let found = |(_, number): &&(f32, usize)| short.iter().any(|(_, other)| other == number);
+            long.iter().filter(found).count()
         });
         assert!(same.sum::<usize>() < 350);
     }
 
     #[test]
     fn what_lies_in_all_directions_is_not_cut() {
-        assert_eq!(Rotation::learn(&turned(256)), None);
-        assert_eq!(Rotation::learn(&turned(60)[..LEAST - 1]), None);
+        assert_eq!(Rotation::learn(&turned(256), &|| false), None);
+        assert_eq!(Rotation::learn(&turned(60)[..LEAST - 1], &|| false), None);
         assert_eq!(
             [128, 256, 384, 512, 768, 3072].map(kept),
             [64, 128, 192, 256, 256, 256].map(Some)
@@ -286,7 +304,7 @@ mod tests {
     #[test]
     fn it_is_read_as_it_was_written_and_damage_is_noticed() {
         let directory = tempfile::tempdir().unwrap();
-        let (rotation, _) = Rotation::learn(&turned(60)).unwrap();
+        let (rotation, _) = Rotation::learn(&turned(60), &|| false).unwrap();
         rotation.write(directory.path()).unwrap();
         let read = |dimension: usize, kept: usize| Rotation::read(directory.path(), dimension, kept);
         assert_eq!(read(256, 128), Some(rotation));

@@ -1,6 +1,6 @@
 //! The stages of the funnel that need no more than the index.
 
-use std::sync::{Mutex, MutexGuard, PoisonError, mpsc};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError, mpsc};
 
 use rayon::prelude::*;
 
@@ -157,8 +157,20 @@ pub struct Signs {
     taken: usize,
     /// Searches that wait for a pass.
     waiting: Mutex<Vec<Waiting>>,
-    /// Held during a pass.
-    turn: Mutex<()>,
+    /// There is a pass.
+    busy: Mutex<bool>,
+    /// It is over.
+    over: Condvar,
+}
+
+/// A pass that ends whatever becomes of it.
+struct Pass<'a>(&'a Signs);
+
+impl Drop for Pass<'_> {
+    fn drop(&mut self) {
+        *lock(&self.0.busy) = false;
+        self.0.over.notify_all();
+    }
 }
 
 impl Signs {
@@ -170,7 +182,8 @@ impl Signs {
             centre: vec![0.0; prefix],
             taken: 0,
             waiting: Mutex::default(),
-            turn: Mutex::default(),
+            busy: Mutex::default(),
+            over: Condvar::new(),
         }
     }
 
@@ -266,11 +279,20 @@ impl Signs {
         }
         let (answer, answered) = mpsc::channel();
         lock(&self.waiting).push((wanted, answer));
-        let _turn = lock(&self.turn);
-        // The pass before may have served this one, too.
-        if let Ok(distances) = answered.try_recv() {
-            return distances;
+        let mut busy = lock(&self.busy);
+        loop {
+            // The pass before may have served this one, too.
+            if let Ok(distances) = answered.try_recv() {
+                return distances;
+            }
+            if !*busy {
+                *busy = true;
+                break;
+            }
+            busy = self.over.wait(busy).unwrap_or_else(PoisonError::into_inner);
         }
+        drop(busy);
+        let pass = Pass(self);
         let searches = std::mem::take(&mut *lock(&self.waiting));
         let mut all = vec![vec![0u16; count]; searches.len()];
         let mut chunks: Vec<Vec<&mut [u16]>> = (0..count.div_ceil(SHARED)).map(|_| Vec::new()).collect();
@@ -287,6 +309,7 @@ impl Signs {
             // Nobody waits only when the search was given up.
             let _ = answer.send(distances);
         }
+        drop(pass);
         answered.try_recv().unwrap_or_default()
     }
 

@@ -1,0 +1,163 @@
+//! Learning a rotation for the index that serves, and handing over to an index that has it.
+
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, MutexGuard, PoisonError};
+
+use aeterna_error::Error;
+use tokio_util::sync::CancellationToken;
+
+use super::{Background, LONGEST, PAUSE, flush};
+use crate::app::{Indexes, Serving};
+
+/// Vectors from which on a rotation is learned.
+const FIRST: usize = 2_000;
+/// How many times as many there are when it is learned again.
+const GROWN: usize = 8;
+/// Vectors that a rotation is learned from and tried with, at most.
+const SAMPLE: usize = 8_192;
+
+/// When a rotation was looked for the last time.
+#[derive(Default)]
+struct Tried {
+    model: String,
+    vectors: usize,
+}
+
+impl Background {
+    /// Learns a rotation when there are enough vectors, and again when there are many more, while searches go on by the index
+    /// before; and removes the files of indexes that serve no longer.
+    pub(super) async fn learn(&self, stop: &CancellationToken) {
+        let mut tried = Tried::default();
+        while !stop.is_cancelled() {
+            // To the end: what is begun writes files, which nobody may do once the directory is given up.
+            let learned = match self.settle().await {
+                Ok(()) => self.learn_some(&mut tried, stop).await,
+                Err(error) => Err(error),
+            };
+            let pause = match learned {
+                Ok(()) => PAUSE,
+                Err(error) => {
+                    tracing::warn!(error = %error.chain(), "a rotation can't be learned; trying again");
+                    self.pending.unsettled.store(true, Ordering::SeqCst);
+                    LONGEST
+                }
+            };
+            tokio::select! {
+                () = stop.cancelled() => return,
+                () = tokio::time::sleep(pause) => {}
+            }
+        }
+    }
+
+    async fn learn_some(&self, tried: &mut Tried, stop: &CancellationToken) -> Result<(), Error> {
+        let app = &self.app;
+        let serving = app.serving();
+        let (model, count) = (&serving.model, serving.index.len());
+        let before = match tried.model == model.identity {
+            true => tried.vectors.max(serving.index.learned()),
+            false => serving.index.learned(),
+        };
+        // Where the first dimensions tell enough there is nothing to learn.
+        let enough = model.prefix < model.dimension || count < FIRST.max(before * GROWN);
+        if !app.learn || enough || self.ready().is_some() {
+            return Ok(());
+        }
+        let vectors = app.store.vectors(&model.identity, &serving.index.some(SAMPLE)).await?;
+        let vectors: Vec<Vec<f32>> = vectors.into_iter().map(|(_, vector)| vector).collect();
+        let (of, token) = (model.clone(), stop.clone());
+        let learned = self
+            .on_disk(move |indexes| indexes.learn(&of, &vectors, count, &token))
+            .await?;
+        let index = match learned {
+            Some(index) => index,
+            None if stop.is_cancelled() => return Ok(()),
+            None if serving.index.learned() > 0 => {
+                tracing::info!(
+                    model = model.name,
+                    "the rotation serves no longer: all dimensions are scanned again"
+                );
+                let of = model.clone();
+                self.on_disk(move |indexes| indexes.plain(&of)).await?
+            }
+            None => {
+                tracing::info!(
+                    model = model.name,
+                    vectors = count,
+                    "no rotation serves: all dimensions are scanned"
+                );
+                *tried = Tried {
+                    model: model.identity.clone(),
+                    vectors: count,
+                };
+                return Ok(());
+            }
+        };
+        let next = Serving {
+            model: model.clone(),
+            index,
+        };
+        self.fill(&next, stop).await?;
+        // What was written meanwhile, so that little is left for the moment of taking over.
+        self.apply_new(&next, |_| ()).await?;
+        if !stop.is_cancelled() {
+            *tried = Tried {
+                model: model.identity.clone(),
+                vectors: count,
+            };
+            *self.ready() = Some(next);
+            app.committed.send_replace(());
+        }
+        Ok(())
+    }
+
+    fn ready(&self) -> MutexGuard<'_, Option<Serving>> {
+        self.pending.ready.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Answers searches by the index that is ready, if one is. Called by the writer of the index, so that no change is missed.
+    pub(super) async fn hand_over(&self) -> Result<(), Error> {
+        let app = &self.app;
+        let Some(next) = self.ready().take() else {
+            return Ok(());
+        };
+        if next.model.identity != app.serving().model.identity {
+            let identity = next.model.identity.clone();
+            return self.on_disk(move |indexes| indexes.remove(&identity)).await;
+        }
+        let complete = match self.apply_new(&next, |_| ()).await {
+            // From here on it is the one that the next start opens.
+            Ok(_) => flush(&next).await,
+            Err(error) => Err(error),
+        };
+        if let Err(error) = complete {
+            *self.ready() = Some(next);
+            return Err(error);
+        }
+        let (model, learned) = (next.model.name.clone(), next.index.learned());
+        app.serve(next);
+        app.indexed.send_replace(app.serving().index.watermark());
+        self.pending.unsettled.store(true, Ordering::SeqCst);
+        tracing::info!(model, learned, "searches are answered by another index of the model");
+        Ok(())
+    }
+
+    /// Removes what other indexes of the model have left.
+    async fn settle(&self) -> Result<(), Error> {
+        // One that is ready has files, too.
+        if self.ready().is_some() || !self.pending.unsettled.swap(false, Ordering::SeqCst) {
+            return Ok(());
+        }
+        let serving = self.app.serving();
+        self.on_disk(move |indexes| indexes.settle(&serving)).await
+    }
+
+    async fn on_disk<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&dyn Indexes) -> std::io::Result<T> + Send + 'static,
+    ) -> Result<T, Error> {
+        let indexes = Arc::clone(&self.app.indexes);
+        let done = tokio::task::spawn_blocking(move || work(indexes.as_ref())).await;
+        done.map_err(Error::internal)?
+            .map_err(|error| Error::unavailable("the files of an index can't be changed").caused_by(error))
+    }
+}
