@@ -15,6 +15,7 @@ mod memory;
 mod notes;
 mod openai;
 mod past;
+mod promises;
 mod readme;
 mod reembed;
 mod rerank;

@@ -198,6 +198,50 @@ async fn a_watcher_that_does_not_read_misses_nothing_and_a_drain_ends_it() {
 }
 
 #[tokio::test]
+async fn a_watcher_that_is_very_slow_is_told_to_begin_again_and_misses_nothing() {
+    const COUNT: usize = 8_000;
+    let sandbox = Sandbox::start(&[]).await;
+    let [_, (_, channel)] = sandbox.ways();
+    let mut client = MemoryServiceClient::new(channel);
+    let mut request = WatchRequest {
+        scope: user("ann"),
+        ..Default::default()
+    };
+    let mut slow = client.watch(request.clone()).await.unwrap().into_inner();
+    for first in (0..COUNT).step_by(1000) {
+        let requests = (first..first + 1000)
+            .map(|n| item("ann", &format!("fact {n} {}", "x".repeat(1_000))))
+            .collect();
+        let added = client
+            .batch_add(BatchAddRequest { requests })
+            .await
+            .unwrap()
+            .into_inner();
+        assert_eq!(added.results.len(), 1000);
+    }
+    let (mut told, mut ended) = (0, 0);
+    while told < COUNT {
+        match slow.message().await {
+            Ok(Some(event)) if event.heartbeat => {}
+            Ok(Some(event)) => {
+                let content = event.memory.unwrap().content;
+                assert!(content.starts_with(&format!("fact {told} ")), "{told}: {content}");
+                told += 1;
+                request.resume_token = event.resume_token;
+            }
+            Ok(None) => panic!("the stream ends with a reason"),
+            Err(status) => {
+                assert_eq!(refusal(&status).0, "FELL_BEHIND", "{status:?}");
+                ended += 1;
+                slow = client.watch(request.clone()).await.unwrap().into_inner();
+            }
+        }
+    }
+    assert_eq!(ended, 1);
+    sandbox.stop().await;
+}
+
+#[tokio::test]
 async fn no_tenant_hears_of_another() {
     let sandbox = Sandbox::start(&[("auth.hs256_secret", SECRET)]).await;
     for (way, channel) in sandbox.ways() {

@@ -222,6 +222,14 @@ pub const REASONS: &[ReasonInfo] = &[
         remedy: "start it again if it is still wanted",
         example: "an agent run that was cancelled",
     },
+    ReasonInfo {
+        reason: Reason::FellBehind,
+        name: "FELL_BEHIND",
+        code: Code::Aborted,
+        meaning: "a reader of a stream was too slow for what is kept for it; nothing is lost",
+        remedy: "begin again with the last resume token",
+        example: "a Watch whose caller has not read for thousands of changes",
+    },
 ];
 
 /// What there is to know about a reason; an unknown one is internal.

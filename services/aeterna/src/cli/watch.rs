@@ -1,5 +1,6 @@
 //! `aeterna watch`.
 
+use aeterna_error::Reason;
 use aeterna_proto::memory::v1::{ChangeKind, WatchRequest, WatchResponse};
 
 use super::client::Answered;
@@ -27,25 +28,34 @@ pub struct Args {
 
 pub async fn run(args: Args) -> anyhow::Result<()> {
     let client = args.answered.client()?;
-    let request = WatchRequest {
+    let mut request = WatchRequest {
         scope: args.standing.scope,
         filter: args.filter,
         resume_token: args.resume,
         ..Default::default()
     };
-    let mut stream = client
-        .memory()
-        .watch(client.request_within(request, TIMEOUT))
-        .await?
-        .into_inner();
-    while let Some(event) = stream.message().await? {
+    let watch = async |request: &WatchRequest| {
+        let request = client.request_within(request.clone(), TIMEOUT);
+        client.memory().watch(request).await.map(tonic::Response::into_inner)
+    };
+    let mut stream = watch(&request).await?;
+    loop {
+        let event = match stream.message().await {
+            Ok(Some(event)) => event,
+            Ok(None) => return Ok(()),
+            Err(status) if aeterna_error::from_status(&status).reason() == Reason::FellBehind => {
+                stream = watch(&request).await?;
+                continue;
+            }
+            Err(status) => return Err(status.into()),
+        };
+        request.resume_token.clone_from(&event.resume_token);
         if args.answered.json {
             output::line(json::to_json("aeterna.memory.v1.WatchResponse", &event)?);
         } else if !event.heartbeat {
             output::line(told(&event));
         }
     }
-    Ok(())
 }
 
 fn told(event: &WatchResponse) -> String {

@@ -1,8 +1,8 @@
 //! Watching changes as they are committed.
 //!
 //! One task reads the outbox and hands each change to all watchers through a ring of bounded size. A watcher that falls behind
-//! the ring, or begins in the past, reads the outbox itself until it has caught up: it is told everything, in order, once,
-//! and costs no memory while its caller does not read.
+//! the ring, or begins in the past, reads the outbox itself, a few changes at a time, until it has caught up: it is told
+//! everything, in order, once. One that is very far behind is told to begin again from where it stands.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -22,8 +22,12 @@ use crate::filter::Filter;
 
 /// Changes that the ring holds.
 pub const RING: usize = 1024;
-/// Changes read from the outbox at a time.
+/// Changes read from the outbox at a time, for all watchers.
 const PAGE: usize = 256;
+/// Changes that a watcher reads from the outbox at a time: they stay in memory as long as its caller does not read.
+const OWN: usize = 32;
+/// Changes by which a watcher may have missed the ring and still catch up by itself.
+const MISSED: u64 = 4 * RING as u64;
 /// How often a watcher without news is told that it is still connected, and where it stands.
 const HEARTBEAT: Duration = Duration::from_secs(15);
 
@@ -138,7 +142,7 @@ impl Watcher {
     /// The next thing to tell; waits for it.
     ///
     /// # Errors
-    /// DRAINING when the process ends, and whatever the store fails with.
+    /// DRAINING when the process ends, FELL_BEHIND when its caller reads too slowly, and whatever the store fails with.
     pub async fn next(&mut self) -> Result<News, Error> {
         loop {
             if let Some(change) = self.backlog.pop_front() {
@@ -161,6 +165,12 @@ impl Watcher {
             };
             match received {
                 Ok(change) => self.backlog.push_back(change),
+                Err(RecvError::Lagged(missed)) if missed > MISSED => {
+                    let message = format!(
+                        "the caller reads too slowly: {missed} changes went by; watch again with the last resume token"
+                    );
+                    return Err(Error::new(Reason::FellBehind, message));
+                }
                 // What the ring has lost is still in the outbox.
                 Err(RecvError::Lagged(_)) => self.live = None,
                 Err(RecvError::Closed) => return Err(Error::new(Reason::Draining, "the server ends")),
@@ -171,8 +181,8 @@ impl Watcher {
     /// Reads from the outbox; once there is less than a page, the ring has all that follows.
     async fn catch_up(&mut self) -> Result<(), Error> {
         let live = self.app.changes.subscribe();
-        let page = self.app.store.changes(Some(&self.tenant), self.position, PAGE).await?;
-        self.live = (page.len() < PAGE).then_some(live);
+        let page = self.app.store.changes(Some(&self.tenant), self.position, OWN).await?;
+        self.live = (page.len() < OWN).then_some(live);
         self.backlog.extend(page.into_iter().map(Arc::new));
         Ok(())
     }
