@@ -268,6 +268,21 @@ async fn services_run_apart_with_one_secret() {
     }
     again.kill().await.unwrap();
     assert_eq!(memory.stop().await, Some(0));
+
+    // A memory service that starts while the embedding service is away serves what it can.
+    let memory = Program::start(&built("aeterna-memory"), &flags, two.path()).await;
+    let mut client = MemoryServiceClient::new(memory.channel());
+    let query = SearchRequest {
+        scope,
+        query: "car".into(),
+        ..Default::default()
+    };
+    let found = client.search(bearing(query, &own)).await.unwrap().into_inner();
+    assert!(
+        found.degraded && found.results[0].memory.as_ref().unwrap().id == pending.id,
+        "{found:?}"
+    );
+    assert_eq!(memory.stop().await, Some(0));
 }
 
 #[tokio::test]
@@ -276,7 +291,7 @@ async fn mistakes_in_the_configuration_are_told_together_and_before_anything_sta
         "config",
         "check",
         "--memory.readers",
-        "0",
+        "65",
         "--server.drain",
         "soon",
         "--memory.store",

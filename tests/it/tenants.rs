@@ -2,10 +2,11 @@
 
 use aeterna_auth::Role;
 use aeterna_proto::common::v1::Scope;
+use aeterna_proto::memory::v1::batch_delete_result::Result as Deleted;
 use aeterna_proto::memory::v1::memory_service_client::MemoryServiceClient;
 use aeterna_proto::memory::v1::{
-    AddRequest, BatchAddRequest, DeleteRequest, GetRequest, HistoryRequest, ListRequest, Memory, SearchRequest,
-    StatsRequest, UpdateRequest,
+    AddRequest, BatchAddRequest, BatchDeleteRequest, DeleteRequest, GetRequest, HistoryRequest, ListRequest, Memory,
+    SearchRequest, StatsRequest, UpdateRequest,
 };
 use aeterna_rpc::AnyChannel;
 use aeterna_testkit::{NEVER, SECRET, bearing, refusal};
@@ -103,6 +104,28 @@ async fn another_tenant_gets_nothing_whatever_it_knows() {
             Code::NotFound,
             "{way}"
         );
+        let batch = BatchDeleteRequest {
+            requests: vec![DeleteRequest {
+                id: secret.id.clone(),
+                ..Default::default()
+            }],
+        };
+        let deleted = evil
+            .client
+            .batch_delete(evil.bearing(batch))
+            .await
+            .unwrap()
+            .into_inner();
+        assert!(
+            matches!(deleted.results[0].result, Some(Deleted::Error(_))),
+            "{way}: {deleted:?}"
+        );
+        let get = GetRequest {
+            id: secret.id.clone(),
+            ..Default::default()
+        };
+        let kept = acme.client.get(acme.bearing(get)).await.unwrap().into_inner();
+        assert_eq!(kept.memory, Some(secret.clone()), "{way}: nothing of it has changed");
         let delete = DeleteRequest {
             id: secret.id.clone(),
             etag: secret.etag.clone(),

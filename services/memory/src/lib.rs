@@ -8,6 +8,7 @@ pub mod filter;
 mod grpc;
 mod indexes;
 mod metrics;
+mod models;
 pub mod store;
 
 use std::path::{Path, PathBuf};
@@ -16,20 +17,19 @@ use std::time::Duration;
 
 use aeterna_config::{Reader, Setting, StoreUri};
 use aeterna_error::{Error, Reason};
-use aeterna_proto::embedding::v1 as embedding;
 use aeterna_proto::memory::v1::knowledge_service_server::KnowledgeServiceServer;
 use aeterna_proto::memory::v1::memory_service_server::MemoryServiceServer;
 use aeterna_proto::memory::v1::policy_service_server::PolicyServiceServer;
-use aeterna_rpc::{AnyChannel, Credentials, Dependency, Health, RequestContext};
+use aeterna_rpc::{AnyChannel, Credentials, Dependency, Health};
 use aeterna_storage::{DirectoryLock, SqliteOptions};
-use aeterna_types::{SystemClock, TenantId};
+use aeterna_types::SystemClock;
 use opentelemetry::metrics::Meter;
 use tokio::sync::{broadcast, watch};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
 
-use app::{App, Background, Indexes as _, Model, Serving};
+use app::{App, Background, Indexes as _, Serving};
 use indexes::FlatIndexes;
 use store::Relational;
 use store::sqlite::SqliteStore;
@@ -188,10 +188,7 @@ pub async fn build(config: Config, deps: Deps) -> Result<Service, Error> {
         deps.health.report(service, "store", Dependency::Up).await;
     }
 
-    let models = models(&deps).await?;
-    let wanted = models.iter().find(|model| model.default);
-    let wanted = model(wanted.ok_or_else(|| Error::unavailable("the embedding service has no model"))?)?;
-    let first = serving(&wanted, &models, store.as_ref()).await?;
+    let (wanted, first) = models::choose(deps.embedder.clone(), &deps.credentials, store.as_ref()).await?;
     let indexes = FlatIndexes::new(
         deps.data_dir.join(&config.index),
         store.identity().await?,
@@ -266,78 +263,5 @@ fn lock(directory: &Path) -> Result<DirectoryLock, Error> {
             _ => format!("the data directory `{shown}` (`server.data_dir`) can't be used: {error}"),
         };
         Error::new(Reason::NotConfigured, message)
-    })
-}
-
-/// The models of the embedding service; waits for it when it is away, since services start in any order.
-async fn models(deps: &Deps) -> Result<Vec<embedding::Model>, Error> {
-    let mut client = embedding::embedding_service_client::EmbeddingServiceClient::new(deps.embedder.clone());
-    let mut delay = Duration::from_millis(100);
-    loop {
-        let context = RequestContext::background(TenantId::local(), &deps.credentials);
-        let listed = client
-            .list_models(context.request(embedding::ListModelsRequest {}))
-            .await;
-        let error = match listed {
-            Ok(listed) => return Ok(listed.into_inner().models),
-            Err(status) => aeterna_error::from_status(&status),
-        };
-        if error.reason() != Reason::DependencyUnavailable {
-            let message = format!("the embedding service refuses this process: {error}");
-            return Err(Error::new(Reason::NotConfigured, message));
-        }
-        tracing::warn!(%error, "waiting for the embedding service (`memory.embedding`)");
-        tokio::time::sleep(delay).await;
-        delay = (delay * 2).min(Duration::from_secs(5));
-    }
-}
-
-/// The model to answer searches by at first: the wanted one, unless most vectors are by another one that the embedding service
-/// still has; then memories are embedded anew in the background.
-async fn serving(wanted: &Model, models: &[embedding::Model], store: &dyn Relational) -> Result<Model, Error> {
-    let (mut most, mut first) = (None, wanted.clone());
-    for identity in store.models().await? {
-        let before = models.iter().find(|model| identity_of(model) == identity);
-        let Some(before) = before.filter(|_| identity != wanted.identity) else {
-            continue;
-        };
-        // Only where there is a choice: counting takes long in a large store.
-        let least = match most {
-            Some(most) => most,
-            None => store.vectors_by(&wanted.identity).await?,
-        };
-        let count = store.vectors_by(&identity).await?;
-        most = Some(least.max(count));
-        if count > least {
-            first = model(before)?;
-        }
-    }
-    Ok(first)
-}
-
-fn identity_of(model: &embedding::Model) -> String {
-    format!("{}@{}", model.name, model.revision)
-}
-
-/// A model of the embedding service, as vectors of it are kept.
-fn model(model: &embedding::Model) -> Result<Model, Error> {
-    let dimension = usize::try_from(model.dimension).unwrap_or(0);
-    let prefix = if model.matryoshka {
-        dimension.min(256)
-    } else {
-        dimension
-    };
-    if dimension == 0 || !dimension.is_multiple_of(store::code::BLOCK) {
-        let message = format!(
-            "the model `{}` has {dimension} dimensions; a multiple of 64 is needed",
-            model.name
-        );
-        return Err(Error::new(Reason::NotConfigured, message));
-    }
-    Ok(Model {
-        name: model.name.clone(),
-        identity: identity_of(model),
-        dimension,
-        prefix,
     })
 }

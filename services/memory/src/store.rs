@@ -387,6 +387,12 @@ pub trait Relational: Policies + Documents {
     /// What tells this store from every other one.
     async fn identity(&self) -> Result<String, MemoryError>;
 
+    /// What was noted under a name.
+    async fn note(&self, name: &str) -> Result<Option<String>, MemoryError>;
+
+    /// Notes something under a name, in place of what was noted before.
+    async fn put_note(&self, name: &str, value: &str) -> Result<(), MemoryError>;
+
     /// Closes the store.
     async fn close(&self);
 }

@@ -148,6 +148,7 @@ pub async fn relational(store: Arc<dyn Relational>) {
     tenants_and_scopes_are_walls(store).await;
     words_and_neighbours_are_found(store).await;
     search::the_arms_of_a_search_are_read_together(store).await;
+    notes_are_kept(store).await;
     the_outbox_tells_the_index_everything(store).await;
     filters::mean_what_the_language_says(store).await;
     what_expires_is_told_and_reaped(store).await;
@@ -156,6 +157,19 @@ pub async fn relational(store: Arc<dyn Relational>) {
     past::the_past_is_there_and_the_clock_may_go_back(store).await;
     past::documents_and_policies_are_kept(store).await;
     past::exports_are_imported_as_they_were(store).await;
+}
+
+async fn notes_are_kept(store: &dyn Relational) {
+    assert_eq!(store.note("models").await.unwrap(), None);
+    for value in ["one", "two"] {
+        store.put_note("models", value).await.unwrap();
+        assert_eq!(store.note("models").await.unwrap().as_deref(), Some(value));
+    }
+    assert_eq!(
+        store.note("store").await.unwrap(),
+        None,
+        "what the store keeps itself is no note"
+    );
 }
 
 async fn writes_are_merged_versioned_and_replayed(store: &dyn Relational) {

@@ -478,5 +478,23 @@ mod tests {
                 .count();
         }
         assert!(found >= 495, "{found} of 500");
+
+        // What a filter chooses is compared whole, however little it is: 10 %, 1 % and 0.1 % of all.
+        for share in [10, 100, 1000u32] {
+            let chosen: Vec<u32> = (0..20_000).filter(|n| n % share == 7 % share).collect();
+            let among = Among {
+                only: Some(chosen.iter().map(|n| Key(i64::from(*n))).collect()),
+                ..among.clone()
+            };
+            let query = near(3, 9_000_003);
+            let funnel = index.search(&query, &among, 10);
+            let inner = index.read();
+            let exact = Rows::new(inner.files.rows(), 128).best(&query, &chosen, 10);
+            let exact: Vec<(Key, f32)> = exact
+                .iter()
+                .map(|(slot, score)| (inner.keys[*slot as usize], *score))
+                .collect();
+            assert_eq!(funnel, exact, "1 in {share}");
+        }
     }
 }

@@ -351,6 +351,22 @@ impl Relational for SqliteStore {
         self.read(read::identity).await
     }
 
+    async fn note(&self, name: &str) -> Result<Option<String>, MemoryError> {
+        let name = format!("note:{name}");
+        self.read(move |connection| read::meta(connection, &name)).await
+    }
+
+    async fn put_note(&self, name: &str, value: &str) -> Result<(), MemoryError> {
+        let mut transaction = self.database.begin().await?;
+        sqlx::query("INSERT OR REPLACE INTO meta (name, value) VALUES (?, ?)")
+            .bind(format!("note:{name}"))
+            .bind(value)
+            .execute(&mut *transaction)
+            .await
+            .map_err(storage)?;
+        transaction.commit().await.map_err(storage)
+    }
+
     async fn close(&self) {
         self.database.close().await;
     }

@@ -233,6 +233,11 @@ pub fn replay<T: serde::de::DeserializeOwned>(
     Ok(answers.pop())
 }
 
+pub fn meta(connection: &Connection, name: &str) -> Result<Option<String>, MemoryError> {
+    let text = "SELECT value FROM meta WHERE name = ?";
+    Ok(rows(connection, text, [name], |row| get(row, 0))?.pop())
+}
+
 pub fn identity(connection: &Connection) -> Result<String, MemoryError> {
     let text = "SELECT value FROM meta WHERE name = 'store'";
     connection.query_row(text, [], |row| row.get(0)).map_err(failed)
