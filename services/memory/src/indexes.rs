@@ -93,7 +93,11 @@ impl Indexes for FlatIndexes {
         count: usize,
         stop: &CancellationToken,
     ) -> std::io::Result<Option<Arc<dyn VectorIndex>>> {
-        let learned = Rotation::learn(vectors, &|| stop.is_cancelled());
+        // Threads of its own, and half as many: searches and writes use the common ones meanwhile.
+        let threads = std::thread::available_parallelism().map_or(1, |cores| cores.get().div_ceil(2));
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
+        let pool = pool.map_err(std::io::Error::other)?;
+        let learned = pool.install(|| Rotation::learn(vectors, &|| stop.is_cancelled()));
         let Some((rotation, share)) = learned.filter(|_| !stop.is_cancelled()) else {
             return Ok(None);
         };

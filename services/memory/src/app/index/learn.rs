@@ -13,8 +13,9 @@ use crate::app::{Indexes, Serving};
 const FIRST: usize = 2_000;
 /// How many times as many there are when it is learned again.
 const GROWN: usize = 8;
-/// Vectors that a rotation is learned from and tried with, at most.
+/// Vectors that a rotation is learned from and tried with, at most, and numbers of all of them together.
 const SAMPLE: usize = 8_192;
+const NUMBERS: usize = 6 << 20;
 
 /// When a rotation was looked for the last time.
 #[derive(Default)]
@@ -62,7 +63,8 @@ impl Background {
         if !app.learn || enough || self.ready().is_some() {
             return Ok(());
         }
-        let vectors = app.store.vectors(&model.identity, &serving.index.some(SAMPLE)).await?;
+        let sample = serving.index.some((NUMBERS / model.dimension).clamp(FIRST, SAMPLE));
+        let vectors = app.store.vectors(&model.identity, &sample).await?;
         let vectors: Vec<Vec<f32>> = vectors.into_iter().map(|(_, vector)| vector).collect();
         let (of, token) = (model.clone(), stop.clone());
         let learned = self

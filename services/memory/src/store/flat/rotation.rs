@@ -43,7 +43,7 @@ pub fn kept(dimension: usize) -> Option<usize> {
 impl Rotation {
     /// Learns from every other one of some vectors, tries it on the rest, and says which part of the nearest neighbours it
     /// keeps there; `None` when that is too little, when there are too few vectors, or when it is told to stop.
-    pub fn learn(vectors: &[Vec<f32>], stopped: &dyn Fn() -> bool) -> Option<(Self, f64)> {
+    pub fn learn(vectors: &[Vec<f32>], stopped: &(dyn Fn() -> bool + Sync)) -> Option<(Self, f64)> {
         let dimension = vectors.first()?.len();
         if vectors.len() < LEAST || vectors.iter().any(|vector| vector.len() != dimension) {
             return None;
@@ -63,7 +63,7 @@ impl Rotation {
     }
 
     /// The directions of most energy.
-    fn fit(vectors: &[&[f32]], kept: usize, stopped: &dyn Fn() -> bool) -> Option<Self> {
+    fn fit(vectors: &[&[f32]], kept: usize, stopped: &(dyn Fn() -> bool + Sync)) -> Option<Self> {
         let dimension = vectors[0].len();
         let moments = moments(vectors);
         let mut directions = at_random(kept, dimension);
