@@ -156,6 +156,58 @@ async fn an_import_waits_for_a_server_that_is_killed_and_started_again() {
     again.kill().await.unwrap();
 }
 
+/// All memories of a server.
+async fn listed(url: &str) -> serde_json::Value {
+    let listed = aeterna(&["list", "--json"], &[("AETERNA_URL", url)]).await;
+    let mut listed: serde_json::Value = serde_json::from_slice(&listed.stdout).unwrap();
+    listed["memories"].take()
+}
+
+#[tokio::test]
+async fn memories_move_from_server_to_server_and_from_mem0() {
+    let (here, there) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let (one, url) = start(here.path(), &[]).await;
+    let env = [("AETERNA_URL", url.as_str())];
+    let dump = here.path().join("mem0.json");
+    let memories = r#"{"results": [
+        {"id": "1", "memory": "Ann likes tea", "user_id": "ann", "created_at": "2026-01-02T03:04:05Z", "metadata": {"mood": "calm"}},
+        {"id": "2", "memory": "Bob likes coffee", "user_id": "bob"},
+        {"id": "3", "memory": "", "user_id": "bob"}]}"#;
+    std::fs::write(&dump, memories).unwrap();
+    let text = told(&aeterna(&["import", dump.to_str().unwrap()], &env).await);
+    assert!(
+        text.contains("2 new, 0 there already, 1 refused") && text.contains("item 3"),
+        "{text}"
+    );
+    let before = listed(&url).await;
+    assert_eq!(before.as_array().unwrap().len(), 2);
+    assert!(
+        before.to_string().contains("calm") && before.to_string().contains("\"ann\""),
+        "{before}"
+    );
+
+    let file = here.path().join("all.jsonl");
+    let file = file.to_str().unwrap();
+    let export = aeterna(&["export", file, "--history", "--embeddings"], &env).await;
+    assert!(export.status.success(), "{}", told(&export));
+    one.stop().await;
+    let (two, url) = start(there.path(), &[]).await;
+    let env = [("AETERNA_URL", url.as_str())];
+    let text = told(&aeterna(&["import", file], &env).await);
+    assert!(text.contains("2 new, 0 there already, 0 refused"), "{text}");
+    assert_eq!(listed(&url).await, before, "as they were");
+    let text = told(&aeterna(&["search", "who likes tea?"], &env).await);
+    assert!(text.contains("Ann likes tea"), "{text}");
+
+    // What was cut off on the way is noticed.
+    let whole = std::fs::read_to_string(file).unwrap();
+    let cut = there.path().join("cut.jsonl");
+    std::fs::write(&cut, whole.replace("Ann likes tea", "Ann likes rum")).unwrap();
+    let import = aeterna(&["import", cut.to_str().unwrap()], &env).await;
+    assert!(!import.status.success(), "{}", told(&import));
+    two.stop().await;
+}
+
 #[tokio::test]
 async fn services_run_apart_with_one_secret() {
     let (one, two, keys) = (

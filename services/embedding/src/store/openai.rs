@@ -1,10 +1,11 @@
 //! Models behind a server that speaks OpenAI's `POST /embeddings`: batches, back-off, fallbacks, lenient answers.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
 use rand::Rng as _;
+use reqwest::header::HeaderValue;
 use reqwest::{Client, StatusCode, Url};
 use serde_json::{Value, json};
 use tokio::sync::{Semaphore, mpsc, oneshot};
@@ -209,11 +210,7 @@ impl Server {
             Err(error) => return failed(error),
         };
         let status = response.status();
-        let seconds = response
-            .headers()
-            .get("retry-after")
-            .and_then(|value| value.to_str().ok()?.parse::<u64>().ok());
-        let wait = seconds.map(Duration::from_secs);
+        let wait = response.headers().get("retry-after").and_then(pause);
         let mut bytes = Vec::new();
         loop {
             match response.chunk().await {
@@ -292,5 +289,35 @@ impl Server {
         embedded
             .collect::<Option<_>>()
             .ok_or_else(|| "two embeddings have the same place".to_owned())
+    }
+}
+/// How long a server asks to be left alone: seconds, or a date (RFC 9110, §10.2.3).
+fn pause(value: &HeaderValue) -> Option<Duration> {
+    let text = value.to_str().ok()?.trim();
+    match text.parse() {
+        Ok(seconds) => Some(Duration::from_secs(seconds)),
+        // A date that has passed asks for nothing.
+        Err(_) => Some(
+            httpdate::parse_http_date(text)
+                .ok()?
+                .duration_since(SystemTime::now())
+                .unwrap_or_default(),
+        ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_server_may_ask_for_seconds_or_name_a_date() {
+        let asked = |text: &str| pause(&HeaderValue::from_str(text).unwrap());
+        assert_eq!(asked("7"), Some(Duration::from_secs(7)));
+        assert_eq!(asked("Wed, 21 Oct 2015 07:28:00 GMT"), Some(Duration::ZERO));
+        let soon = httpdate::fmt_http_date(SystemTime::now() + Duration::from_secs(90));
+        let wait = asked(&soon).unwrap();
+        assert!((80..=90).contains(&wait.as_secs()), "{wait:?}");
+        assert_eq!(asked("later"), None);
     }
 }
