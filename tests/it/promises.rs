@@ -9,7 +9,7 @@ use aeterna_proto::memory::v1::batch_delete_result::Result as Deleted;
 use aeterna_proto::memory::v1::memory_service_client::MemoryServiceClient;
 use aeterna_proto::memory::v1::policy_service_client::PolicyServiceClient;
 use aeterna_proto::memory::v1::{
-    AddOutcome, BatchAddRequest, BatchDeleteRequest, DeleteRequest, Fusion, GetRequest, ListRequest, Memory, Policy,
+    AddOutcome, BatchAddRequest, BatchDeleteRequest, DeleteRequest, Fusion, GetRequest, ListRequest, Policy,
     PolicyRules, PutPolicyRequest, SearchRequest, SearchWeights, WatchRequest,
 };
 use aeterna_testkit::{NEVER, SECRET, bearing, refusal, token};
@@ -251,16 +251,7 @@ async fn policies_are_watched_by_who_asks_for_them() {
     };
     let mut policies = PolicyServiceClient::new(channel);
     policies.put_policy(bearing(request, &admin)).await.unwrap();
-    let memory = Memory {
-        content: "short".into(),
-        scope: user("ann"),
-        ..Default::default()
-    };
-    let add = aeterna_proto::memory::v1::AddRequest {
-        memory: Some(memory),
-        ..Default::default()
-    };
-    client.add(bearing(add, &admin)).await.unwrap();
+    client.add(bearing(item("ann", "short"), &admin)).await.unwrap();
     let first = told.message().await.unwrap().unwrap();
     assert_eq!(first.policy.unwrap().name, "small");
     let second = told.message().await.unwrap().unwrap();

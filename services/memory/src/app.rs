@@ -74,6 +74,9 @@ pub trait Indexes: Send + Sync {
     /// When the disk can't be used.
     fn open(&self, model: &Model, end: Sequence) -> std::io::Result<(Arc<dyn VectorIndex>, Option<String>)>;
 
+    /// A rotation of this model's vectors may be learned: it was not trained for being cut short, and that would save something.
+    fn learns(&self, model: &Model) -> bool;
+
     /// Begins an index whose first pass works with a rotation learned from some of the `count` vectors of a model; `None` when
     /// that would find less, or when it is told to stop.
     ///
@@ -120,8 +123,6 @@ pub struct App {
     pub(crate) serving: RwLock<Arc<Serving>>,
     /// The default model: every memory gets a vector of it, and then searches are answered by it.
     pub(crate) wanted: Model,
-    /// A rotation may be learned.
-    pub(crate) learn: bool,
     pub(crate) embedder: AnyChannel,
     pub(crate) credentials: Credentials,
     pub(crate) clock: Arc<dyn Clock>,

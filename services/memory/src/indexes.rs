@@ -86,6 +86,10 @@ impl Indexes for FlatIndexes {
         })
     }
 
+    fn learns(&self, model: &Model) -> bool {
+        self.learn && model.prefix == model.dimension && rotation::kept(model.dimension).is_some()
+    }
+
     fn learn(
         &self,
         model: &Model,

@@ -208,7 +208,6 @@ pub async fn build(config: Config, deps: Deps) -> Result<Service, Error> {
         indexes: Arc::new(indexes),
         serving: RwLock::new(Arc::new(Serving { model: first, index })),
         wanted,
-        learn: config.rotation,
         embedder: deps.embedder,
         credentials: deps.credentials,
         clock: Arc::new(SystemClock),

@@ -1,5 +1,6 @@
 //! The background work: keeping the vector index in step with the outbox, making up vectors that are pending, embedding anew
-//! by another model, learning a rotation (`learn`), reaping what has expired, and telling watchers. Each is a task of its own; only the first one writes the index, so changes are applied in order.
+//! by another model, learning a rotation (`learn`), reaping what has expired, and telling watchers. Each is a task of its own;
+//! only the first one writes the index that serves, so changes are applied in order.
 
 mod learn;
 
@@ -13,7 +14,7 @@ use aeterna_rpc::{Dependency, Health};
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
-use super::{App, Model, Serving};
+use super::{App, Indexes, Model, Serving};
 use crate::domain::{Key, Sequence};
 use crate::store::code::Code;
 use crate::store::{Entry, IndexState};
@@ -64,11 +65,23 @@ impl App {
     /// Removes the vectors and the index of a model that nothing is answered by.
     pub(crate) async fn forget_model(&self, identity: &str) -> Result<(), Error> {
         self.store.forget_model(identity).await?;
-        let (indexes, identity) = (Arc::clone(&self.indexes), identity.to_owned());
-        let removed = tokio::task::spawn_blocking(move || indexes.remove(&identity)).await;
-        removed
-            .map_err(Error::internal)?
-            .map_err(|error| Error::unavailable("an old index can't be removed").caused_by(error))
+        let identity = identity.to_owned();
+        self.on_disk("an old index can't be removed", move |indexes| {
+            indexes.remove(&identity)
+        })
+        .await
+    }
+
+    /// Works with the files of indexes, off the async threads; `failed` is said when the disk refuses.
+    async fn on_disk<T: Send + 'static>(
+        &self,
+        failed: &'static str,
+        work: impl FnOnce(&dyn Indexes) -> std::io::Result<T> + Send + 'static,
+    ) -> Result<T, Error> {
+        let indexes = Arc::clone(&self.indexes);
+        let done = tokio::task::spawn_blocking(move || work(indexes.as_ref())).await;
+        done.map_err(Error::internal)?
+            .map_err(|error| Error::unavailable(failed).caused_by(error))
     }
 }
 
@@ -388,11 +401,12 @@ impl Background {
     async fn switch(&self) -> Result<(), Error> {
         let app = &self.app;
         let next = app.wanted.clone();
-        let (indexes, model, end) = (Arc::clone(&app.indexes), next.clone(), app.store.last_sequence().await?);
-        let opened = tokio::task::spawn_blocking(move || indexes.open(&model, end)).await;
-        let (index, fresh) = opened
-            .map_err(Error::internal)?
-            .map_err(|error| Error::unavailable("the next index can't be opened").caused_by(error))?;
+        let (model, end) = (next.clone(), app.store.last_sequence().await?);
+        let (index, fresh) = app
+            .on_disk("the next index can't be opened", move |indexes| {
+                indexes.open(&model, end)
+            })
+            .await?;
         let serving = Serving { model: next, index };
         if fresh.is_some() {
             self.rebuild(&serving).await?;

@@ -4,8 +4,8 @@
 //! narrows down in stages: signs (1 bit a dimension, kept in memory) for many vectors, int8 for the best of them; the caller
 //! rescores what remains with the full-size codes of the relational store. A small manifest says up to which change of the
 //! outbox everything is in. Of a model that was not trained for being cut short, all dimensions are kept at first, and then
-//! those of a learned rotation, in a directory of its own. All are rebuilt from the relational store when they are missing, damaged, ahead of it, or of
-//! another store or model.
+//! those of a learned rotation, in a directory of its own. All are rebuilt from the relational store when they are missing,
+//! damaged, ahead of it, or of another store or model.
 
 mod file;
 pub mod rotation;

@@ -1,13 +1,13 @@
 //! Learning a rotation for the index that serves, and handing over to an index that has it.
 
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, MutexGuard, PoisonError};
+use std::sync::{MutexGuard, PoisonError};
 
 use aeterna_error::Error;
 use tokio_util::sync::CancellationToken;
 
 use super::{Background, LONGEST, PAUSE, flush};
-use crate::app::{Indexes, Serving};
+use crate::app::Serving;
 
 /// Vectors from which on a rotation is learned.
 const FIRST: usize = 2_000;
@@ -17,12 +17,11 @@ const GROWN: usize = 8;
 const SAMPLE: usize = 8_192;
 const NUMBERS: usize = 6 << 20;
 
-/// When a rotation was looked for the last time.
-#[derive(Default)]
-struct Tried {
-    model: String,
-    vectors: usize,
-}
+/// What is said when the disk refuses.
+const UNCHANGED: &str = "the files of an index can't be changed";
+
+/// Of which model, and among how many vectors, a rotation was looked for the last time.
+type Tried = (String, usize);
 
 impl Background {
     /// Learns a rotation when there are enough vectors, and again when there are many more, while searches go on by the index
@@ -54,21 +53,19 @@ impl Background {
         let app = &self.app;
         let serving = app.serving();
         let (model, count) = (&serving.model, serving.index.len());
-        let before = match tried.model == model.identity {
-            true => tried.vectors.max(serving.index.learned()),
+        let before = match tried.0 == model.identity {
+            true => tried.1.max(serving.index.learned()),
             false => serving.index.learned(),
         };
-        // Where the first dimensions tell enough there is nothing to learn.
-        let enough = model.prefix < model.dimension || count < FIRST.max(before * GROWN);
-        if !app.learn || enough || self.ready().is_some() {
+        if !app.indexes.learns(model) || count < FIRST.max(before * GROWN) || self.ready().is_some() {
             return Ok(());
         }
         let sample = serving.index.some((NUMBERS / model.dimension).clamp(FIRST, SAMPLE));
         let vectors = app.store.vectors(&model.identity, &sample).await?;
         let vectors: Vec<Vec<f32>> = vectors.into_iter().map(|(_, vector)| vector).collect();
         let (of, token) = (model.clone(), stop.clone());
-        let learned = self
-            .on_disk(move |indexes| indexes.learn(&of, &vectors, count, &token))
+        let learned = app
+            .on_disk(UNCHANGED, move |indexes| indexes.learn(&of, &vectors, count, &token))
             .await?;
         let index = match learned {
             Some(index) => index,
@@ -79,7 +76,7 @@ impl Background {
                     "the rotation serves no longer: all dimensions are scanned again"
                 );
                 let of = model.clone();
-                self.on_disk(move |indexes| indexes.plain(&of)).await?
+                app.on_disk(UNCHANGED, move |indexes| indexes.plain(&of)).await?
             }
             None => {
                 tracing::info!(
@@ -87,10 +84,7 @@ impl Background {
                     vectors = count,
                     "no rotation serves: all dimensions are scanned"
                 );
-                *tried = Tried {
-                    model: model.identity.clone(),
-                    vectors: count,
-                };
+                *tried = (model.identity.clone(), count);
                 return Ok(());
             }
         };
@@ -99,16 +93,14 @@ impl Background {
             index,
         };
         self.fill(&next, stop).await?;
+        if stop.is_cancelled() {
+            return Ok(());
+        }
         // What was written meanwhile, so that little is left for the moment of taking over.
         self.apply_new(&next, |_| ()).await?;
-        if !stop.is_cancelled() {
-            *tried = Tried {
-                model: model.identity.clone(),
-                vectors: count,
-            };
-            *self.ready() = Some(next);
-            app.committed.send_replace(());
-        }
+        *tried = (model.identity.clone(), count);
+        *self.ready() = Some(next);
+        app.committed.send_replace(());
         Ok(())
     }
 
@@ -124,7 +116,7 @@ impl Background {
         };
         if next.model.identity != app.serving().model.identity {
             let identity = next.model.identity.clone();
-            return self.on_disk(move |indexes| indexes.remove(&identity)).await;
+            return app.on_disk(UNCHANGED, move |indexes| indexes.remove(&identity)).await;
         }
         let complete = match self.apply_new(&next, |_| ()).await {
             // From here on it is the one that the next start opens.
@@ -150,16 +142,8 @@ impl Background {
             return Ok(());
         }
         let serving = self.app.serving();
-        self.on_disk(move |indexes| indexes.settle(&serving)).await
-    }
-
-    async fn on_disk<T: Send + 'static>(
-        &self,
-        work: impl FnOnce(&dyn Indexes) -> std::io::Result<T> + Send + 'static,
-    ) -> Result<T, Error> {
-        let indexes = Arc::clone(&self.app.indexes);
-        let done = tokio::task::spawn_blocking(move || work(indexes.as_ref())).await;
-        done.map_err(Error::internal)?
-            .map_err(|error| Error::unavailable("the files of an index can't be changed").caused_by(error))
+        self.app
+            .on_disk(UNCHANGED, move |indexes| indexes.settle(&serving))
+            .await
     }
 }
