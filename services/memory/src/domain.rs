@@ -200,6 +200,23 @@ impl Memory {
         Self { body, ..self.clone() }
     }
 
+    /// Takes in what somebody else says of it: unites the tags, as far as a memory takes them, keeps the higher importance, and
+    /// lives as long as the longer-lived of the two; without an expiry that is for good. True when anything has changed.
+    pub fn absorb(&mut self, said: Body) -> bool {
+        let body = &mut self.body;
+        let mut tags = body.tags.clone();
+        let new = said.tags.into_iter().filter(|tag| !body.tags.contains(tag));
+        tags.extend(new.take(MAX_TAGS.saturating_sub(body.tags.len())));
+        tags.sort();
+        let importance = body.importance.max(said.importance);
+        let expires_at = body.expires_at.zip(said.expires_at).map(|(old, new)| old.max(new));
+        let changed = tags != body.tags || importance > body.importance || expires_at != body.expires_at;
+        body.tags = tags;
+        body.importance = importance;
+        body.expires_at = expires_at;
+        changed
+    }
+
     /// True when it is shown at `now`.
     pub fn is_live(&self, now: Timestamp) -> bool {
         self.deleted_at.is_none() && self.body.expires_at.is_none_or(|expiry| expiry > now)

@@ -1,6 +1,7 @@
 //! What can go wrong, by what a caller can do about it.
 
 use aeterna_error::{Error, Reason};
+use aeterna_storage::StorageError;
 
 /// An error of the memory service.
 #[derive(Debug, thiserror::Error)]
@@ -50,9 +51,19 @@ pub enum MemoryError {
         /// What they may have.
         limit: usize,
     },
+    /// The store failed.
+    #[error(transparent)]
+    Store(#[from] StorageError),
     /// A dependency failed.
     #[error(transparent)]
     Other(#[from] Error),
+}
+
+impl MemoryError {
+    /// True when something failed, and the caller was not merely refused.
+    pub fn is_failure(&self) -> bool {
+        matches!(self, Self::Store(_) | Self::Other(_))
+    }
 }
 
 impl From<MemoryError> for Error {
@@ -71,6 +82,7 @@ impl From<MemoryError> for Error {
             MemoryError::EtagMismatch => Reason::EtagMismatch,
             MemoryError::RequestIdReused => Reason::RequestIdReused,
             MemoryError::Deleted | MemoryError::Duplicate => Reason::InvalidState,
+            MemoryError::Store(error) => return error.into(),
             MemoryError::Other(error) => return error,
         };
         Self::new(reason, error.to_string())

@@ -4,6 +4,7 @@ pub mod code;
 #[cfg(test)]
 pub mod conformance;
 pub mod flat;
+pub mod ledger;
 pub mod sqlite;
 
 use std::collections::{BTreeSet, HashSet};

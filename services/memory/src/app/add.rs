@@ -8,7 +8,6 @@ use aeterna_types::{MemoryId, Scope, TenantId};
 
 use super::App;
 use crate::domain::{Body, Idempotency, Key, Outcome, Sequence, Written};
-use crate::error::MemoryError;
 use crate::store::{Addition, Among};
 
 /// One memory as its writer sends it.
@@ -74,7 +73,7 @@ impl App {
                 Ok(None) => law
                     .admit(context.principal(), &item.scope, &mut item.body, writer.now)
                     .map_err(|error| Err(error.into())),
-                Err(error @ MemoryError::Other(_)) => return Err(error.into()),
+                Err(error) if error.is_failure() => return Err(error.into()),
                 Err(error) => Err(Err(error.into())),
             };
             match admitted {

@@ -13,16 +13,16 @@ mod write;
 use std::sync::Arc;
 use std::time::Duration;
 
-use aeterna_error::Error;
 use aeterna_storage::rusqlite::Connection;
 use aeterna_storage::{Sqlite, SqliteOptions, StorageError};
 use aeterna_types::{Layer, MemoryId, RequestId, Scope, TenantId, Timestamp};
 use async_trait::async_trait;
-use sqlx::Row as _;
 use sqlx::sqlite::SqliteRow;
+use sqlx::{Row as _, SqliteConnection};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::code::Code;
+use super::ledger::{self, damaged, encode, parsed};
 use super::{
     Addition, Arms, AsOf, ChangeItem, Counts, ExportPage, Exported, Frequencies, Imported, Imports, IndexEvent,
     IndexState, Listing, Progress, Relational, Rescoring, Scored, Seen, Sight, Stored,
@@ -30,6 +30,7 @@ use super::{
 use crate::domain::{self, Idempotency, Key, Memory, ScopeKey, Sequence, Version, View, Writer, Written};
 use crate::error::MemoryError;
 use crate::filter::Filter;
+use write::SqliteLedger;
 
 /// The migrations, oldest first. Those that landed never change.
 pub const MIGRATIONS: &[(&str, &str)] = &[
@@ -91,15 +92,9 @@ impl SqliteStore {
     }
 }
 
-impl From<StorageError> for MemoryError {
-    fn from(error: StorageError) -> Self {
-        Self::Other(error.into())
-    }
-}
-
 /// The driver's errors on their way out.
 fn storage(error: sqlx::Error) -> MemoryError {
-    MemoryError::Other(Error::from(StorageError::from(error)))
+    StorageError::from(error).into()
 }
 
 /// The reading driver's errors on their way out.
@@ -107,16 +102,9 @@ fn failed(error: aeterna_storage::rusqlite::Error) -> MemoryError {
     StorageError::from(error).into()
 }
 
-fn damaged(what: &str) -> MemoryError {
-    MemoryError::Other(Error::internal(format!("a stored {what} can't be decoded")))
-}
-
-fn encode<T: serde::Serialize>(value: &T) -> Result<String, MemoryError> {
-    serde_json::to_string(value).map_err(|error| MemoryError::Other(Error::internal(error)))
-}
-
-fn parsed<T: serde::de::DeserializeOwned>(record: &str, what: &str) -> Result<T, MemoryError> {
-    serde_json::from_str(record).map_err(|_| damaged(what))
+/// A write under way.
+fn write<'t>(connection: &'t mut SqliteConnection, writer: &'t Writer) -> SqliteLedger<'t> {
+    SqliteLedger { connection, writer }
 }
 
 fn stored(row: &SqliteRow) -> Result<Stored, MemoryError> {
@@ -135,7 +123,10 @@ impl Relational for SqliteStore {
         writer: &Writer,
         items: Vec<Addition>,
     ) -> Result<Vec<Result<Written, MemoryError>>, MemoryError> {
-        write::add(self, writer, items).await
+        let mut transaction = self.database.begin().await?;
+        let results = ledger::add(&mut write(&mut transaction, writer), items).await?;
+        transaction.commit().await.map_err(storage)?;
+        Ok(results)
     }
 
     async fn change(
@@ -143,7 +134,10 @@ impl Relational for SqliteStore {
         writer: &Writer,
         items: Vec<ChangeItem>,
     ) -> Result<Vec<Result<Written, MemoryError>>, MemoryError> {
-        write::change(self, writer, items).await
+        let mut transaction = self.database.begin().await?;
+        let results = ledger::change(&mut write(&mut transaction, writer), items).await?;
+        transaction.commit().await.map_err(storage)?;
+        Ok(results)
     }
 
     async fn history(
@@ -321,7 +315,10 @@ impl Relational for SqliteStore {
         items: Vec<(i64, Imported)>,
         progress: &mut Progress,
     ) -> Result<Imports, MemoryError> {
-        transfer::import(self, writer, id, items, progress).await
+        let mut transaction = self.database.begin().await?;
+        let results = ledger::import(&mut write(&mut transaction, writer), id.as_str(), items, progress).await?;
+        transaction.commit().await.map_err(storage)?;
+        Ok(results)
     }
 
     async fn import_progress(&self, writer: &Writer, id: &RequestId) -> Result<Option<Progress>, MemoryError> {

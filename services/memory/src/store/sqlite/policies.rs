@@ -3,16 +3,12 @@
 use aeterna_storage::rusqlite::{Connection, params};
 use aeterna_types::{MemoryId, Scope, TenantId, Timestamp};
 use async_trait::async_trait;
-use sqlx::Row as _;
 
 use super::read::{get, limit, rows, text};
-use super::write::{self, Resource};
-use super::{SqliteStore, damaged, encode, parsed, storage};
-use crate::domain::{Idempotency, Kind, Policy, ScopeKey, Writer};
+use super::{SqliteStore, damaged, parsed, storage, write};
+use crate::domain::{Idempotency, Policy, ScopeKey, Writer};
 use crate::error::MemoryError;
-use crate::store::{Change, ChangeItem, Policies, Relational as _};
-
-const FIND: &str = "SELECT record FROM policies WHERE tenant = ? AND name = ?";
+use crate::store::{Change, ChangeItem, Policies, Relational as _, ledger};
 
 #[async_trait]
 impl Policies for SqliteStore {
@@ -30,49 +26,20 @@ impl Policies for SqliteStore {
     async fn put_policy(
         &self,
         writer: &Writer,
-        mut policy: Policy,
+        policy: Policy,
         etag: Option<String>,
         idempotency: Option<Idempotency>,
     ) -> Result<Policy, MemoryError> {
         let mut transaction = self.database.begin().await?;
-        if let Some(idempotency) = &idempotency
-            && let Some(earlier) = write::replay(&mut transaction, writer, idempotency).await?
-        {
-            return Ok(earlier);
-        }
-        let existing = find(&mut transaction, writer, &policy.name).await?;
-        check_etag(existing.as_ref(), etag)?;
-        policy.version = existing.as_ref().map_or(1, |existing| existing.version + 1);
-        policy.updated_at = writer.now;
-        policy.updated_by.clone_from(&writer.subject);
-        sqlx::query("INSERT OR REPLACE INTO policies (tenant, name, record) VALUES (?, ?, ?)")
-            .bind(writer.tenant.as_str())
-            .bind(&policy.name)
-            .bind(encode(&policy)?)
-            .execute(&mut *transaction)
-            .await
-            .map_err(storage)?;
-        let kind = if existing.is_some() { Kind::Updated } else { Kind::Added };
-        let resource = Resource::Policy(&policy.name);
-        write::resource_event(&mut transaction, writer, None, resource, policy.version, kind).await?;
-        write::remember(&mut transaction, writer, idempotency.as_ref(), &policy).await?;
+        let mut ledger = write(&mut transaction, writer);
+        let policy = ledger::put_policy(&mut ledger, policy, etag.as_deref(), idempotency.as_ref()).await?;
         transaction.commit().await.map_err(storage)?;
         Ok(policy)
     }
 
     async fn delete_policy(&self, writer: &Writer, name: &str, etag: Option<String>) -> Result<(), MemoryError> {
         let mut transaction = self.database.begin().await?;
-        let existing = find(&mut transaction, writer, name).await?;
-        let existing = existing.ok_or_else(|| MemoryError::NoPolicy(name.into()))?;
-        check_etag(Some(&existing), etag)?;
-        sqlx::query("DELETE FROM policies WHERE tenant = ? AND name = ?")
-            .bind(writer.tenant.as_str())
-            .bind(name)
-            .execute(&mut *transaction)
-            .await
-            .map_err(storage)?;
-        let (resource, version) = (Resource::Policy(name), existing.version + 1);
-        write::resource_event(&mut transaction, writer, None, resource, version, Kind::Deleted).await?;
+        ledger::delete_policy(&mut write(&mut transaction, writer), name, etag.as_deref()).await?;
         transaction.commit().await.map_err(storage)
     }
 
@@ -98,7 +65,7 @@ impl Policies for SqliteStore {
         };
         let due = self.read(due).await?;
         let Some((_, tenant)) = due.first() else { return Ok(0) };
-        let writer = write::system(tenant, now)?;
+        let writer = ledger::system(tenant, now)?;
         let item = |(id, _): &(MemoryId, String)| ChangeItem {
             id: *id,
             etag: None,
@@ -127,30 +94,5 @@ impl Policies for SqliteStore {
             }
         }
         Ok(tenants)
-    }
-}
-
-async fn find(
-    connection: &mut sqlx::SqliteConnection,
-    writer: &Writer,
-    name: &str,
-) -> Result<Option<Policy>, MemoryError> {
-    let row = sqlx::query(FIND)
-        .bind(writer.tenant.as_str())
-        .bind(name)
-        .fetch_optional(connection)
-        .await
-        .map_err(storage)?;
-    let record = row
-        .as_ref()
-        .map(|row| row.try_get::<&str, _>("record").map_err(storage))
-        .transpose()?;
-    record.map(|record| parsed(record, "policy")).transpose()
-}
-
-fn check_etag(existing: Option<&Policy>, etag: Option<String>) -> Result<(), MemoryError> {
-    match etag {
-        Some(etag) if existing.is_none_or(|policy| policy.etag() != etag) => Err(MemoryError::EtagMismatch),
-        _ => Ok(()),
     }
 }

@@ -5,11 +5,12 @@ use aeterna_storage::rusqlite::{Connection, OptionalExtension as _, Params, Row,
 use aeterna_types::{Layer, MemoryId, Scope, TenantId, Timestamp};
 
 use super::filter::Sql;
-use super::write::{REPLAY, answered};
+use super::write::REPLAY;
 use super::{damaged, encode, failed, parsed, past};
 use crate::domain::{Change, Idempotency, Key, Kind, Memory, ScopeKey, Sequence, Subject, Version, View, Writer};
 use crate::error::MemoryError;
 use crate::store::code::Code;
+use crate::store::ledger::answered;
 use crate::store::{Counts, IndexEvent, IndexState, Listing, Stored};
 
 /// All rows of a query, each read by `row`.
