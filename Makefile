@@ -19,7 +19,7 @@ run: ## build and start every service in one process (ARGS="--listen 127.0.0.1:7
 	@exec $(BUILD)/aeterna serve $(ARGS)
 
 test: ## run every test (ARGS="--no-fail-fast" goes to cargo test)
-	@scripts/tools.sh grpcurl pip
+	@scripts/tools.sh grpcurl pip postgres
 	cargo test --workspace --locked $(ARGS)
 
 check: lint-proto breaking ## check format, lints, contracts, licences, docs and scripts: what CI asks beside the tests

@@ -41,6 +41,18 @@ install_buf() {
   new_venv "$tools/venv" && "$tools/venv/bin/pip" install -q "buf-bin==$BUF" && ln -sf ../venv/bin/buf "$bin/buf"
 }
 
+# A server for tests, from Debian's packages; the cluster that the package would start by itself is not made.
+need_postgres() {
+  compgen -G "/usr/lib/postgresql/*/bin/initdb" >/dev/null && return
+  [[ $(id -u) == 0 ]] && command -v apt-get >/dev/null || die "PostgreSQL is not installed: install Debian's postgresql"
+  {
+    mkdir -p /etc/postgresql-common
+    [[ -e /etc/postgresql-common/createcluster.conf ]] ||
+      echo "create_main_cluster = false" >/etc/postgresql-common/createcluster.conf
+    apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends postgresql
+  } >&2 || die "apt-get could not install postgresql (see above)"
+}
+
 go_is_recent() {
   [[ $(go version 2>/dev/null) =~ go1\.([0-9]+) ]] && ((BASH_REMATCH[1] >= GO_OLDEST_MINOR))
 }
@@ -89,6 +101,7 @@ for name in "$@"; do
     grpcurl) ensure grpcurl $GRPCURL ;;
     cargo-deny) ensure cargo-deny $CARGO_DENY ;;
     pip) python3 -m pip --version >/dev/null 2>&1 || need_venv ;;
-    *) die "\`$name\` is not a tool of this project: buf, grpcurl, cargo-deny, pip" ;;
+    postgres) need_postgres ;;
+    *) die "\`$name\` is not a tool of this project: buf, grpcurl, cargo-deny, pip, postgres" ;;
   esac
 done

@@ -15,6 +15,7 @@ mod memory;
 mod notes;
 mod openai;
 mod past;
+mod postgres;
 mod promises;
 mod readme;
 mod reembed;

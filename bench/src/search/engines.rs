@@ -9,7 +9,7 @@ use aeterna_memory::store::code::Code;
 use aeterna_memory::store::flat::rotation::Rotation;
 use aeterna_memory::store::flat::{FlatIndex, Layout, Opened};
 use aeterna_memory::store::sqlite::SqliteStore;
-use aeterna_memory::store::{Among, Entry, Relational as _, VectorIndex as _};
+use aeterna_memory::store::{Among, Entry, Relational as _, Rescoring, VectorIndex as _};
 use aeterna_storage::SqliteOptions;
 use aeterna_storage::rusqlite::{Connection, params};
 use anyhow::Context as _;
@@ -236,7 +236,12 @@ impl Engine for Funnel {
         };
         let candidates = self.index.search(&code, &among, RESCORED);
         let keys: Vec<Key> = candidates.into_iter().map(|(key, _)| key).collect();
-        let mut scored = self.store.cosines(MODEL, &keys, query).await?;
+        let rescoring = Rescoring {
+            model: MODEL.into(),
+            keys,
+            vector: query.to_vec(),
+        };
+        let mut scored = self.store.cosines(&aeterna_types::TenantId::local(), &rescoring).await?;
         scored.sort_unstable_by(|a, b| b.1.total_cmp(&a.1));
         Ok(scored.into_iter().take(K).map(|(key, _)| key.0 as usize - 1).collect())
     }

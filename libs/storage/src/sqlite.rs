@@ -3,10 +3,10 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use sqlx::migrate::{Migration, MigrationType, Migrator};
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteSynchronous};
 use sqlx::{Connection as _, SqliteConnection};
 
+use crate::migrations::migrator;
 use crate::{Readers, StorageError};
 
 /// How a database is opened.
@@ -104,7 +104,7 @@ async fn is_usable(connection: &mut SqliteConnection) -> Result<bool, sqlx::Erro
     Ok(!connection.is_in_transaction())
 }
 
-/// Runs the migrations that are missing, in order; each `(description, sql)` has its position plus one as its version.
+/// Runs the migrations that are missing.
 async fn migrate(pool: &SqlitePool, migrations: &'static [(&'static str, &'static str)]) -> Result<(), StorageError> {
     let known = migrations.len() as i64;
     let table = sqlx::query("SELECT 1 FROM sqlite_master WHERE name = '_sqlx_migrations'")
@@ -118,11 +118,7 @@ async fn migrate(pool: &SqlitePool, migrations: &'static [(&'static str, &'stati
             return Err(StorageError::SchemaTooNew { found, known });
         }
     }
-    let list = migrations.iter().zip(1..).map(|((description, sql), version)| {
-        let sql = sqlx::SqlSafeStr::into_sql_str(*sql);
-        Migration::new(version, (*description).into(), MigrationType::Simple, sql, false)
-    });
-    Migrator::with_migrations(list.collect())
+    migrator(migrations)
         .run(pool)
         .await
         .map_err(|error| StorageError::Broken(Box::new(error)))

@@ -4,6 +4,7 @@
 
 mod hostile;
 mod http;
+mod postgres;
 mod program;
 mod raw;
 
@@ -13,6 +14,7 @@ use aeterna_auth::{Claims, Role, mint};
 
 pub use hostile::{Mutation, mutations};
 pub use http::http;
+pub use postgres::PostgresServer;
 pub use program::{Program, built, cache, minilm};
 pub use raw::RawClient;
 

@@ -276,6 +276,7 @@ impl App {
 
     /// Waits until the index has what a token stands for; false when it does not in time.
     async fn reached(&self, sequence: Sequence) -> bool {
+        self.store.reach(sequence);
         self.committed.send_replace(());
         let mut indexed = self.indexed.subscribe();
         let reached = indexed.wait_for(|watermark| *watermark >= sequence);

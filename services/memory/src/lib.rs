@@ -15,13 +15,13 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, RwLock};
 use std::time::Duration;
 
-use aeterna_config::{Reader, Setting, StoreUri};
+use aeterna_config::{Reader, Secret, Setting, StoreUri};
 use aeterna_error::{Error, Reason};
 use aeterna_proto::memory::v1::knowledge_service_server::KnowledgeServiceServer;
 use aeterna_proto::memory::v1::memory_service_server::MemoryServiceServer;
 use aeterna_proto::memory::v1::policy_service_server::PolicyServiceServer;
 use aeterna_rpc::{AnyChannel, Credentials, Dependency, Health};
-use aeterna_storage::{DirectoryLock, SqliteOptions};
+use aeterna_storage::{DirectoryLock, PostgresOptions, SqliteOptions};
 use aeterna_types::SystemClock;
 use opentelemetry::metrics::Meter;
 use tokio::sync::{broadcast, watch};
@@ -32,6 +32,7 @@ use tonic::service::Routes;
 use app::{App, Background, Indexes as _, Serving};
 use indexes::FlatIndexes;
 use store::Relational;
+use store::postgres::PostgresStore;
 use store::sqlite::SqliteStore;
 
 /// The service's name in its contract.
@@ -49,7 +50,34 @@ pub const SETTINGS: &[Setting] = &[
     Setting::new(
         "memory.store",
         "sqlite:memory.db",
-        "The relational store: `sqlite:FILE`, relative to the data directory.",
+        "The relational store: `sqlite:FILE`, relative to the data directory, or `postgres://role@host1:5432,host2,host3/database`; \
+         with `?patroni=8008`, the port of Patroni's REST API (or one for each host), its word on who is the primary counts.",
+    ),
+    Setting::secret(
+        "memory.store_password",
+        "memory.store_password_file",
+        "The password of the role in `memory.store`.",
+    ),
+    Setting::new(
+        "memory.store_owner",
+        "",
+        "The role that owns the PostgreSQL schema, and brings it up to date at the start; empty: that is done elsewhere. It must not \
+         be the one in `memory.store`, which is held by row-level security.",
+    ),
+    Setting::secret(
+        "memory.store_owner_password",
+        "memory.store_owner_password_file",
+        "The password of the owner.",
+    ),
+    Setting::new(
+        "memory.connections",
+        "16",
+        "Connections to each PostgreSQL node for reading, and as many to the primary for writing, 1 to 500.",
+    ),
+    Setting::new(
+        "memory.store_patience",
+        "5s",
+        "How long a call waits for a PostgreSQL primary, and repeats what failed.",
     ),
     Setting::new(
         "memory.index",
@@ -81,7 +109,7 @@ pub const SETTINGS: &[Setting] = &[
 /// How the service is set up.
 #[derive(Clone, Debug)]
 pub struct Config {
-    store: PathBuf,
+    store: Store,
     index: PathBuf,
     /// `local` or a URL.
     pub embedding: String,
@@ -90,10 +118,56 @@ pub struct Config {
     rotation: bool,
 }
 
+/// Where memories are kept.
+#[derive(Clone, Debug)]
+enum Store {
+    /// A file, relative to the data directory.
+    Sqlite(PathBuf),
+    /// A database, with how its owner reaches it.
+    Postgres(Box<PostgresOptions>, Option<Box<PostgresOptions>>),
+}
+
+impl Store {
+    fn read(reader: &mut Reader<'_>) -> Option<Self> {
+        let password = reader.secret("memory.store_password");
+        let owner = reader.optional::<String>("memory.store_owner").flatten();
+        let owner_password = reader.secret("memory.store_owner_password");
+        let connections = reader.within("memory.connections", 1..=500);
+        let patience = reader.duration("memory.store_patience");
+        let uri: StoreUri = reader.get("memory.store")?;
+        match uri.scheme.as_str() {
+            "sqlite" if !uri.rest.is_empty() => Some(Self::Sqlite(uri.rest.into())),
+            "postgres" => {
+                let parsed = PostgresOptions::parse(&uri.rest, password.flatten().as_ref().map(Secret::expose));
+                let mut options = match parsed {
+                    Ok(options) => options,
+                    Err(why) => {
+                        reader.problem("memory.store", why);
+                        return None;
+                    }
+                };
+                options.connections = connections?;
+                options.patience = patience?;
+                let owner_password = owner_password.flatten();
+                let as_owner = |owner: String| options.as_user(&owner, owner_password.as_ref().map(Secret::expose));
+                let owner = owner.map(|owner| Box::new(as_owner(owner)));
+                Some(Self::Postgres(Box::new(options), owner))
+            }
+            _ => {
+                reader.problem(
+                    "memory.store",
+                    "this version knows `sqlite:PATH` and `postgres://role@host1,host2/database`",
+                );
+                None
+            }
+        }
+    }
+}
+
 impl Config {
     /// Reads the settings; `None` after noting problems.
     pub fn read(reader: &mut Reader<'_>) -> Option<Self> {
-        let store = port(reader, "memory.store", "sqlite");
+        let store = Store::read(reader);
         let index = port(reader, "memory.index", "flat");
         let embedding = reader.text("memory.embedding");
         let busy_timeout = reader.duration("memory.busy_timeout");
@@ -178,12 +252,17 @@ pub async fn build(config: Config, deps: Deps) -> Result<Service, Error> {
             .await;
     }
     let lock = lock(&deps.data_dir)?;
-    let options = SqliteOptions {
-        path: deps.data_dir.join(&config.store),
-        busy_timeout: config.busy_timeout,
-        readers: config.readers,
+    let store: Arc<dyn Relational> = match &config.store {
+        Store::Sqlite(path) => {
+            let options = SqliteOptions {
+                path: deps.data_dir.join(path),
+                busy_timeout: config.busy_timeout,
+                readers: config.readers,
+            };
+            Arc::new(SqliteStore::open(&options).await?)
+        }
+        Store::Postgres(options, owner) => Arc::new(PostgresStore::open(options, owner.as_deref()).await?),
     };
-    let store: Arc<dyn Relational> = Arc::new(SqliteStore::open(&options).await?);
     for service in SERVICES {
         deps.health.report(service, "store", Dependency::Up).await;
     }

@@ -5,6 +5,7 @@ pub mod code;
 pub mod conformance;
 pub mod flat;
 pub mod ledger;
+pub mod postgres;
 pub mod sqlite;
 
 use std::collections::{BTreeSet, HashSet};
@@ -91,6 +92,8 @@ pub struct Counts {
 /// What List asks for.
 #[derive(Clone, Debug)]
 pub struct Listing {
+    /// The tenant.
+    pub tenant: TenantId,
     /// The scopes that are visible.
     pub scopes: Vec<ScopeKey>,
     /// Only what comes after this id, newest first.
@@ -165,8 +168,6 @@ pub struct IndexState {
 /// What the lexical arm looks for.
 #[derive(Clone, Debug)]
 pub struct LexicalSearch {
-    /// The tenant.
-    pub tenant: TenantId,
     /// Scopes of the tenant.
     pub scopes: Vec<ScopeKey>,
     /// Analysed terms; one of them is enough.
@@ -219,14 +220,28 @@ pub struct Rescoring {
 }
 
 /// The arms of a search.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct Arms {
+    /// The tenant.
+    pub tenant: TenantId,
     /// The lexical one.
     pub lexical: Option<LexicalSearch>,
     /// The dense one.
     pub dense: Option<Rescoring>,
     /// Also find the neighbours of the candidates, and of these.
     pub neighbours: Option<Vec<Key>>,
+}
+
+impl Arms {
+    /// No arm yet.
+    pub fn of(tenant: &TenantId) -> Self {
+        Self {
+            tenant: tenant.clone(),
+            lexical: None,
+            dense: None,
+            neighbours: None,
+        }
+    }
 }
 
 /// What the arms of a search brought.
@@ -281,7 +296,13 @@ pub trait Relational: Policies + Documents {
     ) -> Result<Vec<Version>, MemoryError>;
 
     /// Counts of what scopes hold.
-    async fn counts(&self, model: &str, scopes: &[ScopeKey], now: Timestamp) -> Result<Counts, MemoryError>;
+    async fn counts(
+        &self,
+        tenant: &TenantId,
+        model: &str,
+        scopes: &[ScopeKey],
+        now: Timestamp,
+    ) -> Result<Counts, MemoryError>;
 
     /// What an earlier write with this request id answered.
     async fn replay(&self, writer: &Writer, idempotency: &Idempotency) -> Result<Option<Written>, MemoryError>;
@@ -299,6 +320,7 @@ pub trait Relational: Policies + Documents {
     /// since at most `limit`, the last changed first.
     async fn as_of(
         &self,
+        tenant: &TenantId,
         scopes: &[ScopeKey],
         filter: Option<&Filter>,
         at: Timestamp,
@@ -320,14 +342,19 @@ pub trait Relational: Policies + Documents {
     /// Scores the candidates of a search, all as of one moment. A dense arm that fails leaves the lexical one.
     async fn scored(&self, arms: &Arms) -> Result<Scored, MemoryError>;
 
-    /// Live memories by number, in any order; the others are left out.
-    async fn fetch(&self, keys: &[Key], now: Timestamp) -> Result<Vec<Stored>, MemoryError>;
+    /// Live memories of the tenant by number, in any order; the others are left out.
+    async fn fetch(&self, tenant: &TenantId, keys: &[Key], now: Timestamp) -> Result<Vec<Stored>, MemoryError>;
 
     /// Cosines of memories' vectors with a vector, over as many dimensions as it has; memories without a vector are left out.
-    async fn cosines(&self, model: &str, keys: &[Key], vector: &[f32]) -> Result<Vec<(Key, f32)>, MemoryError>;
+    async fn cosines(&self, tenant: &TenantId, rescoring: &Rescoring) -> Result<Vec<(Key, f32)>, MemoryError>;
 
-    /// Vectors by number, at full size.
-    async fn vectors(&self, model: &str, keys: &[Key]) -> Result<Vec<(Key, Vec<f32>)>, MemoryError>;
+    /// Vectors by number, at full size: of one tenant or of all.
+    async fn vectors(
+        &self,
+        tenant: Option<&TenantId>,
+        model: &str,
+        keys: &[Key],
+    ) -> Result<Vec<(Key, Vec<f32>)>, MemoryError>;
 
     /// Changes after a place in the outbox, in order.
     async fn events(&self, after: Sequence, limit: usize) -> Result<Vec<IndexEvent>, MemoryError>;
@@ -343,6 +370,9 @@ pub trait Relational: Policies + Documents {
 
     /// The last place in the outbox.
     async fn last_sequence(&self) -> Result<Sequence, MemoryError>;
+
+    /// Every read that begins after this sees at least what is at or before that place in the outbox.
+    fn reach(&self, sequence: Sequence);
 
     /// The state of memories for the index; those that are gone or deleted are left out.
     async fn states(&self, model: &str, keys: &[Key]) -> Result<Vec<IndexState>, MemoryError>;
@@ -401,6 +431,8 @@ pub trait Relational: Policies + Documents {
 /// Which memories an export reads.
 #[derive(Clone, Debug)]
 pub struct ExportPage {
+    /// The tenant.
+    pub tenant: TenantId,
     /// The scopes that are visible.
     pub scopes: Vec<ScopeKey>,
     /// Only those that satisfy it.
@@ -495,6 +527,8 @@ pub trait Policies: Send + Sync {
 /// Which documents to list.
 #[derive(Clone, Debug)]
 pub struct DocumentListing {
+    /// The tenant.
+    pub tenant: TenantId,
     /// The scopes that are visible.
     pub scopes: Vec<ScopeKey>,
     /// Only at or below this path; empty: all.

@@ -8,7 +8,7 @@ use aeterna_types::{MemoryId, Scope, TenantId};
 
 use super::App;
 use crate::domain::{Body, Idempotency, Key, Outcome, Sequence, Written};
-use crate::store::{Addition, Among};
+use crate::store::{Addition, Among, Rescoring};
 
 /// One memory as its writer sends it.
 #[derive(Clone, Debug)]
@@ -132,12 +132,17 @@ impl App {
             exclude: [own.key].into(),
         };
         let keys = self.candidates(&serving, code, among.into(), 4 * TOLD).await?;
-        let mut near = self.store.cosines(&serving.model.identity, &keys, &vector).await?;
+        let rescoring = Rescoring {
+            model: serving.model.identity.clone(),
+            keys,
+            vector,
+        };
+        let mut near = self.store.cosines(tenant, &rescoring).await?;
         near.retain(|(_, cosine)| f64::from(*cosine) >= NEAR);
         near.sort_unstable_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
         near.truncate(TOLD);
         let keys: Vec<Key> = near.iter().map(|(key, _)| *key).collect();
-        let live = self.store.fetch(&keys, self.clock.now()).await?;
+        let live = self.store.fetch(tenant, &keys, self.clock.now()).await?;
         let live: HashMap<Key, MemoryId> = live.into_iter().map(|stored| (stored.key, stored.memory.id)).collect();
         let told = near
             .into_iter()

@@ -99,6 +99,7 @@ impl App {
     pub async fn documents(&self, context: &RequestContext, query: DocumentQuery) -> Result<DocumentPage, Error> {
         let view = view(context, query.scope.as_ref())?;
         let listing = DocumentListing {
+            tenant: context.principal().tenant.clone(),
             scopes: self.store.visible(&context.principal().tenant, &view, &[]).await?,
             prefix: query.prefix,
             after: query.after,

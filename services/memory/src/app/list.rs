@@ -50,6 +50,7 @@ impl App {
             .visible(&context.principal().tenant, &view, &query.layers)
             .await?;
         let listing = Listing {
+            tenant: context.principal().tenant.clone(),
             scopes,
             before: query.before,
             limit: query.limit + 1,

@@ -11,7 +11,7 @@ use std::time::Instant;
 
 use aeterna_error::{Error, Reason};
 use aeterna_rpc::RequestContext;
-use aeterna_types::{Layer, MemoryId, Scope, Timestamp};
+use aeterna_types::{Layer, MemoryId, Scope, TenantId, Timestamp};
 
 use super::get::view;
 use super::{App, Serving};
@@ -156,7 +156,7 @@ impl App {
             degraded.push("the vector index has not followed the write of `consistency_token` yet".to_owned());
         }
         let past = match query.as_of {
-            Some(at) => Some(self.past(&scopes, query.filter.as_ref(), at).await?),
+            Some(at) => Some(self.past(tenant, &scopes, query.filter.as_ref(), at).await?),
             None => None,
         };
         if past.as_ref().is_some_and(|past| past.cut) {
@@ -185,7 +185,6 @@ impl App {
         terms.sort();
         terms.dedup();
         let lexical = LexicalSearch {
-            tenant: tenant.clone(),
             scopes,
             terms,
             filter: query.filter.clone(),
@@ -194,6 +193,7 @@ impl App {
         };
         let also = past.as_ref().map(|past| past.changed.keys().copied().collect());
         let mut arms = store::Arms {
+            tenant: tenant.clone(),
             lexical: (query.arms != Arms::Dense || nearest.is_none()).then(|| lexical.clone()),
             dense: nearest,
             neighbours: (query.weights.neighbour != 0.0).then(|| also.unwrap_or_default()),
@@ -246,7 +246,7 @@ impl App {
             (chosen || changed) && !among.exclude.contains(key)
         };
         spread(&mut scores, query.weights.neighbour, scored.neighbours, shown);
-        let mut hits = self.rank(scores, &query, past).await?;
+        let mut hits = self.rank(tenant, scores, &query, past).await?;
         if query.rerank
             && let Err(error) = self.rerank(context, &mut hits, &query).await
         {
@@ -258,7 +258,7 @@ impl App {
             degraded.push(format!("not reranked: {error}"));
         }
         hits.retain(|hit| query.threshold.is_none_or(|threshold| hit.score >= threshold));
-        self.vary(&mut hits, &query).await?;
+        self.vary(tenant, &mut hits, &query).await?;
         hits.truncate(query.top_k);
         if query.explain {
             mark(&mut hits, &stats.terms);
@@ -338,6 +338,7 @@ impl App {
     /// out.
     async fn rank(
         &self,
+        tenant: &TenantId,
         scores: HashMap<Key, Breakdown>,
         query: &SearchQuery,
         past: Option<Past>,
@@ -357,7 +358,7 @@ impl App {
             .map(|(key, _)| *key)
             .filter(|key| !memories.contains_key(key))
             .collect();
-        let fetched = self.store.fetch(&keys, now).await?;
+        let fetched = self.store.fetch(tenant, &keys, now).await?;
         memories.extend(fetched.into_iter().map(|Stored { key, memory }| (key, memory)));
         let hit = |(key, mut breakdown): (Key, Breakdown)| {
             let memory = memories.remove(&key)?;
@@ -403,12 +404,15 @@ impl App {
     }
 
     /// Puts what says something else before what says the same again.
-    async fn vary(&self, hits: &mut Vec<Hit>, query: &SearchQuery) -> Result<(), Error> {
+    async fn vary(&self, tenant: &TenantId, hits: &mut Vec<Hit>, query: &SearchQuery) -> Result<(), Error> {
         let Some(lambda) = query.weights.mmr_lambda else {
             return Ok(());
         };
         let keys: Vec<Key> = hits.iter().map(|hit| hit.key).collect();
-        let vectors = self.store.vectors(&self.serving().model.identity, &keys).await?;
+        let vectors = self
+            .store
+            .vectors(Some(tenant), &self.serving().model.identity, &keys)
+            .await?;
         let mut vectors: HashMap<Key, Vec<f32>> = vectors.into_iter().collect();
         let vectors: Vec<Option<Vec<f32>>> = keys.iter().map(|key| vectors.remove(key)).collect();
         let relevance: Vec<f64> = hits.iter().map(|hit| hit.score).collect();

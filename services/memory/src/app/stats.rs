@@ -30,13 +30,14 @@ impl App {
     /// SCOPE_DENIED, or when the store fails.
     pub async fn stats(&self, context: &RequestContext, scope: Option<&Scope>) -> Result<Stats, Error> {
         let view = view(context, scope)?;
-        let scopes = self.store.visible(&context.principal().tenant, &view, &[]).await?;
+        let tenant = &context.principal().tenant;
+        let scopes = self.store.visible(tenant, &view, &[]).await?;
         let (serving, now) = (self.serving(), self.clock.now());
-        let counts = self.store.counts(&serving.model.identity, &scopes, now).await?;
+        let counts = self.store.counts(tenant, &serving.model.identity, &scopes, now).await?;
         let mut reembedding = None;
         let next = &self.wanted;
         if next.identity != serving.model.identity {
-            let left = self.store.counts(&next.identity, &scopes, now).await?.pending;
+            let left = self.store.counts(tenant, &next.identity, &scopes, now).await?.pending;
             reembedding = Some((next.name.clone(), left));
         }
         let end = self.store.last_sequence().await?;

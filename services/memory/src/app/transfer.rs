@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use aeterna_error::{Error, Reason};
 use aeterna_rpc::RequestContext;
-use aeterna_types::{RequestId, Scope, chain};
+use aeterna_types::{RequestId, Scope, TenantId, chain};
 
 use super::App;
 use super::get::view;
@@ -39,6 +39,7 @@ pub struct ExportQuery {
 /// An export under way.
 pub struct Export {
     app: Arc<App>,
+    tenant: TenantId,
     scopes: Vec<ScopeKey>,
     query: ExportQuery,
 }
@@ -50,9 +51,11 @@ impl App {
     /// SCOPE_DENIED, or when the store fails.
     pub async fn export(self: &Arc<Self>, context: &RequestContext, query: ExportQuery) -> Result<Export, Error> {
         let view = view(context, query.scope.as_ref())?;
-        let scopes = self.store.visible(&context.principal().tenant, &view, &[]).await?;
+        let tenant = context.principal().tenant.clone();
+        let scopes = self.store.visible(&tenant, &view, &[]).await?;
         Ok(Export {
             app: Arc::clone(self),
+            tenant,
             scopes,
             query,
         })
@@ -92,6 +95,7 @@ impl Export {
             return Err(Error::new(Reason::Draining, message));
         }
         let page = ExportPage {
+            tenant: self.tenant.clone(),
             scopes: self.scopes.clone(),
             filter: self.query.filter.clone(),
             after: self.query.after,

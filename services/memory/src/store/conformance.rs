@@ -16,7 +16,7 @@ use crate::domain::{Body, Idempotency, Key, Kind, Outcome, ScopeKey, Sequence, S
 use crate::error::MemoryError;
 use crate::filter::Filter;
 pub use search::find;
-use search::{neighbours, sight};
+use search::{neighbours, rescoring, sight};
 
 const MODEL: &str = "m@1";
 
@@ -101,8 +101,9 @@ fn everything() -> View {
     }
 }
 
-fn listing(scopes: Vec<ScopeKey>) -> Listing {
+fn listing(tenant: &str, scopes: Vec<ScopeKey>) -> Listing {
     Listing {
+        tenant: tenant.parse().unwrap(),
         scopes,
         before: None,
         limit: 100,
@@ -288,7 +289,7 @@ async fn tenants_and_scopes_are_walls(store: &dyn Relational) {
 
     let contents = async |view: View, layers: &[Layer]| {
         let scopes = store.visible(&tenant, &view, layers).await.unwrap();
-        let found = store.list(&listing(scopes)).await.unwrap();
+        let found = store.list(&listing("t2", scopes)).await.unwrap();
         found
             .into_iter()
             .map(|stored| stored.memory.body.content)
@@ -313,7 +314,7 @@ async fn tenants_and_scopes_are_walls(store: &dyn Relational) {
     };
     add(store, "t2", vec![addition(ann.clone(), expiring, None)]).await;
     let scopes = store.visible(&tenant, &view(ann), &[]).await.unwrap();
-    let mut page = listing(scopes);
+    let mut page = listing("t2", scopes);
     page.limit = 1;
     let first = store.list(&page).await.unwrap().remove(0).memory;
     page.before = Some(first.id);
@@ -359,12 +360,12 @@ async fn words_and_neighbours_are_found(store: &dyn Relational) {
     }
 
     let fetched = store
-        .fetch(&found.iter().map(|(key, _)| *key).collect::<Vec<_>>(), at(0))
+        .fetch(&tenant, &found.iter().map(|(key, _)| *key).collect::<Vec<_>>(), at(0))
         .await
         .unwrap();
     let key = |content: &str| fetched.iter().find(|s| s.memory.body.content == content).unwrap().key;
     let (first, third) = (key("the cat sat"), key("cats and more cats"));
-    let mut pairs = neighbours(store, &[first, third]).await;
+    let mut pairs = neighbours(store, &tenant, &[first, third]).await;
     pairs.sort();
     assert_eq!(
         pairs.len(),
@@ -378,7 +379,7 @@ async fn words_and_neighbours_are_found(store: &dyn Relational) {
     change(store, &writer("t4", 1), id, None, Change::Delete, None)
         .await
         .unwrap();
-    assert_eq!(neighbours(store, &[first]).await, []);
+    assert_eq!(neighbours(store, &tenant, &[first]).await, []);
     let gone = aeterna_text::analyse("mat");
     assert!(find(&scopes, &gone, None, 10).await.unwrap().is_empty());
 }
@@ -426,12 +427,15 @@ async fn the_outbox_tells_the_index_everything(store: &dyn Relational) {
     );
     assert!(store.scan(MODEL, last, 10, true).await.unwrap().is_empty());
     assert_eq!(
-        store.vectors(MODEL, &[keys[1]]).await.unwrap(),
+        store.vectors(None, MODEL, &[keys[1]]).await.unwrap(),
         [(keys[1], code(8).decode())]
     );
-    let near = store.cosines(MODEL, &[keys[1]], &vector(8, 128)).await.unwrap();
+    let near = store
+        .cosines(&"t6".parse().unwrap(), &rescoring(&[keys[1]], 8))
+        .await
+        .unwrap();
     assert!(near.len() == 1 && near[0].1 > 0.999, "{near:?}");
-    assert!(store.vectors("another@1", &keys).await.unwrap().is_empty());
+    assert!(store.vectors(None, "another@1", &keys).await.unwrap().is_empty());
     let id = written[1].as_ref().unwrap().memory.id;
     let stored = store.get(&"t6".parse().unwrap(), id).await.unwrap().unwrap();
     assert_eq!(stored.memory.embedding_model, MODEL);
@@ -542,7 +546,7 @@ async fn what_is_purged_leaves_nothing_behind(store: &dyn Relational) {
     );
 
     let scopes = store.visible(&tenant, &everything(), &[]).await.unwrap();
-    let counts = store.counts(MODEL, &scopes, at(3)).await.unwrap();
+    let counts = store.counts(&tenant, MODEL, &scopes, at(3)).await.unwrap();
     assert_eq!(
         (counts.layers.as_slice(), counts.deleted, counts.pending),
         (&[(Layer::User, 1, 4)][..], 1, 0)
@@ -590,7 +594,7 @@ async fn what_is_purged_leaves_nothing_behind(store: &dyn Relational) {
     );
     assert!(store.changes(None, Sequence::default(), 1000).await.unwrap().len() > 2);
     assert!(store.get(&tenant, kept).await.unwrap().is_some());
-    assert_eq!(store.counts(MODEL, &scopes, at(5)).await.unwrap().deleted, 0);
+    assert_eq!(store.counts(&tenant, MODEL, &scopes, at(5)).await.unwrap().deleted, 0);
 }
 
 /// Adds one memory for a test of an adapter's own.

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 
 use aeterna_error::Error;
-use aeterna_types::{MemoryId, Scope};
+use aeterna_types::{MemoryId, Scope, TenantId, Timestamp};
 use async_trait::async_trait;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -546,10 +546,22 @@ pub fn damaged(what: &str) -> MemoryError {
 }
 
 /// The service itself, where it writes on its own.
-pub fn system(tenant: &str, now: aeterna_types::Timestamp) -> Result<Writer, MemoryError> {
+pub fn system(tenant: &str, now: Timestamp) -> Result<Writer, MemoryError> {
     Ok(Writer {
         tenant: tenant.parse().map_err(|_| damaged("tenant"))?,
         subject: "system".into(),
         now,
     })
+}
+
+/// Things of tenants, by tenant; those of one stand together.
+pub fn by_tenant<T>(things: Vec<(TenantId, T)>) -> Vec<(TenantId, Vec<T>)> {
+    let mut tenants: Vec<(TenantId, Vec<T>)> = Vec::new();
+    for (tenant, thing) in things {
+        match tenants.last_mut() {
+            Some((last, all)) if *last == tenant => all.push(thing),
+            _ => tenants.push((tenant, vec![thing])),
+        }
+    }
+    tenants
 }

@@ -152,7 +152,13 @@ impl Relational for SqliteStore {
             .await
     }
 
-    async fn counts(&self, model: &str, scopes: &[ScopeKey], now: Timestamp) -> Result<Counts, MemoryError> {
+    async fn counts(
+        &self,
+        _: &TenantId,
+        model: &str,
+        scopes: &[ScopeKey],
+        now: Timestamp,
+    ) -> Result<Counts, MemoryError> {
         let (model, scopes) = (model.to_owned(), scopes.to_vec());
         self.read(move |connection| read::counts(connection, &model, &scopes, now))
             .await
@@ -183,6 +189,7 @@ impl Relational for SqliteStore {
 
     async fn as_of(
         &self,
+        _: &TenantId,
         scopes: &[ScopeKey],
         filter: Option<&Filter>,
         at: Timestamp,
@@ -234,22 +241,23 @@ impl Relational for SqliteStore {
         self.read(scored).await
     }
 
-    async fn fetch(&self, keys: &[Key], now: Timestamp) -> Result<Vec<Stored>, MemoryError> {
+    async fn fetch(&self, _: &TenantId, keys: &[Key], now: Timestamp) -> Result<Vec<Stored>, MemoryError> {
         let keys = keys.to_vec();
         self.read(move |connection| read::fetch(connection, &keys, now)).await
     }
 
-    async fn cosines(&self, model: &str, keys: &[Key], vector: &[f32]) -> Result<Vec<(Key, f32)>, MemoryError> {
-        let rescoring = Rescoring {
-            model: model.to_owned(),
-            keys: keys.to_vec(),
-            vector: vector.to_vec(),
-        };
+    async fn cosines(&self, _: &TenantId, rescoring: &Rescoring) -> Result<Vec<(Key, f32)>, MemoryError> {
+        let rescoring = rescoring.clone();
         self.read(move |connection| search::cosines(connection, &rescoring))
             .await
     }
 
-    async fn vectors(&self, model: &str, keys: &[Key]) -> Result<Vec<(Key, Vec<f32>)>, MemoryError> {
+    async fn vectors(
+        &self,
+        _: Option<&TenantId>,
+        model: &str,
+        keys: &[Key],
+    ) -> Result<Vec<(Key, Vec<f32>)>, MemoryError> {
         let (model, keys) = (model.to_owned(), keys.to_vec());
         let vectors = move |connection: &Connection| {
             let mut vectors = Vec::with_capacity(keys.len());
@@ -280,6 +288,9 @@ impl Relational for SqliteStore {
     async fn last_sequence(&self) -> Result<Sequence, MemoryError> {
         self.read(read::last_sequence).await
     }
+
+    /// A read sees the last committed state.
+    fn reach(&self, _: Sequence) {}
 
     async fn states(&self, model: &str, keys: &[Key]) -> Result<Vec<IndexState>, MemoryError> {
         let (model, keys) = (model.to_owned(), keys.to_vec());

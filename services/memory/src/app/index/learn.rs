@@ -61,7 +61,7 @@ impl Background {
             return Ok(());
         }
         let sample = serving.index.some((NUMBERS / model.dimension).clamp(FIRST, SAMPLE));
-        let vectors = app.store.vectors(&model.identity, &sample).await?;
+        let vectors = app.store.vectors(None, &model.identity, &sample).await?;
         let vectors: Vec<Vec<f32>> = vectors.into_iter().map(|(_, vector)| vector).collect();
         let (of, token) = (model.clone(), stop.clone());
         let learned = app

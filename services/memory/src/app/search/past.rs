@@ -10,7 +10,7 @@ use super::super::Model;
 use super::diverse::cosine;
 use super::{App, Filter};
 use crate::domain::{Key, Memory, ScopeKey};
-use crate::store::Earlier;
+use crate::store::{Earlier, Rescoring};
 
 /// Memories that have changed since and are scored by their text of that time, at most.
 const CHANGED: usize = 2_000;
@@ -37,11 +37,12 @@ pub struct Past {
 impl App {
     pub(super) async fn past(
         &self,
+        tenant: &TenantId,
         scopes: &[ScopeKey],
         filter: Option<&Filter>,
         at: Timestamp,
     ) -> Result<Past, Error> {
-        let found = self.store.as_of(scopes, filter, at, CHANGED + 1).await?;
+        let found = self.store.as_of(tenant, scopes, filter, at, CHANGED + 1).await?;
         let mut past = Past {
             unchanged: found.unchanged.into_iter().collect(),
             cut: found.changed.len() > CHANGED,
@@ -70,7 +71,12 @@ impl App {
             .filter(|key| !past.reworded.contains(key))
             .copied()
             .collect();
-        let kept = self.store.cosines(&model.identity, &kept, vector).await?;
+        let kept = Rescoring {
+            model: model.identity.clone(),
+            keys: kept,
+            vector: vector.to_vec(),
+        };
+        let kept = self.store.cosines(&context.principal().tenant, &kept).await?;
         let mut cosines: Vec<(Key, f64)> = kept.into_iter().map(|(key, cosine)| (key, f64::from(cosine))).collect();
         let reworded = past
             .changed

@@ -155,7 +155,7 @@ pub async fn mean_what_the_language_says(store: &dyn Relational) {
         .await
         .unwrap();
     let scopes = store.visible(&tenant, &everything(), &[]).await.unwrap();
-    let mut page = listing(scopes.clone());
+    let mut page = listing("t7", scopes.clone());
     page.show_deleted = true;
     let all = store.list(&page).await.unwrap();
     assert_eq!(all.len(), 42);

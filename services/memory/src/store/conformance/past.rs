@@ -46,14 +46,14 @@ pub async fn the_past_is_there_and_the_clock_may_go_back(store: &dyn Relational)
     assert!(then(-1).await.unwrap().is_none());
 
     let scopes = visible(store, tenant, &ann).await;
-    let mut past = listing(scopes.clone());
+    let mut past = listing(tenant, scopes.clone());
     past.as_of = Some(at(10));
     let listed = store.list(&past).await.unwrap();
     assert_eq!((listed.len(), listed[0].memory.body.content.as_str()), (1, "old words"));
-    let found = store.as_of(&scopes, None, at(10), 10).await.unwrap();
+    let found = store.as_of(&name, &scopes, None, at(10), 10).await.unwrap();
     assert_eq!((found.unchanged.len(), found.changed.len()), (0, 1));
     assert!(found.changed[0].reworded && found.changed[0].memory.body.content == "old words");
-    let found = store.as_of(&scopes, None, at(60), 10).await.unwrap();
+    let found = store.as_of(&name, &scopes, None, at(60), 10).await.unwrap();
     assert_eq!((found.unchanged.len(), found.changed.len()), (1, 0));
     // Written before the epoch of the others, it is still found after them, and is the last change.
     let late = store
@@ -62,7 +62,7 @@ pub async fn the_past_is_there_and_the_clock_may_go_back(store: &dyn Relational)
         .unwrap();
     let late = late.into_iter().next().unwrap().unwrap();
     assert!(late.sequence > third.sequence);
-    assert_eq!(store.list(&listing(scopes)).await.unwrap().len(), 2);
+    assert_eq!(store.list(&listing(tenant, scopes)).await.unwrap().len(), 2);
     let (documents, with) = {
         let found = store
             .frequencies(&name, &["word".into(), "absent".into()])
@@ -190,6 +190,7 @@ pub async fn exports_are_imported_as_they_were(store: &dyn Relational) {
         let ann = ann.clone();
         async move {
             ExportPage {
+                tenant: tenant.parse().unwrap(),
                 scopes: visible(store, tenant, &ann).await,
                 filter: None,
                 after: crate::domain::Key(0),

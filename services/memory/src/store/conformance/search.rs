@@ -20,20 +20,22 @@ pub fn sight(tenant: &TenantId) -> Sight {
     }
 }
 
-fn lexical(
-    tenant: &TenantId,
-    scopes: &[ScopeKey],
-    terms: &[String],
-    filter: Option<&Filter>,
-    limit: usize,
-) -> LexicalSearch {
+fn lexical(scopes: &[ScopeKey], terms: &[String], filter: Option<&Filter>, limit: usize) -> LexicalSearch {
     LexicalSearch {
-        tenant: tenant.clone(),
         scopes: scopes.to_vec(),
         terms: terms.to_vec(),
         filter: filter.cloned(),
         as_of: None,
         limit,
+    }
+}
+
+/// Memories compared with a vector.
+pub fn rescoring(keys: &[Key], seed: u32) -> Rescoring {
+    Rescoring {
+        model: MODEL.into(),
+        keys: keys.to_vec(),
+        vector: vector(seed, 128),
     }
 }
 
@@ -47,17 +49,17 @@ pub async fn find(
     limit: usize,
 ) -> Result<Vec<(Key, f64)>, MemoryError> {
     let arms = Arms {
-        lexical: Some(lexical(tenant, scopes, terms, filter, limit)),
-        ..Arms::default()
+        lexical: Some(lexical(scopes, terms, filter, limit)),
+        ..Arms::of(tenant)
     };
     store.scored(&arms).await.map(|scored| scored.lexical)
 }
 
 /// The turns beside some.
-pub async fn neighbours(store: &dyn Relational, keys: &[Key]) -> Vec<(Key, Key)> {
+pub async fn neighbours(store: &dyn Relational, tenant: &TenantId, keys: &[Key]) -> Vec<(Key, Key)> {
     let arms = Arms {
         neighbours: Some(keys.to_vec()),
-        ..Arms::default()
+        ..Arms::of(tenant)
     };
     store.scored(&arms).await.unwrap().neighbours
 }
@@ -87,12 +89,9 @@ pub async fn the_arms_of_a_search_are_read_together(store: &dyn Relational) {
     let mut all = keys("gem1 gem2 gem3 gem4").await;
     all.sort();
     let arms = Arms {
-        lexical: Some(lexical(&tenant, &seen.scopes, &aeterna_text::analyse("gem1"), None, 10)),
-        dense: Some(Rescoring {
-            model: MODEL.into(),
-            keys: all.clone(),
-            vector: vector(2, 128),
-        }),
+        tenant: tenant.clone(),
+        lexical: Some(lexical(&seen.scopes, &aeterna_text::analyse("gem1"), None, 10)),
+        dense: Some(rescoring(&all, 2)),
         neighbours: Some(Vec::new()),
     };
     let scored = store.scored(&arms).await.unwrap();

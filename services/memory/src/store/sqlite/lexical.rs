@@ -155,12 +155,17 @@ fn quoted(term: &str) -> String {
 
 /// BM25 over the visible documents. Where there are many, only as many terms count, rarest first, as bring a bounded number
 /// of documents: a term that is in most of them tells little, and costs the most.
-pub fn search(connection: &Connection, cache: &Cache, search: &LexicalSearch) -> Result<Vec<(Key, f64)>, MemoryError> {
+pub fn search(
+    connection: &Connection,
+    cache: &Cache,
+    tenant: &TenantId,
+    search: &LexicalSearch,
+) -> Result<Vec<(Key, f64)>, MemoryError> {
     let tenant = rows(
         connection,
         "SELECT key, (SELECT count(*) FROM scopes WHERE tenant = ?1), (SELECT coalesce(max(key), 0) FROM memories) \
          FROM tenants WHERE name = ?1",
-        [search.tenant.as_str()],
+        [tenant.as_str()],
         |row| row.try_into().map_err(failed),
     )?;
     let (Some((tenant, all, newest)), false, false) = (

@@ -86,13 +86,6 @@ impl Policies for SqliteStore {
                 Ok((tenant, (ScopeKey(get(row, 1)?), parsed(text(row, 2)?, "scope")?)))
             })
         };
-        let mut tenants: Vec<(TenantId, Vec<(ScopeKey, Scope)>)> = Vec::new();
-        for (tenant, scope) in self.read(all).await? {
-            match tenants.last_mut() {
-                Some((last, scopes)) if *last == tenant => scopes.push(scope),
-                _ => tenants.push((tenant, vec![scope])),
-            }
-        }
-        Ok(tenants)
+        Ok(ledger::by_tenant(self.read(all).await?))
     }
 }

@@ -73,7 +73,7 @@ pub fn scored(connection: &Connection, cache: &Cache, arms: &Arms) -> Result<Sco
     let dense_ms = milliseconds(began);
     let began = Instant::now();
     let lexical = match &arms.lexical {
-        Some(search) => lexical::search(connection, cache, search)?,
+        Some(search) => lexical::search(connection, cache, &arms.tenant, search)?,
         None => Vec::new(),
     };
     let lexical_ms = milliseconds(began);

@@ -1,0 +1,240 @@
+//! PostgreSQL on several nodes: always the writable one for writes, any one that is recent enough for reads.
+//!
+//! A task looks at all nodes several times a second (`nodes`). Each primary has a pool of its own, which is dropped whole when
+//! another node takes over. A connection that had any error is closed, never lent again. What a commit leaves open is said as
+//! [`StorageError::Unknown`]: a connection lost at that moment, or a commit that PostgreSQL reports with a warning, as it does
+//! when the wait for the synchronous standby was cancelled (`notice`).
+
+mod nodes;
+mod notice;
+mod options;
+mod session;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI64, Ordering};
+use std::time::{Duration, Instant};
+
+use sqlx::{AssertSqlSafe, Connection as _, PgConnection};
+use tokio::task::JoinHandle;
+
+use crate::StorageError;
+use crate::migrations::migrator;
+use nodes::Nodes;
+pub use options::PostgresOptions;
+pub use session::Session;
+
+/// How long a connection may take.
+const CONNECT: Duration = Duration::from_secs(2);
+/// How long before what failed is tried again.
+const AGAIN: Duration = Duration::from_millis(50);
+/// How often a transaction is repeated that others got in the way of.
+const COLLISIONS: u32 = 10;
+
+/// A database on one or more nodes.
+#[derive(Clone, Debug)]
+pub struct Postgres {
+    nodes: Arc<Nodes>,
+    /// Everything that was acknowledged or read here is at or before this position; no read goes back behind it.
+    floor: Arc<AtomicI64>,
+    /// Says how far a node is, as a number that grows with what is committed.
+    position: &'static str,
+    watching: Arc<JoinHandle<()>>,
+    patience: Duration,
+}
+
+impl Postgres {
+    /// Begins to watch the nodes; `position` is a query for how far a node is.
+    pub fn open(options: &PostgresOptions, position: &'static str) -> Self {
+        let nodes = Arc::new(Nodes::new(options));
+        let watching = tokio::spawn(nodes::watch(Arc::clone(&nodes)));
+        Self {
+            nodes,
+            floor: Arc::new(AtomicI64::new(0)),
+            position,
+            watching: Arc::new(watching),
+            patience: options.patience,
+        }
+    }
+
+    /// Begins a transaction on the primary, with these settings in it.
+    ///
+    /// # Errors
+    /// When there is no primary, or none of its connections comes free in time.
+    pub async fn write(&self, settings: &[(&str, &str)]) -> Result<Session, StorageError> {
+        let epoch = self.nodes.primary(self.patience).await?;
+        Session::begin(epoch.pool(), "BEGIN", settings, epoch.node()).await
+    }
+
+    /// Begins a transaction that only reads, all as of one moment that is not before what was acknowledged or read here: on the
+    /// primary, or on a standby when it is away.
+    ///
+    /// # Errors
+    /// When no node answers that has everything.
+    pub async fn read(&self, settings: &[(&str, &str)]) -> Result<Session, StorageError> {
+        const BEGIN: &str = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY";
+        let mut last = StorageError::Unavailable("no node answers".into());
+        for node in self.nodes.in_order() {
+            let began = Session::begin(node.pool(), BEGIN, settings, node).await;
+            match began {
+                Ok(mut session) => match self.is_recent(&mut session).await {
+                    Ok(true) => return Ok(session),
+                    Ok(false) => {
+                        last = StorageError::Unavailable("the standby is behind".into());
+                        session.finish().await?;
+                    }
+                    Err(error) => last = error,
+                },
+                Err(error) => last = error,
+            }
+        }
+        Err(last)
+    }
+
+    async fn is_recent(&self, session: &mut Session) -> Result<bool, StorageError> {
+        let floor = self.floor.load(Ordering::SeqCst);
+        if session.node().seen() >= floor {
+            return Ok(true);
+        }
+        let text = AssertSqlSafe(self.position);
+        let position: i64 = sqlx::query_scalar(text).fetch_one(&mut **session).await?;
+        session.node().saw(position);
+        Ok(position >= floor)
+    }
+
+    /// Reads from now on see at least what is at or before a position.
+    pub fn reach(&self, position: i64) {
+        self.floor.fetch_max(position, Ordering::SeqCst);
+    }
+
+    /// Commits a write whose changes are at or before a position.
+    ///
+    /// # Errors
+    /// [`StorageError::Unknown`] when it may or may not be there.
+    pub async fn commit(&self, session: Session, position: i64) -> Result<(), StorageError> {
+        let node = Arc::clone(session.node());
+        session.commit().await?;
+        node.saw(position);
+        self.reach(position);
+        Ok(())
+    }
+
+    /// Repeats what failed for a while; `safe` when it may be repeated although it may have been done.
+    pub fn attempts(&self, safe: bool) -> Attempts {
+        Attempts {
+            until: Instant::now() + self.patience,
+            collisions: COLLISIONS,
+            safe,
+        }
+    }
+
+    /// Names of the nodes with what they are: `primary`, `standby` or `away`.
+    pub fn roles(&self) -> Vec<(String, &'static str)> {
+        self.nodes.roles()
+    }
+
+    /// Stops watching and closes all connections.
+    pub async fn close(&self) {
+        self.watching.abort();
+        self.nodes.close().await;
+    }
+}
+
+impl Drop for Postgres {
+    fn drop(&mut self) {
+        if Arc::strong_count(&self.watching) == 1 {
+            self.watching.abort();
+        }
+    }
+}
+
+/// How long and how often something is repeated.
+#[derive(Debug)]
+pub struct Attempts {
+    until: Instant,
+    collisions: u32,
+    safe: bool,
+}
+
+impl Attempts {
+    /// Waits a moment when it is worth another attempt.
+    ///
+    /// # Errors
+    /// The same error, when it is not.
+    pub async fn again(&mut self, error: StorageError) -> Result<(), StorageError> {
+        let worth = match error {
+            StorageError::Unavailable(_) => Instant::now() < self.until,
+            StorageError::Unknown(_) => self.safe && Instant::now() < self.until,
+            // Others wrote the same at the same time; on a second look it is there.
+            StorageError::Conflict(_) | StorageError::Collision(_) => {
+                self.collisions = self.collisions.saturating_sub(1);
+                self.collisions > 0
+            }
+            _ => false,
+        };
+        if !worth {
+            return Err(error);
+        }
+        tracing::debug!(%error, "trying again");
+        tokio::time::sleep(AGAIN).await;
+        Ok(())
+    }
+}
+
+/// Runs the migrations that are missing as the owner of the schema, one program at a time; each `(description, sql)` has its
+/// position plus one as its version. `grants` follow.
+///
+/// # Errors
+/// When there is no primary, one fails, or the schema was written by a newer version.
+pub async fn migrate(
+    options: &PostgresOptions,
+    migrations: &'static [(&'static str, &'static str)],
+    grants: &str,
+) -> Result<(), StorageError> {
+    let postgres = Postgres::open(options, "SELECT 0::bigint");
+    let migrated = async {
+        // By the way, so that the primary is known.
+        let session = postgres.write(&[]).await?;
+        let connect = session.node().connect().clone();
+        session.finish().await?;
+        let mut connection = PgConnection::connect_with(&connect).await?;
+        check_schema(&mut connection, migrations.len() as i64, true).await?;
+        migrator(migrations)
+            .run(&mut connection)
+            .await
+            .map_err(|error| StorageError::Broken(Box::new(error)))?;
+        sqlx::raw_sql(AssertSqlSafe(grants.to_owned()))
+            .execute(&mut connection)
+            .await?;
+        connection.close().await?;
+        Ok(())
+    };
+    let migrated = migrated.await;
+    postgres.close().await;
+    migrated
+}
+
+/// Refuses a schema that a newer version wrote, and one that is not up to date unless it is about to be brought there.
+///
+/// # Errors
+/// `SchemaTooNew` or `SchemaTooOld`.
+pub async fn check_schema(connection: &mut PgConnection, known: i64, migrating: bool) -> Result<(), StorageError> {
+    let table: Option<String> = sqlx::query_scalar("SELECT to_regclass('_sqlx_migrations')::text")
+        .fetch_one(&mut *connection)
+        .await?;
+    let found: Option<i64> = match table {
+        Some(_) => {
+            sqlx::query_scalar("SELECT max(version) FROM _sqlx_migrations WHERE success")
+                .fetch_one(connection)
+                .await?
+        }
+        None => None,
+    };
+    let found = found.unwrap_or(0);
+    if found > known {
+        return Err(StorageError::SchemaTooNew { found, known });
+    }
+    if found < known && !migrating {
+        return Err(StorageError::SchemaTooOld { found, known });
+    }
+    Ok(())
+}

@@ -1,0 +1,186 @@
+//! A PostgreSQL server of a test's own.
+
+use std::net::TcpListener;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+/// The account that Debian's packages make; the server refuses to run as root.
+const ACCOUNT: &str = "postgres";
+/// How long a start may take.
+const START: Duration = Duration::from_secs(60);
+
+/// A running server with the database `aeterna`, the role `owner`, who owns it, and the role `service`. It is stopped, and its
+/// data removed, when it is dropped.
+#[derive(Debug)]
+pub struct PostgresServer {
+    /// Where it listens on loopback.
+    pub port: u16,
+    bin: PathBuf,
+    server: Child,
+    directory: tempfile::TempDir,
+}
+
+impl PostgresServer {
+    /// Starts one with these settings beside the defaults.
+    ///
+    /// # Panics
+    /// When PostgreSQL is not installed (`scripts/tools.sh postgres`) or does not start.
+    pub fn start(settings: &[&str]) -> Self {
+        let bin = binaries();
+        // A path of a socket is short.
+        let directory = tempfile::Builder::new()
+            .prefix("pg")
+            .tempdir_in("/tmp")
+            .expect("a directory can be made");
+        let data = directory.path().join("data");
+        if is_root() {
+            std::fs::set_permissions(directory.path(), std::fs::Permissions::from_mode(0o755)).expect("it is ours");
+            std::fs::create_dir(&data).expect("a directory can be made");
+            let owned = Command::new("chown")
+                .arg("-R")
+                .arg(ACCOUNT)
+                .arg(directory.path())
+                .status();
+            assert!(
+                owned.is_ok_and(|status| status.success()),
+                "the account `{ACCOUNT}` is there"
+            );
+        }
+        let made = unprivileged(&bin.join("initdb"))
+            .args([
+                "--auth=trust",
+                "--encoding=UTF8",
+                "--locale=C",
+                "--no-sync",
+                "--username=postgres",
+                "-D",
+            ])
+            .arg(&data)
+            .stdout(Stdio::null())
+            .status();
+        assert!(made.is_ok_and(|status| status.success()), "initdb failed (see above)");
+        // The port is free until somebody else takes it in the next moment; then the start fails and says so.
+        let listener = TcpListener::bind("127.0.0.1:0").expect("loopback has a free port");
+        let port = listener.local_addr().expect("a bound socket has an address").port();
+        drop(listener);
+        let log = std::fs::File::create(directory.path().join("log")).expect("a file can be made");
+        let server = unprivileged(&bin.join("postgres"))
+            .arg("-D")
+            .arg(&data)
+            .args(["-c", "listen_addresses=127.0.0.1", "-c", &format!("port={port}")])
+            .args(["-c", &format!("unix_socket_directories={}", data.display())])
+            .args(settings.iter().flat_map(|setting| ["-c", setting]))
+            .stdout(log.try_clone().expect("a file can be shared"))
+            .stderr(log)
+            .spawn()
+            .expect("the server can be started");
+        let mut server = Self {
+            port,
+            bin,
+            server,
+            directory,
+        };
+        server.prepare();
+        server
+    }
+
+    fn prepare(&mut self) {
+        let began = Instant::now();
+        while !self.ran("postgres", "SELECT 1") {
+            let ended = self.server.try_wait().expect("a child can be asked");
+            let log = std::fs::read_to_string(self.directory.path().join("log")).unwrap_or_default();
+            assert!(
+                ended.is_none() && began.elapsed() < START,
+                "the server does not start:\n{log}"
+            );
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        for statement in [
+            "SET synchronous_commit = local; CREATE ROLE owner LOGIN; CREATE ROLE service LOGIN",
+            "CREATE DATABASE aeterna OWNER owner",
+        ] {
+            self.sql("postgres", statement);
+        }
+    }
+
+    /// Runs statements as the superuser; their output.
+    ///
+    /// # Panics
+    /// When they fail.
+    pub fn sql(&self, database: &str, statements: &str) -> String {
+        let output = self.psql(database, statements).stderr(Stdio::inherit()).output();
+        let output = output.expect("psql can be started");
+        assert!(output.status.success(), "psql failed at `{statements}` (see above)");
+        String::from_utf8_lossy(&output.stdout).trim().to_owned()
+    }
+
+    fn ran(&self, database: &str, statements: &str) -> bool {
+        let status = self
+            .psql(database, statements)
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .status();
+        status.is_ok_and(|status| status.success())
+    }
+
+    fn psql(&self, database: &str, statements: &str) -> Command {
+        let mut psql = Command::new(self.bin.join("psql"));
+        psql.args([
+            "-X",
+            "-A",
+            "-t",
+            "-q",
+            "-v",
+            "ON_ERROR_STOP=1",
+            "-h",
+            "127.0.0.1",
+            "-U",
+            "postgres",
+        ]);
+        psql.args(["-p", &self.port.to_string(), "-d", database, "-c", statements]);
+        psql
+    }
+
+    /// What follows `postgres:` in the URI of the service's role.
+    pub fn uri(&self) -> String {
+        format!("//service@127.0.0.1:{}/aeterna", self.port)
+    }
+}
+
+impl Drop for PostgresServer {
+    fn drop(&mut self) {
+        // At once: nobody wants its data any more. The server itself ends its own processes.
+        let _ = Command::new("kill")
+            .args(["-QUIT", &self.server.id().to_string()])
+            .status();
+        let _ = self.server.wait();
+    }
+}
+
+/// Where the newest installed PostgreSQL has its programs.
+fn binaries() -> PathBuf {
+    let installed = std::fs::read_dir("/usr/lib/postgresql").into_iter().flatten().flatten();
+    let bins = installed.map(|version| version.path().join("bin"));
+    let newest = bins.filter(|bin| bin.join("initdb").exists()).max();
+    newest.expect("PostgreSQL is installed: scripts/tools.sh postgres")
+}
+
+fn is_root() -> bool {
+    let id = Command::new("id").arg("-u").output();
+    id.is_ok_and(|id| id.stdout.trim_ascii() == b"0")
+}
+
+/// A program that runs as an account that is not root's, in the same process.
+fn unprivileged(program: &Path) -> Command {
+    if !is_root() {
+        return Command::new(program);
+    }
+    let mut command = Command::new("setpriv");
+    command
+        .args(["--reuid", ACCOUNT, "--regid", ACCOUNT, "--clear-groups"])
+        .arg(program)
+        .current_dir("/");
+    command
+}

@@ -1,0 +1,525 @@
+//! The relational port on PostgreSQL, one node or several.
+//!
+//! Every transaction names the tenant whose rows it may see (row-level security, see `schema.sql`). A write that failed before its
+//! commit is repeated for a while; one whose commit has an unknown outcome only when its request ids make that safe.
+
+mod documents;
+mod filter;
+mod lexical;
+mod past;
+mod policies;
+mod read;
+mod transfer;
+mod write;
+
+use std::borrow::Cow;
+use std::time::Duration;
+
+use aeterna_error::{Error, Reason};
+use aeterna_storage::{Postgres, PostgresOptions, Session, StorageError, postgres};
+use aeterna_types::{Layer, MemoryId, RequestId, Scope, TenantId, Timestamp};
+use async_trait::async_trait;
+use serde::de::DeserializeOwned;
+use sqlx::Row as _;
+use sqlx::postgres::PgRow;
+
+use super::code::Code;
+use super::ledger::{self, answered, damaged, encode, parsed};
+use super::{
+    Addition, Arms, AsOf, ChangeItem, Counts, ExportPage, Exported, Frequencies, Imported, Imports, IndexEvent,
+    IndexState, Listing, Progress, Relational, Rescoring, Scored, Seen, Sight, Stored,
+};
+use crate::domain::{self, Idempotency, Key, Memory, ScopeKey, Sequence, Version, View, Writer, Written};
+use crate::error::MemoryError;
+use crate::filter::Filter;
+use write::{Places, PostgresLedger};
+
+/// The migrations, oldest first. Those that landed never change.
+pub const MIGRATIONS: &[(&str, &str)] = &[("memories", include_str!("postgres/schema.sql"))];
+
+/// Whose rows the service works on when it works for all tenants; no tenant has this name.
+const SYSTEM: &str = "*";
+/// How far a node is: the place up to which its outbox is complete.
+const POSITION: &str = "SELECT last_sequence()";
+/// How long a write may take before its commit, and each of its items more.
+const WORK: (Duration, Duration) = (Duration::from_secs(3), Duration::from_millis(20));
+/// How long the start waits for a primary.
+const START: Duration = Duration::from_secs(60);
+
+/// The store.
+#[derive(Clone, Debug)]
+pub struct PostgresStore {
+    database: Postgres,
+    counts: lexical::Cache,
+}
+
+/// Reads in a transaction that sees a tenant's rows; where a node is lost meanwhile, another one is asked.
+macro_rules! reading {
+    ($store:expr, $tenant:expr, $session:ident => $work:expr) => {{
+        let mut attempts = $store.database.attempts(true);
+        loop {
+            let attempt = async {
+                let mut opened = $store.database.read(&[("aeterna.tenant", $tenant)]).await?;
+                let node = std::sync::Arc::clone(opened.node());
+                let $session = &mut opened;
+                let worked = tokio::select! {
+                    worked = $work => worked,
+                    () = node.lost() => {
+                        return Err(aeterna_storage::StorageError::Unavailable("the node was lost".into()).into());
+                    }
+                };
+                $crate::store::postgres::settle(opened, worked).await
+            };
+            match attempt.await {
+                Err(MemoryError::Store(error)) => attempts.again(error).await?,
+                done => break done,
+            }
+        }
+    }};
+}
+use reading;
+
+/// Writes for a tenant, in one transaction; `safe` when it may be repeated although it may have been done.
+macro_rules! writing {
+    ($store:expr, $writer:expr, $safe:expr, $ledger:ident => $work:expr) => {
+        $crate::store::postgres::transaction!($store, $writer.tenant.as_str(), $safe, 1, (session, places) => async {
+            #[allow(unused_mut)]
+            let mut $ledger = $crate::store::postgres::write::PostgresLedger::new(session, $writer, places);
+            $work.await
+        })
+    };
+}
+use writing;
+
+/// Works in a transaction that sees a tenant's rows and has places in the outbox, and commits it.
+macro_rules! transaction {
+    ($store:expr, $tenant:expr, $safe:expr, $items:expr, ($session:ident, $places:ident) => $work:expr) => {{
+        let mut attempts = $store.database.attempts($safe);
+        loop {
+            let attempt = async {
+                let (mut opened, mut taken) = $store.begin($tenant).await?;
+                let worked = {
+                    let ($session, $places) = (&mut opened, &mut taken);
+                    $crate::store::postgres::within($items, $work).await
+                };
+                match worked {
+                    Ok(value) => {
+                        $store.database.commit(opened, taken.last()).await?;
+                        Ok(value)
+                    }
+                    refused => $crate::store::postgres::settle(opened, refused).await,
+                }
+            };
+            match attempt.await {
+                Err(MemoryError::Store(error)) => attempts.again(error).await?,
+                done => break done,
+            }
+        }
+    }};
+}
+use transaction;
+
+/// Ends a transaction that has nothing to commit. After a failure its connection is not used again.
+async fn settle<T>(session: Session, worked: Result<T, MemoryError>) -> Result<T, MemoryError> {
+    if !worked.as_ref().is_err_and(MemoryError::is_failure) {
+        session.finish().await?;
+    }
+    worked
+}
+
+/// A write that takes too long has lost its node; nothing of it is there before it commits.
+async fn within<T>(items: usize, work: impl Future<Output = Result<T, MemoryError>>) -> Result<T, MemoryError> {
+    let limit = WORK.0 + WORK.1 * u32::try_from(items).unwrap_or(u32::MAX);
+    let worked = tokio::time::timeout(limit, work).await;
+    worked.unwrap_or_else(|_| Err(StorageError::Unavailable("the primary does not answer".into()).into()))
+}
+
+impl PostgresStore {
+    /// Connects to the database, whose schema is brought up to date first when its owner is given.
+    ///
+    /// # Errors
+    /// When there is no primary, the schema is of another version, or the role of the service would go round row-level security.
+    pub async fn open(options: &PostgresOptions, owner: Option<&PostgresOptions>) -> Result<Self, MemoryError> {
+        if let Some(owner) = owner {
+            let mut owner = owner.clone();
+            owner.patience = START;
+            postgres::migrate(&owner, MIGRATIONS, &grants(options.user())).await?;
+        }
+        let mut patient = options.clone();
+        patient.patience = START;
+        let waiting = Postgres::open(&patient, POSITION);
+        let ready = Self::prepare(&waiting, options.user()).await;
+        waiting.close().await;
+        ready?;
+        Ok(Self {
+            database: Postgres::open(options, POSITION),
+            counts: lexical::Cache::default(),
+        })
+    }
+
+    async fn prepare(database: &Postgres, user: &str) -> Result<(), MemoryError> {
+        let mut session = database.write(&[("aeterna.tenant", SYSTEM)]).await?;
+        postgres::check_schema(&mut session, MIGRATIONS.len() as i64, false).await?;
+        let query = "SELECT r.rolsuper OR r.rolbypassrls OR EXISTS (SELECT 1 FROM pg_class c \
+                     WHERE c.oid = 'memories'::regclass AND pg_has_role(c.relowner, 'MEMBER')) \
+                     FROM pg_roles r WHERE r.rolname = current_user";
+        let goes_round: bool = sqlx::query_scalar(query)
+            .fetch_one(&mut *session)
+            .await
+            .map_err(storage)?;
+        if goes_round {
+            let message = format!(
+                "the role `{user}` owns the tables of the store, or is a superuser, and would not be held by row-level security; \
+                 name another one in `memory.store`, and the owner in `memory.store_owner`"
+            );
+            return Err(Error::new(Reason::NotConfigured, message).into());
+        }
+        write::keep_ascending(&mut session).await?;
+        let wanted = aeterna_text::VERSION.to_string();
+        if read::meta(&mut session, "analysis").await?.as_ref() != Some(&wanted) {
+            let mut after = 0;
+            while let Some(last) = lexical::analyse_some(&mut session, after).await? {
+                after = last;
+            }
+            read::put_meta(&mut session, "analysis", &wanted).await?;
+        }
+        database.commit(session, 0).await?;
+        Ok(())
+    }
+
+    async fn begin(&self, tenant: &str) -> Result<(Session, Places), MemoryError> {
+        let mut session = self.database.write(&[("aeterna.tenant", tenant)]).await?;
+        let places = within(1, Places::of(&mut session)).await?;
+        Ok((session, places))
+    }
+
+    /// What was answered to a request id. An answer that is found is told only once it is sure to last: a transaction that
+    /// commits after it waits for the standby, and so for everything before.
+    async fn replayed<T: DeserializeOwned + Send>(
+        &self,
+        writer: &Writer,
+        idempotency: &Idempotency,
+    ) -> Result<Option<T>, MemoryError> {
+        let tenant = writer.tenant.as_str();
+        let found = reading!(self, tenant, session => write::answer(session, writer, idempotency))?;
+        let Some((digest, answer)) = found else { return Ok(None) };
+        transaction!(self, tenant, true, 1, (_session, _places) => async { Ok(()) })?;
+        answered(idempotency, &digest, &answer).map(Some)
+    }
+}
+
+/// What the role of the service may do.
+fn grants(user: &str) -> String {
+    let role = format!("\"{}\"", user.replace('"', "\"\""));
+    format!(
+        "DO $$ BEGIN EXECUTE format('GRANT USAGE ON SCHEMA %I TO {role}', current_schema()); \
+         EXECUTE format('GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA %I TO {role}', current_schema()); \
+         EXECUTE format('REVOKE INSERT, UPDATE, DELETE ON _sqlx_migrations FROM {role}'); END $$"
+    )
+}
+
+/// The driver's errors on their way out.
+fn storage(error: sqlx::Error) -> MemoryError {
+    StorageError::from(error).into()
+}
+
+/// PostgreSQL keeps no NUL in a text. In what is stored it is U+F8FF and a `0`; U+F8FF itself is followed by a `1`. JSON text
+/// has NUL as an escape, which is sealed the same way.
+fn seal(text: &str) -> String {
+    const MARK: char = '\u{f8ff}';
+    if !text.contains(['\0', MARK]) && !text.contains("\\u0000") {
+        return text.to_owned();
+    }
+    let mut sealed = String::with_capacity(text.len() + 8);
+    let mut rest = text;
+    while let Some(first) = rest.chars().next() {
+        let taken = match first {
+            '\0' => {
+                sealed.push_str("\u{f8ff}0");
+                1
+            }
+            MARK => {
+                sealed.push_str("\u{f8ff}1");
+                first.len_utf8()
+            }
+            '\\' if rest.starts_with("\\u0000") => {
+                sealed.push_str("\u{f8ff}0");
+                6
+            }
+            // An escape is taken whole: what follows an escaped backslash is no escape.
+            '\\' => {
+                let taken = 1 + rest[1..].chars().next().map_or(0, char::len_utf8);
+                sealed.push_str(&rest[..taken]);
+                taken
+            }
+            other => {
+                sealed.push(other);
+                other.len_utf8()
+            }
+        };
+        rest = &rest[taken..];
+    }
+    sealed
+}
+
+/// The text as it was.
+fn unseal(text: &str) -> Cow<'_, str> {
+    match text.contains('\u{f8ff}') {
+        true => Cow::Owned(text.replace("\u{f8ff}0", "\0").replace("\u{f8ff}1", "\u{f8ff}")),
+        false => Cow::Borrowed(text),
+    }
+}
+
+/// A JSON column.
+fn record<T: DeserializeOwned>(row: &PgRow, column: &str, what: &str) -> Result<T, MemoryError> {
+    let text: &str = row.try_get(column).map_err(storage)?;
+    match text.contains('\u{f8ff}') {
+        // In JSON, NUL has to be an escape again.
+        true => parsed(
+            &text.replace("\u{f8ff}0", "\\u0000").replace("\u{f8ff}1", "\u{f8ff}"),
+            what,
+        ),
+        false => parsed(text, what),
+    }
+}
+
+/// A memory and its number.
+fn keyed(row: &PgRow) -> Result<(Key, Memory), MemoryError> {
+    Ok((
+        Key(row.try_get("key").map_err(storage)?),
+        record(row, "record", "memory")?,
+    ))
+}
+
+#[async_trait]
+impl Relational for PostgresStore {
+    async fn add(
+        &self,
+        writer: &Writer,
+        items: Vec<Addition>,
+    ) -> Result<Vec<Result<Written, MemoryError>>, MemoryError> {
+        let safe = items.iter().all(|item| item.idempotency.is_some());
+        transaction!(self, writer.tenant.as_str(), safe, items.len(), (session, places) => async {
+            ledger::add(&mut PostgresLedger::new(session, writer, places), items.clone()).await
+        })
+    }
+
+    async fn change(
+        &self,
+        writer: &Writer,
+        items: Vec<ChangeItem>,
+    ) -> Result<Vec<Result<Written, MemoryError>>, MemoryError> {
+        let safe = items.iter().all(|item| item.idempotency.is_some());
+        transaction!(self, writer.tenant.as_str(), safe, items.len(), (session, places) => async {
+            ledger::change(&mut PostgresLedger::new(session, writer, places), items.clone()).await
+        })
+    }
+
+    async fn history(
+        &self,
+        tenant: &TenantId,
+        id: MemoryId,
+        before: Option<i64>,
+        limit: usize,
+    ) -> Result<Vec<Version>, MemoryError> {
+        reading!(self, tenant.as_str(), session => read::history(session, tenant, id, before, limit))
+    }
+
+    async fn counts(
+        &self,
+        tenant: &TenantId,
+        model: &str,
+        scopes: &[ScopeKey],
+        now: Timestamp,
+    ) -> Result<Counts, MemoryError> {
+        reading!(self, tenant.as_str(), session => read::counts(session, model, scopes, now))
+    }
+
+    async fn replay(&self, writer: &Writer, idempotency: &Idempotency) -> Result<Option<Written>, MemoryError> {
+        self.replayed(writer, idempotency).await
+    }
+
+    async fn known(&self, tenant: &TenantId, places: &[(Scope, [u8; 32])]) -> Result<Vec<bool>, MemoryError> {
+        reading!(self, tenant.as_str(), session => read::known(session, tenant, places))
+    }
+
+    async fn get(&self, tenant: &TenantId, id: MemoryId) -> Result<Option<Stored>, MemoryError> {
+        reading!(self, tenant.as_str(), session => read::memory(session, tenant, id))
+    }
+
+    async fn past(&self, tenant: &TenantId, id: MemoryId, at: Timestamp) -> Result<Option<Memory>, MemoryError> {
+        reading!(self, tenant.as_str(), session => past::memory(session, tenant, id, at))
+    }
+
+    async fn as_of(
+        &self,
+        tenant: &TenantId,
+        scopes: &[ScopeKey],
+        filter: Option<&Filter>,
+        at: Timestamp,
+        limit: usize,
+    ) -> Result<AsOf, MemoryError> {
+        reading!(self, tenant.as_str(), session => past::as_of(session, scopes, filter, at, limit))
+    }
+
+    async fn frequencies(&self, tenant: &TenantId, terms: &[String]) -> Result<Frequencies, MemoryError> {
+        reading!(self, tenant.as_str(), session => lexical::frequencies(session, &self.counts, tenant, terms))
+    }
+
+    async fn visible(&self, tenant: &TenantId, view: &View, layers: &[Layer]) -> Result<Vec<ScopeKey>, MemoryError> {
+        reading!(self, tenant.as_str(), session => read::visible(session, tenant, view, layers))
+    }
+
+    async fn list(&self, listing: &Listing) -> Result<Vec<Stored>, MemoryError> {
+        reading!(self, listing.tenant.as_str(), session => read::list(session, listing))
+    }
+
+    async fn seen(&self, sight: &Sight) -> Result<Seen, MemoryError> {
+        reading!(self, sight.tenant.as_str(), session => read::seen(session, sight))
+    }
+
+    async fn scored(&self, arms: &Arms) -> Result<Scored, MemoryError> {
+        reading!(self, arms.tenant.as_str(), session => read::scored(session, &self.counts, arms))
+    }
+
+    async fn fetch(&self, tenant: &TenantId, keys: &[Key], now: Timestamp) -> Result<Vec<Stored>, MemoryError> {
+        reading!(self, tenant.as_str(), session => read::fetch(session, keys, now))
+    }
+
+    async fn cosines(&self, tenant: &TenantId, rescoring: &Rescoring) -> Result<Vec<(Key, f32)>, MemoryError> {
+        reading!(self, tenant.as_str(), session => read::cosines(session, rescoring))
+    }
+
+    async fn vectors(
+        &self,
+        tenant: Option<&TenantId>,
+        model: &str,
+        keys: &[Key],
+    ) -> Result<Vec<(Key, Vec<f32>)>, MemoryError> {
+        reading!(self, tenant.map_or(SYSTEM, TenantId::as_str), session => async {
+            let mut vectors = Vec::with_capacity(keys.len());
+            read::codes(session, model, keys, |key, code| vectors.push((key, code.decode()))).await?;
+            Ok(vectors)
+        })
+    }
+
+    async fn events(&self, after: Sequence, limit: usize) -> Result<Vec<IndexEvent>, MemoryError> {
+        let events = reading!(self, SYSTEM, session => read::events(session, after, limit))?;
+        // Whoever was told of a change must not read what was before it.
+        if let Some(last) = events.last() {
+            self.database.reach(last.sequence.0);
+        }
+        Ok(events)
+    }
+
+    async fn changes(
+        &self,
+        tenant: Option<&TenantId>,
+        after: Sequence,
+        limit: usize,
+    ) -> Result<Vec<domain::Change>, MemoryError> {
+        let whose = tenant.map_or(SYSTEM, TenantId::as_str);
+        reading!(self, whose, session => read::changes(session, tenant, after, limit))
+    }
+
+    async fn last_sequence(&self) -> Result<Sequence, MemoryError> {
+        let last = reading!(self, SYSTEM, session => read::last_sequence(session))?;
+        self.database.reach(last.0);
+        Ok(last)
+    }
+
+    fn reach(&self, sequence: Sequence) {
+        self.database.reach(sequence.0);
+    }
+
+    async fn states(&self, model: &str, keys: &[Key]) -> Result<Vec<IndexState>, MemoryError> {
+        reading!(self, SYSTEM, session => read::states(session, model, keys))
+    }
+
+    async fn state(&self, tenant: &TenantId, id: MemoryId, model: &str) -> Result<Option<IndexState>, MemoryError> {
+        reading!(self, tenant.as_str(), session => read::memory_state(session, tenant, id, model))
+    }
+
+    async fn scan(&self, model: &str, after: Key, limit: usize, pending: bool) -> Result<Vec<IndexState>, MemoryError> {
+        reading!(self, SYSTEM, session => read::scan(session, model, after, limit, pending))
+    }
+
+    async fn put_codes(&self, model: &str, codes: &[(Key, i64, Code)], now: Timestamp) -> Result<usize, MemoryError> {
+        transaction!(self, SYSTEM, true, codes.len(), (session, places) =>
+            write::put_codes(session, places, model, codes, now))
+    }
+
+    async fn export(&self, page: &ExportPage) -> Result<Vec<Exported>, MemoryError> {
+        reading!(self, page.tenant.as_str(), session => transfer::export(session, page))
+    }
+
+    async fn import(
+        &self,
+        writer: &Writer,
+        id: &RequestId,
+        items: Vec<(i64, Imported)>,
+        progress: &mut Progress,
+    ) -> Result<Imports, MemoryError> {
+        let (results, done) = transaction!(self, writer.tenant.as_str(), false, items.len(), (session, places) => async {
+            let mut done = progress.clone();
+            let mut ledger = PostgresLedger::new(session, writer, places);
+            let results = ledger::import(&mut ledger, id.as_str(), items.clone(), &mut done).await?;
+            Ok((results, done))
+        })?;
+        *progress = done;
+        Ok(results)
+    }
+
+    async fn import_progress(&self, writer: &Writer, id: &RequestId) -> Result<Option<Progress>, MemoryError> {
+        reading!(self, writer.tenant.as_str(), session => transfer::progress(session, writer, id))
+    }
+
+    async fn models(&self) -> Result<Vec<String>, MemoryError> {
+        reading!(self, SYSTEM, session => read::models(session))
+    }
+
+    async fn vectors_by(&self, model: &str) -> Result<i64, MemoryError> {
+        reading!(self, SYSTEM, session => read::vectors_by(session, model))
+    }
+
+    async fn forget_model(&self, model: &str) -> Result<(), MemoryError> {
+        loop {
+            let done: Result<bool, MemoryError> = transaction!(self, SYSTEM, true, 1000, (session, _places) =>
+                write::forget_some(session, model));
+            if done? {
+                return Ok(());
+            }
+        }
+    }
+
+    async fn reap(&self, now: Timestamp, limit: usize) -> Result<usize, MemoryError> {
+        // Mostly there is nothing, and then no transaction needs a place in the outbox.
+        let any: bool = reading!(self, SYSTEM, session => read::any_expired(session, now))?;
+        if !any {
+            return Ok(0);
+        }
+        transaction!(self, SYSTEM, true, limit, (session, places) => write::reap(session, places, now, limit))
+    }
+
+    async fn identity(&self) -> Result<String, MemoryError> {
+        let identity = reading!(self, SYSTEM, session => read::meta(session, "store"))?;
+        identity.ok_or_else(|| damaged("identity"))
+    }
+
+    async fn note(&self, name: &str) -> Result<Option<String>, MemoryError> {
+        let name = format!("note:{name}");
+        reading!(self, SYSTEM, session => read::meta(session, &name))
+    }
+
+    async fn put_note(&self, name: &str, value: &str) -> Result<(), MemoryError> {
+        let name = format!("note:{name}");
+        transaction!(self, SYSTEM, true, 1, (session, _places) => read::put_meta(session, &name, value))
+    }
+
+    async fn close(&self) {
+        self.database.close().await;
+    }
+}
+
+#[cfg(test)]
+mod tests;

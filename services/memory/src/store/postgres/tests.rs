@@ -1,0 +1,116 @@
+use std::sync::Arc;
+
+use aeterna_testkit::PostgresServer;
+
+use super::*;
+use crate::store::conformance;
+
+fn options(server: &PostgresServer) -> (PostgresOptions, PostgresOptions) {
+    let service = PostgresOptions::parse(&server.uri(), None).unwrap();
+    let owner = service.as_user("owner", None);
+    (service, owner)
+}
+
+async fn store(server: &PostgresServer) -> PostgresStore {
+    let (service, owner) = options(server);
+    PostgresStore::open(&service, Some(&owner)).await.unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn conforms() {
+    let server = PostgresServer::start(&["fsync=off"]);
+    let store = store(&server).await;
+    conformance::relational(Arc::new(store.clone())).await;
+    store.close().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_wall_stands_in_the_database_too() {
+    let server = PostgresServer::start(&["fsync=off"]);
+    let (service, owner) = options(&server);
+    let early = PostgresStore::open(&service, None).await.unwrap_err();
+    assert!(
+        Error::from(early).to_string().contains("memory.store_owner"),
+        "the schema is not there yet"
+    );
+    let store = store(&server).await;
+    conformance::one_memory(&store, "the cat sat").await;
+    let counted = |setting: &str| {
+        let query = format!("SET ROLE service; {setting}; SELECT count(*) FROM memories");
+        server.sql("aeterna", &query)
+    };
+    assert_eq!(counted("SELECT"), "0", "a session that names no tenant sees nothing");
+    assert_eq!(counted("SET aeterna.tenant = 'another'"), "0");
+    assert_eq!(counted("SET aeterna.tenant = '*'"), "1");
+    let goes_round = PostgresStore::open(&owner, None).await.unwrap_err();
+    assert!(Error::from(goes_round).to_string().contains("row-level security"));
+    server.sql(
+        "aeterna",
+        "INSERT INTO _sqlx_migrations SELECT 99, 'x', now(), true, '', 0",
+    );
+    let newer = PostgresStore::open(&service, None).await.unwrap_err();
+    assert_eq!(Error::from(newer).reason(), Reason::SchemaTooNew);
+    store.close().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_commit_whose_wait_for_the_standby_was_cancelled_is_not_called_done() {
+    // No standby of this name ever comes, so that every commit waits.
+    let server = PostgresServer::start(&["fsync=off"]);
+    let store = store(&server).await;
+    server.sql("postgres", "ALTER SYSTEM SET synchronous_standby_names = 'nobody'");
+    server.sql("postgres", "SELECT pg_reload_conf()");
+    let cancel = "SELECT count(pg_cancel_backend(pid)) FROM pg_stat_activity WHERE wait_event = 'SyncRep'";
+    let cancelled = async {
+        while server.sql("postgres", cancel) == "0" {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    };
+    let (written, ()) = tokio::join!(store.put_note("name", "value"), async {
+        // It is safe to repeat, and repeated until the patience ends.
+        cancelled.await;
+        cancelled_again(&server, cancel).await;
+    });
+    assert!(
+        matches!(written, Err(MemoryError::Store(StorageError::Unknown(_)))),
+        "{written:?}"
+    );
+    server.sql(
+        "postgres",
+        "SET synchronous_commit = local; ALTER SYSTEM RESET synchronous_standby_names",
+    );
+    server.sql("postgres", "SELECT pg_reload_conf()");
+    store.put_note("name", "value").await.unwrap();
+    store.close().await;
+}
+
+async fn cancelled_again(server: &PostgresServer, cancel: &str) {
+    let until = std::time::Instant::now() + Duration::from_secs(8);
+    while std::time::Instant::now() < until {
+        server.sql("postgres", cancel);
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+}
+
+#[test]
+fn what_postgresql_does_not_keep_comes_back_as_it_was() {
+    for text in [
+        "plain",
+        "a\0b",
+        "\u{f8ff}0",
+        "\\u0000",
+        "\\\\u0000",
+        "\0\u{f8ff}\0",
+        "\\",
+    ] {
+        // As JSON it comes back as JSON; what is no escape in a plain text is none in JSON either.
+        let json = serde_json::to_string(text).unwrap();
+        let sealed = seal(&json);
+        assert!(!sealed.contains("\\u0000") || sealed.contains("\\\\u0000"), "{sealed}");
+        let back = sealed.replace("\u{f8ff}0", "\\u0000").replace("\u{f8ff}1", "\u{f8ff}");
+        assert_eq!(serde_json::from_str::<String>(&back).unwrap(), text);
+    }
+    for text in ["plain", "a\0b", "\u{f8ff}0", "\0\u{f8ff}\0", "猫"] {
+        assert_eq!(unseal(&seal(text)), text);
+    }
+}

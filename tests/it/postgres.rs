@@ -1,0 +1,94 @@
+//! Two copies of the service on one PostgreSQL.
+
+use std::time::Duration;
+
+use aeterna_proto::memory::v1::memory_service_client::MemoryServiceClient;
+use aeterna_proto::memory::v1::{AddRequest, GetRequest, ListRequest, SearchRequest};
+use aeterna_testkit::{PostgresServer, Program, built};
+
+use crate::notes::{item, user};
+
+async fn copy(server: &PostgresServer, data: &std::path::Path) -> Program {
+    let store = format!("postgres:{}", server.uri());
+    let environment = [
+        ("AETERNA_MEMORY_STORE", store.as_str()),
+        ("AETERNA_MEMORY_STORE_OWNER", "owner"),
+    ];
+    Program::start_with(&built("aeterna"), &["serve"], data, &environment).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_copies_are_one_service_and_outlive_connections_and_each_other() {
+    let server = PostgresServer::start(&[]);
+    let directory = tempfile::tempdir().unwrap();
+    // Both bring the schema up to date, one at a time.
+    let paths = [directory.path().join("a"), directory.path().join("b")];
+    let (a, b) = tokio::join!(copy(&server, &paths[0]), copy(&server, &paths[1]));
+    let mut clients = [&a, &b].map(|copy| MemoryServiceClient::new(copy.channel()));
+
+    // What one has acknowledged the other one finds, when it is shown the token.
+    let added = clients[0]
+        .add(item("ann", "the cat is called Max"))
+        .await
+        .unwrap()
+        .into_inner();
+    let id = added.memory.unwrap().id;
+    let get = GetRequest {
+        id: id.clone(),
+        consistency_token: added.consistency_token.clone(),
+        ..Default::default()
+    };
+    assert_eq!(clients[1].get(get).await.unwrap().into_inner().memory.unwrap().id, id);
+    let search = SearchRequest {
+        query: "what is the cat called?".into(),
+        scope: user("ann"),
+        consistency_token: added.consistency_token,
+        ..Default::default()
+    };
+    let found = clients[1].search(search).await.unwrap().into_inner();
+    assert_eq!((found.results.len(), found.degraded), (1, false), "{found:?}");
+
+    // The same said to both at once is one memory, and a caller who repeats does not double, although all connections are cut
+    // again and again.
+    let cut = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE usename = 'service'";
+    let writers: Vec<_> = (0..40)
+        .map(|number| {
+            let mut client = clients[number % 2].clone();
+            let request = AddRequest {
+                request_id: format!("r{}", number / 2),
+                ..item("bob", &format!("fact {}", number / 2))
+            };
+            tokio::spawn(async move {
+                tokio::time::sleep(Duration::from_millis(20 * number as u64)).await;
+                for _ in 0..10 {
+                    match client.add(request.clone()).await {
+                        Ok(_) => return,
+                        Err(status) => assert_eq!(status.code(), tonic::Code::Unavailable, "{status:?}"),
+                    }
+                }
+                panic!("the store does not come back");
+            })
+        })
+        .collect();
+    for _ in 0..5 {
+        tokio::time::sleep(Duration::from_millis(150)).await;
+        server.sql("postgres", cut);
+    }
+    for writer in writers {
+        writer.await.unwrap();
+    }
+    let list = || ListRequest {
+        scope: user("bob"),
+        page_size: 100,
+        ..Default::default()
+    };
+    let listed = clients[1].list(list()).await.unwrap().into_inner().memories;
+    assert_eq!(listed.len(), 20, "{listed:?}");
+
+    // One that is killed takes nothing with it.
+    a.kill().await;
+    let listed = clients[1].list(list()).await.unwrap().into_inner().memories;
+    assert_eq!(listed.len(), 20);
+    clients[1].add(item("bob", "one more")).await.unwrap();
+    assert_eq!(b.stop().await, Some(0));
+}
