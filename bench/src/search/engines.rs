@@ -241,7 +241,10 @@ impl Engine for Funnel {
             keys,
             vector: query.to_vec(),
         };
-        let mut scored = self.store.cosines(&aeterna_types::TenantId::local(), &rescoring).await?;
+        let mut scored = self
+            .store
+            .cosines(&aeterna_types::TenantId::local(), &rescoring)
+            .await?;
         scored.sort_unstable_by(|a, b| b.1.total_cmp(&a.1));
         Ok(scored.into_iter().take(K).map(|(key, _)| key.0 as usize - 1).collect())
     }

@@ -10,8 +10,8 @@ mod notice;
 mod options;
 mod session;
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicI64, Ordering};
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use sqlx::{AssertSqlSafe, Connection as _, PgConnection};
@@ -34,23 +34,23 @@ const COLLISIONS: u32 = 10;
 #[derive(Clone, Debug)]
 pub struct Postgres {
     nodes: Arc<Nodes>,
-    /// Everything that was acknowledged or read here is at or before this position; no read goes back behind it.
-    floor: Arc<AtomicI64>,
-    /// Says how far a node is, as a number that grows with what is committed.
-    position: &'static str,
+    /// What was acknowledged or read here of late; no read goes back behind it.
+    floor: Arc<Mutex<Floor>>,
+    /// Says whether a node has all of some places, its first parameter.
+    has_all: &'static str,
     watching: Arc<JoinHandle<()>>,
     patience: Duration,
 }
 
 impl Postgres {
-    /// Begins to watch the nodes; `position` is a query for how far a node is.
-    pub fn open(options: &PostgresOptions, position: &'static str) -> Self {
+    /// Begins to watch the nodes; `has_all` is a query for whether a node has all of some places, its first parameter.
+    pub fn open(options: &PostgresOptions, has_all: &'static str) -> Self {
         let nodes = Arc::new(Nodes::new(options));
         let watching = tokio::spawn(nodes::watch(Arc::clone(&nodes)));
         Self {
             nodes,
-            floor: Arc::new(AtomicI64::new(0)),
-            position,
+            floor: Arc::default(),
+            has_all,
             watching: Arc::new(watching),
             patience: options.patience,
         }
@@ -91,30 +91,39 @@ impl Postgres {
     }
 
     async fn is_recent(&self, session: &mut Session) -> Result<bool, StorageError> {
-        let floor = self.floor.load(Ordering::SeqCst);
-        if session.node().seen() >= floor {
-            return Ok(true);
+        let (count, places) = {
+            let floor = self.floor.lock().unwrap_or_else(PoisonError::into_inner);
+            if session.node().seen() >= floor.count {
+                return Ok(true);
+            }
+            (floor.count, Vec::from_iter(floor.latest.iter().copied()))
+        };
+        let text = AssertSqlSafe(self.has_all);
+        let has_all: bool = sqlx::query_scalar(text).bind(places).fetch_one(&mut **session).await?;
+        if has_all {
+            session.node().saw(count);
         }
-        let text = AssertSqlSafe(self.position);
-        let position: i64 = sqlx::query_scalar(text).fetch_one(&mut **session).await?;
-        session.node().saw(position);
-        Ok(position >= floor)
+        Ok(has_all)
     }
 
-    /// Reads from now on see at least what is at or before a position.
-    pub fn reach(&self, position: i64) {
-        self.floor.fetch_max(position, Ordering::SeqCst);
+    /// Reads from now on see at least what was committed with a place, and before it.
+    pub fn reach(&self, place: i64) {
+        self.floor.lock().unwrap_or_else(PoisonError::into_inner).add(place);
     }
 
-    /// Commits a write whose changes are at or before a position.
+    /// Commits a write whose last change has a place; 0: it has none.
     ///
     /// # Errors
     /// [`StorageError::Unknown`] when it may or may not be there.
-    pub async fn commit(&self, session: Session, position: i64) -> Result<(), StorageError> {
+    pub async fn commit(&self, session: Session, place: i64) -> Result<(), StorageError> {
         let node = Arc::clone(session.node());
         session.commit().await?;
-        node.saw(position);
-        self.reach(position);
+        let mut floor = self.floor.lock().unwrap_or_else(PoisonError::into_inner);
+        let had_all = node.seen() >= floor.count;
+        floor.add(place);
+        if had_all {
+            node.saw(floor.count);
+        }
         Ok(())
     }
 
@@ -136,6 +145,29 @@ impl Postgres {
     pub async fn close(&self) {
         self.watching.abort();
         self.nodes.close().await;
+    }
+}
+
+/// Places that were acknowledged or read last. A standby replays in the order of commits, so that one that has the latest has
+/// those before; some are kept, since those of a moment are acknowledged in any order.
+#[derive(Debug, Default)]
+struct Floor {
+    latest: VecDeque<i64>,
+    /// Places so far.
+    count: i64,
+}
+
+impl Floor {
+    fn add(&mut self, place: i64) {
+        const KEPT: usize = 64;
+        if place <= 0 || self.latest.contains(&place) {
+            return;
+        }
+        if self.latest.len() == KEPT {
+            self.latest.pop_front();
+        }
+        self.latest.push_back(place);
+        self.count += 1;
     }
 }
 
@@ -190,7 +222,7 @@ pub async fn migrate(
     migrations: &'static [(&'static str, &'static str)],
     grants: &str,
 ) -> Result<(), StorageError> {
-    let postgres = Postgres::open(options, "SELECT 0::bigint");
+    let postgres = Postgres::open(options, "SELECT true");
     let migrated = async {
         // By the way, so that the primary is known.
         let session = postgres.write(&[]).await?;

@@ -28,6 +28,25 @@ impl PostgresServer {
     /// # Panics
     /// When PostgreSQL is not installed (`scripts/tools.sh postgres`) or does not start.
     pub fn start(settings: &[&str]) -> Self {
+        let server = Self::begin(settings, None);
+        for statement in [
+            "CREATE ROLE owner LOGIN; CREATE ROLE service LOGIN",
+            "CREATE DATABASE aeterna OWNER owner",
+        ] {
+            server.sql("postgres", statement);
+        }
+        server
+    }
+
+    /// Starts a standby of this one.
+    ///
+    /// # Panics
+    /// When it does not start.
+    pub fn standby(&self, settings: &[&str]) -> Self {
+        Self::begin(settings, Some(self))
+    }
+
+    fn begin(settings: &[&str], of: Option<&Self>) -> Self {
         let bin = binaries();
         // A path of a socket is short.
         let directory = tempfile::Builder::new()
@@ -38,6 +57,7 @@ impl PostgresServer {
         if is_root() {
             std::fs::set_permissions(directory.path(), std::fs::Permissions::from_mode(0o755)).expect("it is ours");
             std::fs::create_dir(&data).expect("a directory can be made");
+            std::fs::set_permissions(&data, std::fs::Permissions::from_mode(0o700)).expect("it is ours");
             let owned = Command::new("chown")
                 .arg("-R")
                 .arg(ACCOUNT)
@@ -48,19 +68,21 @@ impl PostgresServer {
                 "the account `{ACCOUNT}` is there"
             );
         }
-        let made = unprivileged(&bin.join("initdb"))
-            .args([
-                "--auth=trust",
-                "--encoding=UTF8",
-                "--locale=C",
-                "--no-sync",
-                "--username=postgres",
-                "-D",
-            ])
-            .arg(&data)
-            .stdout(Stdio::null())
-            .status();
-        assert!(made.is_ok_and(|status| status.success()), "initdb failed (see above)");
+        let mut make = match of {
+            None => unprivileged(&bin.join("initdb")),
+            Some(_) => unprivileged(&bin.join("pg_basebackup")),
+        };
+        match of {
+            None => make.args(["--auth=trust", "--encoding=UTF8", "--locale=C", "--username=postgres"]),
+            Some(primary) => make
+                .args(["--host=127.0.0.1", "--username=postgres", "--write-recovery-conf"])
+                .args(["--checkpoint=fast", &format!("--port={}", primary.port)]),
+        };
+        let made = make.args(["--no-sync", "-D"]).arg(&data).stdout(Stdio::null()).status();
+        assert!(
+            made.is_ok_and(|status| status.success()),
+            "no data directory (see above)"
+        );
         // The port is free until somebody else takes it in the next moment; then the start fails and says so.
         let listener = TcpListener::bind("127.0.0.1:0").expect("loopback has a free port");
         let port = listener.local_addr().expect("a bound socket has an address").port();
@@ -70,7 +92,7 @@ impl PostgresServer {
             .arg("-D")
             .arg(&data)
             .args(["-c", "listen_addresses=127.0.0.1", "-c", &format!("port={port}")])
-            .args(["-c", &format!("unix_socket_directories={}", data.display())])
+            .args(["-c", &format!("unix_socket_directories={}", directory.path().display())])
             .args(settings.iter().flat_map(|setting| ["-c", setting]))
             .stdout(log.try_clone().expect("a file can be shared"))
             .stderr(log)
@@ -82,11 +104,11 @@ impl PostgresServer {
             server,
             directory,
         };
-        server.prepare();
+        server.wait_until_ready();
         server
     }
 
-    fn prepare(&mut self) {
+    fn wait_until_ready(&mut self) {
         let began = Instant::now();
         while !self.ran("postgres", "SELECT 1") {
             let ended = self.server.try_wait().expect("a child can be asked");
@@ -96,12 +118,6 @@ impl PostgresServer {
                 "the server does not start:\n{log}"
             );
             std::thread::sleep(Duration::from_millis(50));
-        }
-        for statement in [
-            "SET synchronous_commit = local; CREATE ROLE owner LOGIN; CREATE ROLE service LOGIN",
-            "CREATE DATABASE aeterna OWNER owner",
-        ] {
-            self.sql("postgres", statement);
         }
     }
 
@@ -149,11 +165,34 @@ impl PostgresServer {
     }
 }
 
+impl PostgresServer {
+    /// Kills the server and all its processes at once, as `kill -9` does.
+    ///
+    /// # Panics
+    /// When they can't be killed.
+    pub fn kill(&mut self) {
+        let children = Command::new("pgrep")
+            .args(["-P", &self.server.id().to_string()])
+            .output();
+        let children = children.expect("pgrep can be started").stdout;
+        let children = String::from_utf8_lossy(&children).into_owned();
+        let killed = Command::new("kill")
+            .arg("-9")
+            .arg(self.server.id().to_string())
+            .args(children.split_whitespace())
+            .stderr(Stdio::null()) // some may have ended
+            .status();
+        assert!(killed.is_ok(), "kill can be started");
+        let _ = self.server.wait();
+    }
+}
+
 impl Drop for PostgresServer {
     fn drop(&mut self) {
         // At once: nobody wants its data any more. The server itself ends its own processes.
         let _ = Command::new("kill")
             .args(["-QUIT", &self.server.id().to_string()])
+            .stderr(Stdio::null()) // it may have been killed
             .status();
         let _ = self.server.wait();
     }

@@ -1,7 +1,8 @@
 //! What can go wrong, by what a caller can do about it.
 
 use aeterna_error::{Error, Reason};
-use aeterna_storage::StorageError;
+
+use crate::store::StorageError;
 
 /// An error of the memory service.
 #[derive(Debug, thiserror::Error)]

@@ -10,6 +10,7 @@ pub mod sqlite;
 
 use std::collections::{BTreeSet, HashSet};
 
+pub use aeterna_storage::StorageError;
 use aeterna_types::{Layer, MemoryId, RequestId, Scope, TenantId, Timestamp};
 use async_trait::async_trait;
 

@@ -32,7 +32,7 @@ pub struct Node {
     options: NodeOptions,
     pool: PgPool,
     state: watch::Sender<State>,
-    /// Everything at or before this position is there.
+    /// So many of the places that reads must not go behind were found there.
     seen: AtomicI64,
     probe: Mutex<Option<PgConnection>>,
 }
@@ -60,13 +60,13 @@ impl Node {
         &self.pool
     }
 
-    /// Everything at or before this position is there.
+    /// So many of the places that reads must not go behind were found there.
     pub(super) fn seen(&self) -> i64 {
         self.seen.load(Ordering::SeqCst)
     }
 
-    pub(super) fn saw(&self, position: i64) {
-        self.seen.fetch_max(position, Ordering::SeqCst);
+    pub(super) fn saw(&self, count: i64) {
+        self.seen.fetch_max(count, Ordering::SeqCst);
     }
 
     /// Waits until the node answers no more.

@@ -39,8 +39,8 @@ pub const MIGRATIONS: &[(&str, &str)] = &[("memories", include_str!("postgres/sc
 
 /// Whose rows the service works on when it works for all tenants; no tenant has this name.
 const SYSTEM: &str = "*";
-/// How far a node is: the place up to which its outbox is complete.
-const POSITION: &str = "SELECT last_sequence()";
+/// Whether a node has some places of the outbox.
+const HAS_ALL: &str = "SELECT has_all($1)";
 /// How long a write may take before its commit, and each of its items more.
 const WORK: (Duration, Duration) = (Duration::from_secs(3), Duration::from_millis(20));
 /// How long the start waits for a primary.
@@ -147,12 +147,12 @@ impl PostgresStore {
         }
         let mut patient = options.clone();
         patient.patience = START;
-        let waiting = Postgres::open(&patient, POSITION);
+        let waiting = Postgres::open(&patient, HAS_ALL);
         let ready = Self::prepare(&waiting, options.user()).await;
         waiting.close().await;
         ready?;
         Ok(Self {
-            database: Postgres::open(options, POSITION),
+            database: Postgres::open(options, HAS_ALL),
             counts: lexical::Cache::default(),
         })
     }

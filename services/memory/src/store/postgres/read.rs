@@ -356,7 +356,7 @@ fn change(row: &PgRow) -> Result<Change, MemoryError> {
 }
 
 pub async fn last_sequence(connection: &mut PgConnection) -> Result<Sequence, MemoryError> {
-    let last = sqlx::query_scalar(super::POSITION).fetch_one(connection).await;
+    let last = sqlx::query_scalar("SELECT last_sequence()").fetch_one(connection).await;
     last.map(Sequence).map_err(storage)
 }
 

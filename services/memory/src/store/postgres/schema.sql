@@ -166,6 +166,9 @@ AS $$ SELECT (SELECT value::bigint FROM meta WHERE name = 'base')
 CREATE FUNCTION last_sequence() RETURNS bigint LANGUAGE sql STABLE SECURITY DEFINER SET search_path FROM CURRENT
 AS $$ SELECT coalesce(max(sequence), 0) FROM outbox WHERE sequence < horizon() $$;
 
+CREATE FUNCTION has_all(places bigint[]) RETURNS boolean LANGUAGE sql STABLE SECURITY DEFINER SET search_path FROM CURRENT
+AS $$ SELECT NOT EXISTS (SELECT 1 FROM unnest(places) p WHERE NOT EXISTS (SELECT 1 FROM outbox WHERE sequence = p)) $$;
+
 CREATE FUNCTION newest_memory() RETURNS bigint LANGUAGE sql STABLE SECURITY DEFINER SET search_path FROM CURRENT
 AS $$ SELECT coalesce(max(key), 0) FROM memories $$;
 

@@ -42,9 +42,12 @@ impl Places {
         Ok(Sequence(self.first + self.taken - 1))
     }
 
-    /// The last one.
+    /// The last one; 0: none was taken.
     pub fn last(&self) -> i64 {
-        self.first + self.taken - 1
+        match self.taken {
+            0 => 0,
+            taken => self.first + taken - 1,
+        }
     }
 }
 
