@@ -1,5 +1,6 @@
 //! Where the nodes are.
 
+use std::fmt;
 use std::time::Duration;
 
 use sqlx::postgres::PgConnectOptions;
@@ -17,13 +18,20 @@ pub struct PostgresOptions {
 }
 
 /// One node.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub(super) struct NodeOptions {
     /// `host:port`, for logs.
     pub name: String,
     pub connect: PgConnectOptions,
     /// Where Patroni says what the node is.
     pub patroni: Option<String>,
+}
+
+impl fmt::Debug for NodeOptions {
+    /// Without the password.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.name)
+    }
 }
 
 impl PostgresOptions {
@@ -111,6 +119,7 @@ mod tests {
         assert_eq!(names, ["h1:6000", "h2:5432", "::1:6001"]);
         assert_eq!(options.nodes[1].patroni.as_deref(), Some("http://h2:8008/primary"));
         assert_eq!(options.user(), "ann");
+        assert!(!format!("{options:?}").contains("pw"));
         let each = PostgresOptions::parse("//a@h,h/db?patroni=1,2", None).unwrap();
         assert_eq!(each.nodes[1].patroni.as_deref(), Some("http://h:2/primary"));
     }
