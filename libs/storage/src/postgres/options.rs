@@ -116,7 +116,7 @@ mod tests {
         );
         let options = options.unwrap();
         let names: Vec<_> = options.nodes.iter().map(|node| node.name.as_str()).collect();
-        assert_eq!(names, ["h1:6000", "h2:5432", "::1:6001"]);
+        assert_eq!(names, ["h1:6000", "h2:5432", "[::1]:6001"]);
         assert_eq!(options.nodes[1].patroni.as_deref(), Some("http://h2:8008/primary"));
         assert_eq!(options.user(), "ann");
         assert!(!format!("{options:?}").contains("pw"));
