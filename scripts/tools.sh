@@ -45,11 +45,12 @@ install_buf() {
 need_postgres() {
   compgen -G "/usr/lib/postgresql/*/bin/initdb" >/dev/null && return
   [[ $(id -u) == 0 ]] && command -v apt-get >/dev/null || die "PostgreSQL is not installed: install Debian's postgresql"
+  local install=(apt-get install -y --no-install-recommends)
   {
-    mkdir -p /etc/postgresql-common
-    [[ -e /etc/postgresql-common/createcluster.conf ]] ||
-      echo "create_main_cluster = false" >/etc/postgresql-common/createcluster.conf
-    apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends postgresql
+    export DEBIAN_FRONTEND=noninteractive
+    apt-get update && "${install[@]}" postgresql-common &&
+      sed -ri 's/^#?create_main_cluster.*/create_main_cluster = false/' /etc/postgresql-common/createcluster.conf &&
+      "${install[@]}" postgresql
   } >&2 || die "apt-get could not install postgresql (see above)"
 }
 
