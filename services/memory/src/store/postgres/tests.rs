@@ -184,6 +184,25 @@ async fn a_killed_primary_takes_no_acknowledged_write_with_it() {
     store.close().await;
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn places_go_on_ascending_in_a_younger_cluster() {
+    let server = PostgresServer::start(&["fsync=off"]);
+    let before = store(&server).await;
+    say(&before, "one").await.unwrap();
+    before.close().await;
+    // As after a dump of a cluster that has seen many more transactions.
+    server.sql("aeterna", "UPDATE outbox SET sequence = sequence + (1::bigint << 50)");
+    let after = store(&server).await;
+    say(&after, "two").await.unwrap();
+    let events = after.events(Sequence::default(), 10).await.unwrap();
+    assert_eq!(events.len(), 2, "{events:?}");
+    assert!(
+        events[0].key < events[1].key,
+        "in the order in which they were written: {events:?}"
+    );
+    after.close().await;
+}
+
 #[test]
 fn what_postgresql_does_not_keep_comes_back_as_it_was() {
     for text in [
