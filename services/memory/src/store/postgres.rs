@@ -9,10 +9,10 @@ mod lexical;
 mod past;
 mod policies;
 mod read;
+mod seal;
 mod transfer;
 mod write;
 
-use std::borrow::Cow;
 use std::time::Duration;
 
 use aeterna_error::{Error, Reason};
@@ -32,6 +32,7 @@ use super::{
 use crate::domain::{self, Idempotency, Key, Memory, ScopeKey, Sequence, Version, View, Writer, Written};
 use crate::error::MemoryError;
 use crate::filter::Filter;
+use seal::{seal, seal_json, unseal, unseal_json};
 use write::{Places, PostgresLedger};
 
 /// The migrations, oldest first. Those that landed never change.
@@ -223,64 +224,10 @@ fn storage(error: sqlx::Error) -> MemoryError {
     StorageError::from(error).into()
 }
 
-/// PostgreSQL keeps no NUL in a text. In what is stored it is U+F8FF and a `0`; U+F8FF itself is followed by a `1`. JSON text
-/// has NUL as an escape, which is sealed the same way.
-fn seal(text: &str) -> String {
-    const MARK: char = '\u{f8ff}';
-    if !text.contains(['\0', MARK]) && !text.contains("\\u0000") {
-        return text.to_owned();
-    }
-    let mut sealed = String::with_capacity(text.len() + 8);
-    let mut rest = text;
-    while let Some(first) = rest.chars().next() {
-        let taken = match first {
-            '\0' => {
-                sealed.push_str("\u{f8ff}0");
-                1
-            }
-            MARK => {
-                sealed.push_str("\u{f8ff}1");
-                first.len_utf8()
-            }
-            '\\' if rest.starts_with("\\u0000") => {
-                sealed.push_str("\u{f8ff}0");
-                6
-            }
-            // An escape is taken whole: what follows an escaped backslash is no escape.
-            '\\' => {
-                let taken = 1 + rest[1..].chars().next().map_or(0, char::len_utf8);
-                sealed.push_str(&rest[..taken]);
-                taken
-            }
-            other => {
-                sealed.push(other);
-                other.len_utf8()
-            }
-        };
-        rest = &rest[taken..];
-    }
-    sealed
-}
-
-/// The text as it was.
-fn unseal(text: &str) -> Cow<'_, str> {
-    match text.contains('\u{f8ff}') {
-        true => Cow::Owned(text.replace("\u{f8ff}0", "\0").replace("\u{f8ff}1", "\u{f8ff}")),
-        false => Cow::Borrowed(text),
-    }
-}
-
 /// A JSON column.
 fn record<T: DeserializeOwned>(row: &PgRow, column: &str, what: &str) -> Result<T, MemoryError> {
     let text: &str = row.try_get(column).map_err(storage)?;
-    match text.contains('\u{f8ff}') {
-        // In JSON, NUL has to be an escape again.
-        true => parsed(
-            &text.replace("\u{f8ff}0", "\\u0000").replace("\u{f8ff}1", "\u{f8ff}"),
-            what,
-        ),
-        false => parsed(text, what),
-    }
+    parsed(&unseal_json(text), what)
 }
 
 /// A memory and its number.

@@ -8,7 +8,7 @@ use async_trait::async_trait;
 use sqlx::{PgConnection, Row as _};
 
 use super::lexical::{self, Terms};
-use super::{keyed, seal, storage, unseal};
+use super::{keyed, seal, seal_json, storage, unseal_json};
 use crate::domain::{Document, Idempotency, Key, Kind, Memory, Policy, ScopeKey, Sequence, Text, Version, Writer};
 use crate::error::MemoryError;
 use crate::store::code::Code;
@@ -108,7 +108,7 @@ impl Ledger for PostgresLedger<'_> {
         .bind(&self.writer.subject)
         .bind(idempotency.request_id.as_str())
         .bind(idempotency.digest.as_slice())
-        .bind(seal(&answer))
+        .bind(seal_json(&answer))
         .bind(self.writer.now.micros())
         .execute(&mut *self.connection)
         .await
@@ -215,7 +215,7 @@ impl Ledger for PostgresLedger<'_> {
         .bind(self.writer.tenant.as_str())
         .bind(scope.0)
         .bind(memory.body.identity().as_slice())
-        .bind(seal(&encode(memory)?))
+        .bind(seal_json(&encode(memory)?))
         .bind((!source.conversation.is_empty()).then(|| seal(&source.conversation)))
         .bind(source.sequence)
         .bind(memory.body.expires_at.map(|t| t.micros()))
@@ -252,7 +252,7 @@ impl Ledger for PostgresLedger<'_> {
             "UPDATE memories SET record = $2::jsonb, identity = $3, expires_at = $4, deleted_at = $5, version = $6 WHERE key = $1",
         )
         .bind(key.0)
-        .bind(seal(&encode(memory)?))
+        .bind(seal_json(&encode(memory)?))
         .bind(identity.as_slice())
         .bind(memory.body.expires_at.map(|t| t.micros()))
         .bind(memory.deleted_at.map(|t| t.micros()))
@@ -303,7 +303,7 @@ impl Ledger for PostgresLedger<'_> {
         .bind(version.kind.name())
         .bind(version.changed_at.micros())
         .bind(seal(&version.changed_by))
-        .bind(seal(&encode(&version.memory)?))
+        .bind(seal_json(&encode(&version.memory)?))
         .execute(&mut *self.connection)
         .await
         .map_err(storage)?;
@@ -363,7 +363,7 @@ impl Ledger for PostgresLedger<'_> {
             .map_err(storage)?;
         let Some(row) = row else { return Ok(None) };
         let record: &str = row.try_get("record").map_err(storage)?;
-        let document = parsed(&unseal(record), "document")?;
+        let document = parsed(&unseal_json(record), "document")?;
         Ok(Some((row.try_get("key").map_err(storage)?, document)))
     }
 
@@ -384,7 +384,7 @@ impl Ledger for PostgresLedger<'_> {
         scope: ScopeKey,
         document: &Document,
     ) -> Result<i64, MemoryError> {
-        let record = seal(&encode(document)?);
+        let record = seal_json(&encode(document)?);
         let query = match existing {
             Some(key) => sqlx::query_scalar(
                 "UPDATE documents SET version = $1, record = $2, deleted_at = $3 WHERE key = $4 RETURNING key",
@@ -425,7 +425,7 @@ impl Ledger for PostgresLedger<'_> {
                 .fetch_optional(&mut *self.connection)
                 .await
                 .map_err(storage)?;
-        record.map(|record| parsed(&unseal(&record), "policy")).transpose()
+        record.map(|record| parsed(&unseal_json(&record), "policy")).transpose()
     }
 
     async fn put_policy(&mut self, policy: &Policy) -> Result<(), MemoryError> {
@@ -437,7 +437,7 @@ impl Ledger for PostgresLedger<'_> {
         sqlx::query(query)
             .bind(self.writer.tenant.as_str())
             .bind(&policy.name)
-            .bind(seal(&encode(policy)?))
+            .bind(seal_json(&encode(policy)?))
             .execute(&mut *self.connection)
             .await
             .map_err(storage)?;
@@ -491,7 +491,7 @@ pub async fn answer(
     let answer: &str = row.try_get("answer").map_err(storage)?;
     Ok(Some((
         row.try_get("digest").map_err(storage)?,
-        unseal(answer).into_owned(),
+        unseal_json(answer).into_owned(),
     )))
 }
 
