@@ -136,9 +136,12 @@ impl Postgres {
         }
     }
 
-    /// Names of the nodes with what they are: `primary`, `standby` or `away`.
-    pub fn roles(&self) -> Vec<(String, &'static str)> {
-        self.nodes.roles()
+    /// Waits until there is a primary.
+    ///
+    /// # Errors
+    /// When there is none in time.
+    pub async fn ready(&self, patience: Duration) -> Result<(), StorageError> {
+        self.nodes.primary(patience).await.map(|_| ())
     }
 
     /// Stops watching and closes all connections.

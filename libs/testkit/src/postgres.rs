@@ -1,10 +1,11 @@
 //! A PostgreSQL server of a test's own.
 
-use std::net::TcpListener;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
+
+use crate::program::free_address;
 
 /// The account that Debian's packages make; the server refuses to run as root.
 const ACCOUNT: &str = "postgres";
@@ -83,10 +84,7 @@ impl PostgresServer {
             made.is_ok_and(|status| status.success()),
             "no data directory (see above)"
         );
-        // The port is free until somebody else takes it in the next moment; then the start fails and says so.
-        let listener = TcpListener::bind("127.0.0.1:0").expect("loopback has a free port");
-        let port = listener.local_addr().expect("a bound socket has an address").port();
-        drop(listener);
+        let port = free_address().port();
         let log = std::fs::File::create(directory.path().join("log")).expect("a file can be made");
         let server = unprivileged(&bin.join("postgres"))
             .arg("-D")
@@ -163,9 +161,7 @@ impl PostgresServer {
     pub fn uri(&self) -> String {
         format!("//service@127.0.0.1:{}/aeterna", self.port)
     }
-}
 
-impl PostgresServer {
     /// Kills the server and all its processes at once, as `kill -9` does.
     ///
     /// # Panics

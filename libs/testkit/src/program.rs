@@ -74,6 +74,13 @@ pub fn minilm() -> PathBuf {
     data.join("models/all-MiniLM-L6-v2")
 }
 
+/// An address on loopback, whose port is free until somebody else takes it in the next moment; then a start on it fails and
+/// says so.
+pub(crate) fn free_address() -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("loopback has a free port");
+    listener.local_addr().expect("a bound socket has an address")
+}
+
 /// A running process that serves; it is killed when it is dropped.
 #[derive(Debug)]
 pub struct Program {
@@ -97,10 +104,7 @@ impl Program {
     /// # Panics
     /// When it does not become ready; with its log.
     pub async fn start_with(binary: &Path, arguments: &[&str], data: &Path, environment: &[(&str, &str)]) -> Self {
-        // The port is free until somebody else takes it in the next moment; then the start fails and says so.
-        let listener = TcpListener::bind("127.0.0.1:0").expect("loopback has a free port");
-        let address = listener.local_addr().expect("a bound socket has an address");
-        drop(listener);
+        let address = free_address();
         std::fs::create_dir_all(data).expect("the data directory can be made");
         let log = data.join("log.txt");
         let sink = std::fs::File::options()

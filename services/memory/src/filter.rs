@@ -137,6 +137,18 @@ pub enum Literal {
 }
 
 impl Comparison {
+    /// Its sign in the language, and in that of stores.
+    pub fn sign(self) -> &'static str {
+        match self {
+            Self::Equal => "=",
+            Self::NotEqual => "!=",
+            Self::Less => "<",
+            Self::LessOrEqual => "<=",
+            Self::Greater => ">",
+            Self::GreaterOrEqual => ">=",
+        }
+    }
+
     /// True for those that need an order, and not only equality.
     pub fn is_ordered(self) -> bool {
         !matches!(self, Self::Equal | Self::NotEqual)

@@ -1,5 +1,6 @@
 //! The ports: the relational store, which is the only source of truth, and the vector index, which is rebuilt from it.
 
+pub mod bm25;
 pub mod code;
 #[cfg(test)]
 pub mod conformance;
@@ -234,6 +235,16 @@ pub struct Arms {
 }
 
 impl Arms {
+    /// The turns whose neighbours are wanted, by what the arms brought: each once.
+    fn turns(&self, lexical: &[(Key, f64)], dense: &[(Key, f32)]) -> Option<Vec<Key>> {
+        let mut keys = self.neighbours.clone()?;
+        keys.extend(lexical.iter().map(|(key, _)| *key));
+        keys.extend(dense.iter().map(|(key, _)| *key));
+        keys.sort_unstable();
+        keys.dedup();
+        Some(keys)
+    }
+
     /// No arm yet.
     pub fn of(tenant: &TenantId) -> Self {
         Self {

@@ -178,17 +178,6 @@ impl Nodes {
         alive
     }
 
-    pub(super) fn roles(&self) -> Vec<(String, &'static str)> {
-        let epoch = self.primary.borrow().clone();
-        let role = |node: &Arc<Node>| match &epoch {
-            _ if !node.state.borrow().alive => "away",
-            Some(epoch) if Arc::ptr_eq(&epoch.node, node) => "primary",
-            _ => "standby",
-        };
-        let told = self.all.iter().map(|node| (node.options.name.clone(), role(node)));
-        told.collect()
-    }
-
     /// Takes over what was seen of all nodes.
     fn decide(&self, seen: &[(State, bool)]) {
         let current = self.primary.borrow().clone();

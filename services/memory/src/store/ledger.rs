@@ -565,3 +565,26 @@ pub fn by_tenant<T>(things: Vec<(TenantId, T)>) -> Vec<(TenantId, Vec<T>)> {
     }
     tenants
 }
+
+/// Refuses a memory whose versions, in `bytes` of records, would not fit a message.
+pub fn versions_fit(id: MemoryId, bytes: i64, limit: usize) -> Result<(), MemoryError> {
+    // A record has names that a message does not have.
+    if usize::try_from(bytes).is_ok_and(|bytes| bytes / 2 <= limit) {
+        return Ok(());
+    }
+    Err(MemoryError::TooManyVersions {
+        id: id.to_string(),
+        bytes,
+        limit,
+    })
+}
+
+/// The removal of a memory for good, by the service itself.
+pub fn purge(id: MemoryId) -> ChangeItem {
+    ChangeItem {
+        id,
+        etag: None,
+        change: Change::Purge,
+        idempotency: None,
+    }
+}

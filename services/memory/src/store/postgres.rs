@@ -84,7 +84,6 @@ use reading;
 macro_rules! writing {
     ($store:expr, $writer:expr, $safe:expr, $ledger:ident => $work:expr) => {
         $crate::store::postgres::transaction!($store, $writer.tenant.as_str(), $safe, 1, (session, places) => async {
-            #[allow(unused_mut)]
             let mut $ledger = $crate::store::postgres::write::PostgresLedger::new(session, $writer, places);
             $work.await
         })
@@ -146,14 +145,11 @@ impl PostgresStore {
             owner.patience = START;
             postgres::migrate(&owner, MIGRATIONS, &grants(options.user())).await?;
         }
-        let mut patient = options.clone();
-        patient.patience = START;
-        let waiting = Postgres::open(&patient, HAS_ALL);
-        let ready = Self::prepare(&waiting, options.user()).await;
-        waiting.close().await;
-        ready?;
+        let database = Postgres::open(options, HAS_ALL);
+        database.ready(START).await?;
+        Self::prepare(&database, options.user()).await?;
         Ok(Self {
-            database: Postgres::open(options, HAS_ALL),
+            database,
             counts: lexical::Cache::default(),
         })
     }

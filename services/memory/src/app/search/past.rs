@@ -10,6 +10,7 @@ use super::super::Model;
 use super::diverse::cosine;
 use super::{App, Filter};
 use crate::domain::{Key, Memory, ScopeKey};
+use crate::store::bm25::rarity;
 use crate::store::{Earlier, Rescoring};
 
 /// Memories that have changed since and are scored by their text of that time, at most.
@@ -117,17 +118,13 @@ impl App {
 /// `documents` each term is.
 fn bm25(texts: &[(Key, Vec<String>)], terms: &[String], with: &[i64], documents: i64) -> Vec<(Key, f64)> {
     let length = texts.iter().map(|(_, text)| text.len() as f64).sum::<f64>() / texts.len().max(1) as f64;
-    let weight = |with: i64| {
-        let (with, all) = (with as f64, documents.max(with) as f64);
-        ((all - with + 0.5) / (with + 0.5)).ln().max(1e-6)
-    };
     let mut scored = Vec::new();
     for (key, text) in texts {
         let mut score = 0.0;
         for (term, with) in terms.iter().zip(with) {
             let count = text.iter().filter(|word| *word == term).count() as f64;
             let norm = K1 * (1.0 - B + B * text.len() as f64 / length.max(1.0));
-            score += weight(*with) * count * (K1 + 1.0) / (count + norm);
+            score += rarity(documents, *with) * count * (K1 + 1.0) / (count + norm);
         }
         if score > 0.0 {
             scored.push((*key, score));

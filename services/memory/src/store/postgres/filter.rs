@@ -69,7 +69,7 @@ fn test(query: &mut QueryBuilder<Postgres>, field: &Field, condition: &Condition
             };
             match condition {
                 Condition::Compare(comparison, Literal::Number(number)) => query
-                    .push(format_args!("{column} {} ", operator(*comparison)))
+                    .push(format_args!("{column} {} ", comparison.sign()))
                     .push_bind(*number),
                 _ => query.push(format_args!("{column} IS NOT NULL")),
             };
@@ -86,7 +86,7 @@ fn test(query: &mut QueryBuilder<Postgres>, field: &Field, condition: &Condition
             };
             match condition {
                 Condition::Compare(comparison, Literal::Time(time)) => query
-                    .push(format_args!("{column} {} ", operator(*comparison)))
+                    .push(format_args!("{column} {} ", comparison.sign()))
                     .push_bind(time.micros()),
                 _ => query.push(format_args!("{column} IS NOT NULL")),
             };
@@ -189,7 +189,7 @@ fn compare(
     comparison: Comparison,
     literal: &Literal,
 ) {
-    let sign = operator(comparison);
+    let sign = comparison.sign();
     match literal {
         Literal::Text(text) => {
             query.push("(");
@@ -217,17 +217,6 @@ fn compare(
         Literal::Null | Literal::Time(_) | Literal::Layer(_) => {
             query.push("false");
         }
-    }
-}
-
-fn operator(comparison: Comparison) -> &'static str {
-    match comparison {
-        Comparison::Equal => "=",
-        Comparison::NotEqual => "<>",
-        Comparison::Less => "<",
-        Comparison::LessOrEqual => "<=",
-        Comparison::Greater => ">",
-        Comparison::GreaterOrEqual => ">=",
     }
 }
 

@@ -10,12 +10,9 @@ use super::read::limit;
 use super::{filter, storage};
 use crate::domain::{Key, Memory, ScopeKey};
 use crate::error::MemoryError;
+use crate::store::bm25::{RANKED, rarest, rarity};
 use crate::store::{Frequencies, LexicalSearch};
 
-/// Documents that the terms of one search may bring.
-const DOCUMENTS: i64 = 1_500;
-/// Documents that are ranked at most, the newest first, when even the rarest term is everywhere.
-const RANKED: i64 = 3_000;
 /// Counts kept at most.
 const KEPT: usize = 100_000;
 
@@ -217,14 +214,13 @@ pub async fn search(
     let terms: Vec<String> = search.terms.iter().map(|text| term(key, text)).collect();
     let counts = cache.of(connection, &terms, newest).await?;
     let mut counted: Vec<(i64, String)> = counts.into_iter().zip(terms).collect();
-    counted.sort();
-    let mut sum = 0;
-    let taken = counted.into_iter().enumerate().take_while(|(place, (count, _))| {
-        sum += count;
-        *place == 0 || visible <= RANKED || sum <= DOCUMENTS
-    });
-    let (terms, weights): (Vec<String>, Vec<f64>) =
-        taken.map(|(_, (count, term))| (term, rarity(documents, count))).unzip();
+    if visible > RANKED {
+        counted = rarest(counted);
+    }
+    let weighed = counted
+        .into_iter()
+        .map(|(count, term)| (term, rarity(documents, count)));
+    let (terms, weights): (Vec<String>, Vec<f64>) = weighed.unzip();
     let narrowed = search.filter.is_some() || search.as_of.is_some();
     let mut query: QueryBuilder<Postgres> = QueryBuilder::new("SELECT r.memory, r.score FROM ranked(");
     query.push_bind(terms).push(", ").push_bind(weights);
@@ -252,14 +248,6 @@ pub async fn search(
         .await
         .map_err(storage)?;
     Ok(found.into_iter().map(|(key, score)| (Key(key), score)).collect())
-}
-
-/// How much a term tells: its inverse document frequency, as SQLite has it; what is in more than half of them tells next to
-/// nothing.
-fn rarity(documents: i64, with: i64) -> f64 {
-    let (documents, with) = (documents.max(with) as f64, with as f64);
-    let rarity = ((documents - with + 0.5) / (with + 0.5)).ln();
-    if rarity > 0.0 { rarity } else { 1e-6 }
 }
 
 /// In how many of a tenant's documents terms are.

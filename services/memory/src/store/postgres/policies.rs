@@ -8,7 +8,7 @@ use super::read::{get, limit};
 use super::{PostgresStore, SYSTEM, damaged, reading, record, storage, writing};
 use crate::domain::{Idempotency, Policy, ScopeKey, Writer};
 use crate::error::MemoryError;
-use crate::store::{Change, ChangeItem, Policies, Relational as _, ledger};
+use crate::store::{Policies, Relational as _, ledger};
 
 #[async_trait]
 impl Policies for PostgresStore {
@@ -60,12 +60,7 @@ impl Policies for PostgresStore {
         let writer = ledger::system(tenant, now)?;
         let item = |(id, _): &(Vec<u8>, String)| {
             let id = id.as_slice().try_into().map_err(|_| damaged("id"))?;
-            Ok(ChangeItem {
-                id: MemoryId::from_bytes(id),
-                etag: None,
-                change: Change::Purge,
-                idempotency: None,
-            })
+            Ok(ledger::purge(MemoryId::from_bytes(id)))
         };
         let items: Result<Vec<_>, MemoryError> = due.iter().map(item).collect();
         self.change(&writer, items?).await?;

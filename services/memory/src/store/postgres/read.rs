@@ -498,13 +498,8 @@ pub async fn scored(connection: &mut PgConnection, cache: &Cache, arms: &Arms) -
     }
     let lexical_ms = began.elapsed().as_secs_f64() * 1e3;
     let mut beside = Vec::new();
-    if let Some(also) = &arms.neighbours {
-        let mut keys = also.clone();
-        keys.extend(lexical.iter().map(|(key, _)| *key));
-        keys.extend(dense.iter().map(|(key, _)| *key));
-        keys.sort_unstable();
-        keys.dedup();
-        beside = neighbours(connection, &keys).await?;
+    if let Some(turns) = arms.turns(&lexical, &dense) {
+        beside = neighbours(connection, &turns).await?;
     }
     Ok(Scored {
         lexical,

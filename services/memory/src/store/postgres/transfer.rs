@@ -9,6 +9,7 @@ use super::read::{self, FILTERED, get, limit, scope_numbers, stored};
 use super::{filter, record, storage};
 use crate::domain::{Key, Version, Writer};
 use crate::error::MemoryError;
+use crate::store::ledger::versions_fit;
 use crate::store::{ExportPage, Exported, Progress, StoredVector};
 
 pub async fn export(connection: &mut PgConnection, page: &ExportPage) -> Result<Vec<Exported>, MemoryError> {
@@ -64,11 +65,7 @@ async fn versions(
         .fetch_one(&mut *connection)
         .await
         .map_err(storage)?;
-    // A record has names that a message does not have.
-    if !usize::try_from(bytes).is_ok_and(|bytes| bytes / 2 <= limit) {
-        let id = id.to_string();
-        return Err(MemoryError::TooManyVersions { id, bytes, limit });
-    }
+    versions_fit(id, bytes, limit)?;
     let query = "SELECT record::text, kind, changed_at, changed_by FROM history WHERE memory = $1 ORDER BY version";
     let found = sqlx::query(query)
         .bind(id.as_bytes().as_slice())

@@ -101,7 +101,7 @@ impl Sql {
                 };
                 match condition {
                     Condition::Compare(comparison, Literal::Number(number)) => {
-                        self.put(&format!("{column} {} ?", operator(*comparison)), [Bind::Real(*number)]);
+                        self.put(&format!("{column} {} ?", comparison.sign()), [Bind::Real(*number)]);
                     }
                     _ => self.text.push_str(&format!("{column} IS NOT NULL")),
                 }
@@ -118,10 +118,7 @@ impl Sql {
                 };
                 match condition {
                     Condition::Compare(comparison, Literal::Time(time)) => {
-                        self.put(
-                            &format!("{column} {} ?", operator(*comparison)),
-                            [Bind::Int(time.micros())],
-                        );
+                        self.put(&format!("{column} {} ?", comparison.sign()), [Bind::Int(time.micros())]);
                     }
                     _ => self.text.push_str(&format!("{column} IS NOT NULL")),
                 }
@@ -206,7 +203,7 @@ impl Sql {
 
     /// A comparison of a JSON value, given by expressions for its type and itself that may each want a path.
     fn value(&mut self, kind: &str, value: &str, comparison: Comparison, literal: &Literal, place: Option<Bind>) {
-        let sign = operator(comparison);
+        let sign = comparison.sign();
         match literal {
             Literal::Text(text) => {
                 self.put(
@@ -225,17 +222,6 @@ impl Sql {
             Literal::Bool(wanted) => self.put(&format!("({kind} = '{wanted}')"), place),
             Literal::Null | Literal::Time(_) | Literal::Layer(_) => self.text.push('0'),
         }
-    }
-}
-
-fn operator(comparison: Comparison) -> &'static str {
-    match comparison {
-        Comparison::Equal => "=",
-        Comparison::NotEqual => "<>",
-        Comparison::Less => "<",
-        Comparison::LessOrEqual => "<=",
-        Comparison::Greater => ">",
-        Comparison::GreaterOrEqual => ">=",
     }
 }
 

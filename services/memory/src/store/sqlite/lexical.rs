@@ -13,6 +13,7 @@ use super::read::{limit, rows};
 use super::{SqliteStore, failed, parsed, storage};
 use crate::domain::{Key, Memory, ScopeKey};
 use crate::error::MemoryError;
+use crate::store::bm25::{RANKED, rarest};
 use crate::store::{Frequencies, LexicalSearch};
 
 /// The name of a tenant's table.
@@ -87,10 +88,6 @@ pub async fn remove(connection: &mut SqliteConnection, tenant: i64, key: Key) ->
     removed.map(|_| ()).map_err(storage)
 }
 
-/// Documents that the terms of one search may bring: ranking a document costs one or two microseconds.
-const DOCUMENTS: i64 = 1_500;
-/// Documents that are ranked at most, the newest first, when even the rarest term is everywhere.
-const RANKED: i64 = 3_000;
 /// Frequencies kept at most.
 const KEPT: usize = 100_000;
 
@@ -192,13 +189,7 @@ pub fn search(
         for term in terms {
             counted.push((cache.of(connection, tenant, "body", &term, newest)?, term));
         }
-        counted.sort();
-        let mut documents = 0;
-        let taken = counted.into_iter().enumerate().take_while(|(place, (count, _))| {
-            documents += count;
-            *place == 0 || documents <= DOCUMENTS
-        });
-        terms = taken.map(|(_, (_, term))| term).collect();
+        terms = rarest(counted).into_iter().map(|(_, term)| term).collect();
     }
     let terms: Vec<String> = terms.iter().map(|term| quoted(term)).collect();
     words.push_str(&format!("body : ({})", terms.join(" OR ")));

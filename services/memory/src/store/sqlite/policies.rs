@@ -8,7 +8,7 @@ use super::read::{get, limit, rows, text};
 use super::{SqliteStore, damaged, parsed, storage, write};
 use crate::domain::{Idempotency, Policy, ScopeKey, Writer};
 use crate::error::MemoryError;
-use crate::store::{Change, ChangeItem, Policies, Relational as _, ledger};
+use crate::store::{Policies, Relational as _, ledger};
 
 #[async_trait]
 impl Policies for SqliteStore {
@@ -66,13 +66,8 @@ impl Policies for SqliteStore {
         let due = self.read(due).await?;
         let Some((_, tenant)) = due.first() else { return Ok(0) };
         let writer = ledger::system(tenant, now)?;
-        let item = |(id, _): &(MemoryId, String)| ChangeItem {
-            id: *id,
-            etag: None,
-            change: Change::Purge,
-            idempotency: None,
-        };
-        self.change(&writer, due.iter().map(item).collect()).await?;
+        let items = due.iter().map(|(id, _)| ledger::purge(*id)).collect();
+        self.change(&writer, items).await?;
         Ok(due.len())
     }
 

@@ -77,15 +77,8 @@ pub fn scored(connection: &Connection, cache: &Cache, arms: &Arms) -> Result<Sco
         None => Vec::new(),
     };
     let lexical_ms = milliseconds(began);
-    let neighbours = match &arms.neighbours {
-        Some(also) => {
-            let mut keys = also.clone();
-            keys.extend(lexical.iter().map(|(key, _)| *key));
-            keys.extend(dense.iter().flatten().map(|(key, _)| *key));
-            keys.sort_unstable();
-            keys.dedup();
-            neighbours(connection, &keys)?
-        }
+    let neighbours = match arms.turns(&lexical, dense.as_deref().unwrap_or_default()) {
+        Some(turns) => neighbours(connection, &turns)?,
         None => Vec::new(),
     };
     Ok(Scored {

@@ -11,6 +11,7 @@ use super::read::{self, get, limit, rows, scopes_json, stored, text};
 use super::{failed, parsed};
 use crate::domain::{Key, Writer};
 use crate::error::MemoryError;
+use crate::store::ledger::versions_fit;
 use crate::store::{ExportPage, Exported, Progress, StoredVector};
 
 pub fn export(connection: &Connection, page: &ExportPage) -> Result<Vec<Exported>, MemoryError> {
@@ -68,15 +69,7 @@ fn fits(connection: &Connection, id: &MemoryId, limit: usize) -> Result<(), Memo
     let bytes: i64 = connection
         .query_row(query, [id.as_bytes().as_slice()], |row| row.get(0))
         .map_err(failed)?;
-    // A record has names that a message does not have.
-    if usize::try_from(bytes).is_ok_and(|bytes| bytes / 2 <= limit) {
-        return Ok(());
-    }
-    Err(MemoryError::TooManyVersions {
-        id: id.to_string(),
-        bytes,
-        limit,
-    })
+    versions_fit(*id, bytes, limit)
 }
 
 pub fn progress(connection: &Connection, writer: &Writer, id: &RequestId) -> Result<Option<Progress>, MemoryError> {
