@@ -232,6 +232,10 @@ pub async fn migrate(
         let connect = session.node().connect().clone();
         session.finish().await?;
         let mut connection = PgConnection::connect_with(&connect).await?;
+        // One program at a time, what is granted included; the lock ends with the connection.
+        sqlx::query("SELECT pg_advisory_lock(hashtext('aeterna migrations'))")
+            .execute(&mut connection)
+            .await?;
         check_schema(&mut connection, migrations.len() as i64, true).await?;
         migrator(migrations)
             .run(&mut connection)
