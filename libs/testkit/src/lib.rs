@@ -4,6 +4,7 @@
 
 mod hostile;
 mod http;
+pub mod lab;
 mod postgres;
 mod program;
 mod raw;

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use crate::program::free_address;
 
 /// The account that Debian's packages make; the server refuses to run as root.
-const ACCOUNT: &str = "postgres";
+pub(crate) const ACCOUNT: &str = "postgres";
 /// How long a start may take.
 const START: Duration = Duration::from_secs(60);
 
@@ -18,7 +18,6 @@ const START: Duration = Duration::from_secs(60);
 pub struct PostgresServer {
     /// Where it listens on loopback.
     pub port: u16,
-    bin: PathBuf,
     server: Child,
     directory: tempfile::TempDir,
 }
@@ -98,7 +97,6 @@ impl PostgresServer {
             .expect("the server can be started");
         let mut server = Self {
             port,
-            bin,
             server,
             directory,
         };
@@ -124,37 +122,18 @@ impl PostgresServer {
     /// # Panics
     /// When they fail.
     pub fn sql(&self, database: &str, statements: &str) -> String {
-        let output = self.psql(database, statements).stderr(Stdio::inherit()).output();
+        let output = psql(self.port, database, statements).stderr(Stdio::inherit()).output();
         let output = output.expect("psql can be started");
         assert!(output.status.success(), "psql failed at `{statements}` (see above)");
         String::from_utf8_lossy(&output.stdout).trim().to_owned()
     }
 
     fn ran(&self, database: &str, statements: &str) -> bool {
-        let status = self
-            .psql(database, statements)
+        let status = psql(self.port, database, statements)
             .stdout(Stdio::null())
             .stderr(Stdio::null())
             .status();
         status.is_ok_and(|status| status.success())
-    }
-
-    fn psql(&self, database: &str, statements: &str) -> Command {
-        let mut psql = Command::new(self.bin.join("psql"));
-        psql.args([
-            "-X",
-            "-A",
-            "-t",
-            "-q",
-            "-v",
-            "ON_ERROR_STOP=1",
-            "-h",
-            "127.0.0.1",
-            "-U",
-            "postgres",
-        ]);
-        psql.args(["-p", &self.port.to_string(), "-d", database, "-c", statements]);
-        psql
     }
 
     /// What follows `postgres:` in the URI of the service's role.
@@ -194,21 +173,30 @@ impl Drop for PostgresServer {
     }
 }
 
+/// Statements for the superuser of a server on loopback.
+pub(crate) fn psql(port: u16, database: &str, statements: &str) -> Command {
+    let mut psql = Command::new(binaries().join("psql"));
+    psql.args(["-X", "-A", "-t", "-q", "-v", "ON_ERROR_STOP=1"]);
+    psql.args(["-h", "127.0.0.1", "-U", "postgres", "-p", &port.to_string()]);
+    psql.args(["-d", database, "-c", statements]);
+    psql
+}
+
 /// Where the newest installed PostgreSQL has its programs.
-fn binaries() -> PathBuf {
+pub(crate) fn binaries() -> PathBuf {
     let installed = std::fs::read_dir("/usr/lib/postgresql").into_iter().flatten().flatten();
     let bins = installed.map(|version| version.path().join("bin"));
     let newest = bins.filter(|bin| bin.join("initdb").exists()).max();
     newest.expect("PostgreSQL is installed: scripts/tools.sh postgres")
 }
 
-fn is_root() -> bool {
+pub(crate) fn is_root() -> bool {
     let id = Command::new("id").arg("-u").output();
     id.is_ok_and(|id| id.stdout.trim_ascii() == b"0")
 }
 
 /// A program that runs as an account that is not root's, in the same process.
-fn unprivileged(program: &Path) -> Command {
+pub(crate) fn unprivileged(program: &Path) -> Command {
     if !is_root() {
         return Command::new(program);
     }

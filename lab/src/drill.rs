@@ -1,0 +1,94 @@
+//! Runs a drill under load, and reports.
+
+use std::collections::BTreeMap;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use aeterna_testkit::lab::{Lab, Timings};
+use anyhow::Context as _;
+use serde::Serialize;
+
+use crate::check::{Verdict, check};
+use crate::drills::Drill;
+use crate::history::{self, Kind, Operation, Outcome};
+use crate::load::Load;
+
+/// How long the load runs before and after the fault.
+const CALM: Duration = Duration::from_secs(5);
+/// How long the stores may take to be whole, before and after.
+const WHOLE: Duration = Duration::from_secs(180);
+
+/// What a drill showed.
+#[derive(Clone, Debug, Serialize)]
+pub struct Report {
+    /// Its name.
+    pub drill: String,
+    /// Patroni's timings.
+    pub timings: Timings,
+    /// The longest time, from the fault on, in which no write was acknowledged, in seconds.
+    pub writes_stopped_s: f64,
+    /// The same for reads by holders of a token.
+    pub reads_stopped_s: f64,
+    /// The same for searches.
+    pub searches_stopped_s: f64,
+    /// What the history says.
+    #[serde(flatten)]
+    pub verdict: Verdict,
+    /// Failed attempts, by code; each was repeated until it succeeded.
+    pub errors: BTreeMap<String, u64>,
+    /// The time from the fault until all three nodes took part again and each commit was on two of them, in seconds.
+    pub redundant_again_s: f64,
+}
+
+/// Runs one on a lab that is whole. The history is left in the lab's directory.
+///
+/// # Errors
+/// When the lab is not whole, before or after, or a call is refused that should only be delayed.
+pub async fn run(lab: &Lab, drill: Drill, say: impl Fn(&str)) -> anyhow::Result<Report> {
+    lab.whole(WHOLE).await?;
+    lab.served(WHOLE).await?;
+    let name = drill.name();
+    let load = Load::start(lab.channel()?, &format!("{name}-{:08x}", rand::random::<u32>())).await?;
+    tokio::time::sleep(CALM).await;
+    say(&format!("{name}: under load, now it is broken …"));
+    let fault = Mutex::new((load.history.now(), Instant::now()));
+    let broken = || *fault.lock().unwrap_or_else(PoisonError::into_inner) = (load.history.now(), Instant::now());
+    drill
+        .carry_out(lab, &load, broken)
+        .await
+        .with_context(|| format!("the drill {name}"))?;
+    lab.whole(WHOLE).await?;
+    let (from, instant) = *fault.lock().unwrap_or_else(PoisonError::into_inner);
+    let redundant = instant.elapsed();
+    say(&format!("{name}: whole again, the history is checked …"));
+    tokio::time::sleep(CALM).await;
+    let end = load.history.now();
+    let (operations, stored) = load.end().await?;
+    history::write(&operations, &lab.directory().join(format!("history-{name}.jsonl")))?;
+    let stopped = |kinds: &[Kind]| seconds(history::longest_stop(&operations, kinds, from, end));
+    Ok(Report {
+        drill: name,
+        timings: lab.timings(),
+        writes_stopped_s: stopped(&[Kind::Add, Kind::Count]),
+        reads_stopped_s: stopped(&[Kind::Read]),
+        searches_stopped_s: stopped(&[Kind::Search]),
+        verdict: check(&operations, &stored),
+        errors: errors(&operations),
+        redundant_again_s: seconds(redundant),
+    })
+}
+
+/// Seconds with two digits.
+fn seconds(duration: Duration) -> f64 {
+    (duration.as_secs_f64() * 100.0).round() / 100.0
+}
+
+fn errors(operations: &[Operation]) -> BTreeMap<String, u64> {
+    let mut errors = BTreeMap::new();
+    for operation in operations {
+        if let Outcome::Failed(code) = &operation.outcome {
+            *errors.entry(code.clone()).or_default() += 1;
+        }
+    }
+    errors
+}

@@ -1,0 +1,182 @@
+//! What is broken, and how it is mended.
+
+use std::time::Duration;
+
+use aeterna_testkit::lab::{Lab, Part};
+use anyhow::Context as _;
+use clap::ValueEnum;
+
+use crate::history::Kind;
+use crate::load::Load;
+
+/// How long a fault lasts at least, once the load goes on in spite of it.
+const LASTS: Duration = Duration::from_secs(5);
+/// How long the load may take to go on.
+const RESUME: Duration = Duration::from_secs(120);
+/// How long a copy may take to start.
+const START: Duration = Duration::from_secs(60);
+
+/// Something to break.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Drill {
+    /// kill -9 of the primary and its Patroni
+    PrimaryKilled,
+    /// kill -9 of the primary; its Patroni lives
+    PostgresKilled,
+    /// kill -9 of the primary's Patroni; PostgreSQL runs on
+    PatroniKilled,
+    /// The primary and its Patroni stand still, and go on later
+    PrimaryFrozen,
+    /// kill -9 of the synchronous standby and its Patroni
+    StandbyKilled,
+    /// The standby takes over as planned
+    Switchover,
+    /// kill -9 of the etcd that leads
+    EtcdLeaderKilled,
+    /// kill -9 of two of three etcd, back after a minute
+    EtcdQuorumLost,
+    /// kill -9 of one copy of every service
+    ServiceKilled,
+    /// Everything is restarted, one after the other
+    RollingRestart,
+}
+
+impl Drill {
+    /// Its name on the command line.
+    pub fn name(self) -> String {
+        let value = self.to_possible_value();
+        value.map(|value| value.get_name().to_owned()).unwrap_or_default()
+    }
+
+    /// Breaks something and mends it, while the load runs. `broken` is called at the moment of the fault.
+    pub(crate) async fn carry_out(self, lab: &Lab, load: &Load, broken: impl Fn()) -> anyhow::Result<()> {
+        match self {
+            Self::PrimaryKilled | Self::PostgresKilled => {
+                let part = if self == Self::PrimaryKilled {
+                    Part::All
+                } else {
+                    Part::Postgres
+                };
+                let primary = primary(lab).await?;
+                broken();
+                lab.kill(&primary, part).await?;
+                goes_on(load).await?;
+                if part == Part::All {
+                    lab.start(&primary)?;
+                }
+            }
+            Self::PatroniKilled => {
+                let primary = primary(lab).await?;
+                broken();
+                lab.kill(&primary, Part::Patroni).await?;
+                // Its lease ends, and another node takes over while it still runs.
+                let other = async {
+                    while lab.primary().await.is_none_or(|now| now == primary) {
+                        tokio::time::sleep(LASTS / 10).await;
+                    }
+                };
+                tokio::time::timeout(RESUME, other).await.context("nobody took over")?;
+                goes_on(load).await?;
+                lab.start(&primary)?;
+            }
+            Self::PrimaryFrozen => {
+                let primary = primary(lab).await?;
+                broken();
+                lab.signal(&primary, Part::All, "STOP")?;
+                let goes_on = goes_on(load).await;
+                lab.signal(&primary, Part::All, "CONT")?;
+                goes_on?;
+            }
+            Self::StandbyKilled => {
+                let standby = lab
+                    .synchronous_standby()
+                    .await
+                    .context("there is no synchronous standby")?;
+                broken();
+                lab.kill(&standby, Part::All).await?;
+                goes_on(load).await?;
+                lab.start(&standby)?;
+            }
+            Self::Switchover => {
+                broken();
+                lab.switch_over().await?;
+                goes_on(load).await?;
+            }
+            Self::EtcdLeaderKilled => {
+                let leader = lab.etcd_leader().await.context("no etcd leads")?;
+                broken();
+                lab.kill(&leader, Part::All).await?;
+                goes_on(load).await?;
+                lab.start(&leader)?;
+            }
+            Self::EtcdQuorumLost => {
+                broken();
+                for etcd in ["etcd1", "etcd2"] {
+                    lab.kill(etcd, Part::All).await?;
+                }
+                // Longer than any lease.
+                tokio::time::sleep(Duration::from_secs(60)).await;
+                for etcd in ["etcd1", "etcd2"] {
+                    lab.start(etcd)?;
+                }
+                goes_on(load).await?;
+            }
+            Self::ServiceKilled => {
+                broken();
+                let copies = ["memory1", "embedding1"];
+                for copy in copies {
+                    lab.kill(copy, Part::All).await?;
+                }
+                goes_on(load).await?;
+                for copy in copies {
+                    lab.start(copy)?;
+                }
+                lab.served(START).await?;
+            }
+            Self::RollingRestart => {
+                broken();
+                rolling_restart(lab).await?;
+                goes_on(load).await?;
+            }
+        }
+        Ok(())
+    }
+}
+
+async fn primary(lab: &Lab) -> anyhow::Result<String> {
+    lab.primary().await.context("there is no primary")
+}
+
+/// Waits until the load goes on in spite of the fault, and a moment more.
+async fn goes_on(load: &Load) -> anyhow::Result<()> {
+    let since = load.history.now();
+    load.resumed(&[Kind::Add, Kind::Count], since, RESUME).await?;
+    load.resumed(&[Kind::Read], since, RESUME).await?;
+    load.resumed(&[Kind::Search], since, RESUME).await?;
+    tokio::time::sleep(LASTS).await;
+    Ok(())
+}
+
+async fn rolling_restart(lab: &Lab) -> anyhow::Result<()> {
+    let restart = async |member: &str| {
+        lab.stop(member).await?;
+        lab.start(member)?;
+        lab.ready(member, START).await
+    };
+    for member in lab.members() {
+        if member.starts_with("pg") {
+            // As an operator would: hand over first, and wait until the node keeps up again.
+            if lab.primary().await.as_ref() == Some(&member) {
+                lab.switch_over().await?;
+            }
+            restart(&member).await?;
+            lab.whole(RESUME).await?;
+        } else {
+            restart(&member).await?;
+        }
+        if lab.is_service(&member) {
+            lab.served(START).await?;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,343 @@
+//! The highly-available stores and our services as plain processes on loopback, to be broken.
+//!
+//! Three etcd, three PostgreSQL under Patroni, HAProxy, Envoy, and two copies of each service. Everything lies in one directory
+//! with the ports in `lab.json`, so that one program can start a lab and another one look at it, break it and stop it.
+
+mod look;
+mod members;
+mod process;
+
+use std::collections::BTreeMap;
+use std::fs::Permissions;
+use std::net::TcpListener;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use aeterna_rpc::AnyChannel;
+use anyhow::{Context as _, bail, ensure};
+use serde::{Deserialize, Serialize};
+
+use crate::postgres::{ACCOUNT, is_root, psql};
+pub use look::{Member, PostgresNode};
+pub use members::Timings;
+use process::Place;
+
+/// How long one member may take to start, or the cluster to be whole.
+const START: Duration = Duration::from_secs(120);
+/// How often something is looked at that is waited for.
+const LOOK: Duration = Duration::from_millis(100);
+/// The nodes of each store.
+pub(crate) const NODES: [u8; 3] = [1, 2, 3];
+/// The services, and how many copies each has.
+pub(crate) const SERVICES: [&str; 2] = ["embedding", "memory"];
+pub(crate) const COPIES: [u8; 2] = [1, 2];
+
+/// A part of a PostgreSQL node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Part {
+    /// All its processes.
+    All,
+    /// The server.
+    Postgres,
+    /// The process that watches over the server.
+    Patroni,
+}
+
+/// What a lab consists of.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct Plan {
+    timings: Timings,
+    /// By member, with the use after a point where a member has several.
+    ports: BTreeMap<String, u16>,
+    /// Where our programs and Envoy are.
+    programs: BTreeMap<String, PathBuf>,
+}
+
+/// A lab.
+#[derive(Debug)]
+pub struct Lab {
+    directory: PathBuf,
+    plan: Plan,
+}
+
+impl Lab {
+    /// Starts one in a directory that is empty or not there; `say` is told of each step. `programs` has the path of `envoy` and
+    /// of each service's own program.
+    ///
+    /// # Errors
+    /// When a program is missing or a member does not start; what has been started goes on, for a look at its logs.
+    pub async fn up(
+        directory: &Path,
+        timings: Timings,
+        programs: BTreeMap<String, PathBuf>,
+        say: impl Fn(&str),
+    ) -> anyhow::Result<Self> {
+        let there = directory.join("lab.json").exists();
+        ensure!(
+            !there,
+            "there is a lab in {}: `make lab-down` stops it",
+            directory.display()
+        );
+        std::fs::create_dir_all(directory)?;
+        // Others than root have to pass through.
+        std::fs::set_permissions(directory, Permissions::from_mode(0o755))?;
+        let directory = directory.canonicalize()?;
+        let plan = Plan {
+            timings,
+            ports: free_ports()?,
+            programs,
+        };
+        std::fs::write(directory.join("lab.json"), serde_json::to_string_pretty(&plan)?)?;
+        let lab = Self { directory, plan };
+        for member in lab.members() {
+            lab.prepare(&member)?;
+        }
+        say("etcd and PostgreSQL under Patroni …");
+        for member in lab.members().iter().filter(|name| name.starts_with("etcd")) {
+            lab.start(member)?;
+        }
+        for member in lab.members().iter().filter(|name| name.starts_with("pg")) {
+            lab.start(member)?;
+        }
+        lab.whole(START).await?;
+        let primary = lab.primary().await.context("there is no primary")?;
+        for statement in [
+            "CREATE ROLE owner LOGIN; CREATE ROLE service LOGIN",
+            "CREATE DATABASE aeterna OWNER owner",
+        ] {
+            lab.sql(&primary, "postgres", statement)?;
+        }
+        say("HAProxy, Envoy and the services …");
+        let others = lab.members();
+        let others = others
+            .iter()
+            .filter(|name| !name.starts_with("etcd") && !name.starts_with("pg"));
+        for member in others.clone() {
+            lab.start(member)?;
+        }
+        for member in others {
+            lab.ready(member, START).await?;
+        }
+        lab.served(START).await?;
+        Ok(lab)
+    }
+
+    /// One that was started by another program.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn open(directory: &Path) -> anyhow::Result<Self> {
+        let file = directory.join("lab.json");
+        let text = std::fs::read_to_string(&file)
+            .with_context(|| format!("there is no lab in {}: `make lab-up` starts one", directory.display()))?;
+        let plan = serde_json::from_str(&text).with_context(|| format!("{} is damaged", file.display()))?;
+        let directory = directory.canonicalize()?;
+        Ok(Self { directory, plan })
+    }
+
+    /// Kills everything and removes the directory.
+    ///
+    /// # Errors
+    /// When something can't be killed or removed.
+    pub fn down(&self) -> anyhow::Result<()> {
+        self.kill_all();
+        let running = self.running();
+        ensure!(running.is_empty(), "these processes can't be killed: {running:?}");
+        std::fs::remove_dir_all(&self.directory)?;
+        Ok(())
+    }
+
+    /// Kills everything, and waits until it is gone.
+    pub fn kill_all(&self) {
+        let since = Instant::now();
+        while since.elapsed() < Duration::from_secs(10) {
+            // Patroni may have started another server meanwhile.
+            let running = self.running();
+            if running.is_empty() || process::signal(&running, "KILL").is_err() {
+                return;
+            }
+            std::thread::sleep(LOOK);
+        }
+    }
+
+    fn running(&self) -> Vec<u32> {
+        let members = self.members();
+        members.iter().flat_map(|member| self.pids(member, Part::All)).collect()
+    }
+
+    /// Where it has its files.
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    /// How long failing over may take.
+    pub fn timings(&self) -> Timings {
+        self.plan.timings
+    }
+
+    /// The names of all members, in the order of a start.
+    pub fn members(&self) -> Vec<String> {
+        let nodes = |kind: &'static str| NODES.map(|number| format!("{kind}{number}"));
+        let copies = SERVICES
+            .iter()
+            .flat_map(|kind| COPIES.map(|number| format!("{kind}{number}")));
+        let mut members: Vec<String> = ["etcd", "pg"].into_iter().flat_map(nodes).collect();
+        members.push("haproxy".into());
+        members.push("envoy".into());
+        members.extend(copies);
+        members
+    }
+
+    /// Whether a member is a copy of one of our services.
+    pub fn is_service(&self, member: &str) -> bool {
+        SERVICES.iter().any(|service| member.starts_with(service))
+    }
+
+    fn place(&self, member: &str) -> Place {
+        Place::new(&self.directory, member)
+    }
+
+    fn port(&self, name: &str) -> u16 {
+        self.plan.ports[name]
+    }
+
+    /// Makes the directory of a member, which belongs to the account that it runs as.
+    fn prepare(&self, member: &str) -> anyhow::Result<()> {
+        let directory = self.directory.join(member);
+        std::fs::create_dir_all(&directory)?;
+        self.write_configuration(member)?;
+        if members::is_ours(member) || !is_root() {
+            return Ok(());
+        }
+        let owned = Command::new("chown").arg("-R").arg(ACCOUNT).arg(&directory).status()?;
+        ensure!(
+            owned.success(),
+            "there is no account `{ACCOUNT}`: install Debian's postgresql"
+        );
+        Ok(())
+    }
+
+    /// Starts a member that does not run.
+    ///
+    /// # Errors
+    /// When it runs, or can't be started.
+    pub fn start(&self, member: &str) -> anyhow::Result<()> {
+        self.place(member).spawn(self.command(member)?)
+    }
+
+    /// Waits until a member answers.
+    ///
+    /// # Errors
+    /// When it has ended or does not answer in time; with the end of its log.
+    pub async fn ready(&self, member: &str, within: Duration) -> anyhow::Result<()> {
+        let since = Instant::now();
+        while !self.answers(member).await {
+            let place = self.place(member);
+            if place.pid().is_none() {
+                bail!("{member} has ended:\n{}", place.tail());
+            }
+            ensure!(since.elapsed() < within, "{member} does not answer:\n{}", place.tail());
+            tokio::time::sleep(LOOK).await;
+        }
+        Ok(())
+    }
+
+    /// The processes of a member that run.
+    pub fn pids(&self, member: &str, part: Part) -> Vec<u32> {
+        let mut pids = Vec::new();
+        let place = self.place(member);
+        if part != Part::Postgres {
+            pids.extend(place.pid());
+        }
+        if member.starts_with("pg") && part != Part::Patroni {
+            let file = std::fs::read_to_string(place.path("data/postmaster.pid")).unwrap_or_default();
+            let server = file.lines().next().and_then(|pid| pid.trim().parse().ok());
+            // The file may be older than the process that has the number now.
+            let ours = |pid: &u32| {
+                let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+                String::from_utf8_lossy(&line).contains(&*place.path("data").to_string_lossy())
+            };
+            if let Some(server) = server.filter(ours) {
+                pids.push(server);
+                pids.extend(process::children(server));
+            }
+        }
+        pids
+    }
+
+    /// Sends a signal, such as `KILL` or `STOP`, to all processes of a member or of a part of it.
+    ///
+    /// # Errors
+    /// When it can't be sent.
+    pub fn signal(&self, member: &str, part: Part, name: &str) -> anyhow::Result<()> {
+        process::signal(&self.pids(member, part), name)
+    }
+
+    /// Kills a member, as the loss of its machine does.
+    ///
+    /// # Errors
+    /// When it can't be killed.
+    pub async fn kill(&self, member: &str, part: Part) -> anyhow::Result<()> {
+        let pids = self.pids(member, part);
+        ensure!(!pids.is_empty(), "{member} does not run");
+        process::signal(&pids, "KILL")?;
+        process::ended(&pids, Duration::from_secs(10)).await
+    }
+
+    /// Asks a member to stop, and waits until it has.
+    ///
+    /// # Errors
+    /// When it does not.
+    pub async fn stop(&self, member: &str) -> anyhow::Result<()> {
+        let pids = self.pids(member, Part::All);
+        process::signal(&Vec::from_iter(self.place(member).pid()), "TERM")?;
+        process::ended(&pids, Duration::from_secs(60)).await
+    }
+
+    /// Runs statements on a PostgreSQL node as its superuser; their output.
+    ///
+    /// # Errors
+    /// When they fail.
+    pub fn sql(&self, node: &str, database: &str, statements: &str) -> anyhow::Result<String> {
+        let output = psql(self.port(node), database, statements)
+            .env("PGCONNECT_TIMEOUT", "2")
+            .output()?;
+        let error = String::from_utf8_lossy(&output.stderr).into_owned();
+        ensure!(output.status.success(), "`{statements}` failed on {node}: {error}");
+        Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
+    }
+
+    /// A channel to the services through Envoy.
+    ///
+    /// # Errors
+    /// Never: the address is one.
+    pub fn channel(&self) -> anyhow::Result<AnyChannel> {
+        Ok(AnyChannel::remote(&self.address())?)
+    }
+
+    /// Where Envoy listens.
+    pub fn address(&self) -> String {
+        format!("http://127.0.0.1:{}", self.port("envoy"))
+    }
+}
+
+/// A port for every use, all free at once.
+fn free_ports() -> anyhow::Result<BTreeMap<String, u16>> {
+    let mut names = Vec::new();
+    for number in NODES {
+        names.extend(["", ".peer"].map(|port| format!("etcd{number}{port}")));
+        names.extend(["", ".api"].map(|port| format!("pg{number}{port}")));
+    }
+    names.extend(["haproxy", "haproxy.standbys", "envoy", "envoy.admin"].map(String::from));
+    for service in SERVICES {
+        names.extend(COPIES.map(|number| format!("{service}{number}")));
+    }
+    let mut held = Vec::new();
+    for name in names {
+        held.push((name, TcpListener::bind("127.0.0.1:0")?));
+    }
+    let port = |(name, listener): (String, TcpListener)| Ok((name, listener.local_addr()?.port()));
+    held.into_iter().map(port).collect()
+}

@@ -1,0 +1,257 @@
+//! What the members say of themselves.
+
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, ensure};
+use serde::Deserialize;
+use serde_json::Value;
+
+use super::{LOOK, Lab, NODES, Part, SERVICES, START};
+
+/// How long a member may take to answer.
+const ANSWER: Duration = Duration::from_secs(1);
+
+/// A PostgreSQL node as Patroni sees it.
+#[derive(Clone, Debug, Deserialize)]
+pub struct PostgresNode {
+    /// Its name in the lab.
+    pub name: String,
+    /// `leader`, `sync_standby` or `replica`.
+    pub role: String,
+    /// `running`, `streaming` and what else it may be.
+    pub state: String,
+    /// How often another node has taken over, plus one.
+    #[serde(default)]
+    pub timeline: Option<u64>,
+    /// How far it is behind the leader, in bytes, or `unknown`.
+    #[serde(default)]
+    pub lag: Value,
+}
+
+impl PostgresNode {
+    /// It takes part.
+    pub fn is_well(&self) -> bool {
+        matches!(self.state.as_str(), "running" | "streaming")
+    }
+}
+
+/// A line of the lab's state.
+#[derive(Clone, Debug)]
+pub struct Member {
+    /// Its name.
+    pub name: String,
+    /// What it is at the moment.
+    pub role: String,
+    /// Whether it answers.
+    pub well: bool,
+    /// What else there is to say.
+    pub remark: String,
+    /// Where it listens.
+    pub port: u16,
+    /// Its process, while it runs.
+    pub pid: Option<u32>,
+}
+
+fn client() -> &'static reqwest::Client {
+    static CLIENT: OnceLock<reqwest::Client> = OnceLock::new();
+    CLIENT.get_or_init(|| {
+        let client = reqwest::Client::builder().timeout(ANSWER).no_proxy();
+        // A member may end at any moment: no connection is kept.
+        let client = client.pool_max_idle_per_host(0).build();
+        client.expect("the client has no settings that could fail")
+    })
+}
+
+impl Lab {
+    async fn get(&self, port: &str, path: &str) -> Option<reqwest::Response> {
+        let url = format!("http://127.0.0.1:{}{path}", self.port(port));
+        let answer = client().get(url).send().await.ok()?;
+        answer.status().is_success().then_some(answer)
+    }
+
+    pub(super) async fn answers(&self, member: &str) -> bool {
+        match Self::kind(member) {
+            "etcd" => self.get(member, "/health").await.is_some(),
+            "pg" => self.get(&format!("{member}.api"), "/readiness").await.is_some(),
+            "envoy" => self.get("envoy.admin", "/ready").await.is_some(),
+            "haproxy" => {
+                let address = ("127.0.0.1", self.port(member));
+                tokio::net::TcpStream::connect(address).await.is_ok()
+            }
+            _ => self.get(member, "/readyz").await.is_some(),
+        }
+    }
+
+    /// The PostgreSQL nodes, as any Patroni that answers sees them.
+    pub async fn postgres(&self) -> Vec<PostgresNode> {
+        #[derive(Deserialize)]
+        struct Cluster {
+            members: Vec<PostgresNode>,
+        }
+        for number in NODES {
+            let member = format!("pg{number}");
+            // One that has been stopped does not answer, and need not be waited for.
+            if self.pids(&member, Part::Patroni).is_empty() {
+                continue;
+            }
+            if let Some(answer) = self.get(&format!("{member}.api"), "/cluster").await
+                && let Ok(cluster) = answer.json::<Cluster>().await
+            {
+                return cluster.members;
+            }
+        }
+        Vec::new()
+    }
+
+    /// The name of the one node that says it is the primary.
+    pub async fn primary(&self) -> Option<String> {
+        let mut found = None;
+        for number in NODES {
+            let member = format!("pg{number}");
+            if self.get(&format!("{member}.api"), "/primary").await.is_some() {
+                found = Some(member);
+            }
+        }
+        found
+    }
+
+    /// The standby whose word a commit waits for.
+    pub async fn synchronous_standby(&self) -> Option<String> {
+        let nodes = self.postgres().await;
+        let synchronous = nodes
+            .into_iter()
+            .find(|node| node.role == "sync_standby" && node.is_well());
+        synchronous.map(|node| node.name)
+    }
+
+    /// Whether what is committed now is on two nodes: the primary waits for a standby that keeps up.
+    pub async fn is_redundant(&self) -> bool {
+        let Some(primary) = self.primary().await else {
+            return false;
+        };
+        let keeps_up = "SELECT count(*) FROM pg_stat_replication WHERE sync_state = 'sync' AND state = 'streaming'";
+        self.sql(&primary, "postgres", keeps_up).is_ok_and(|count| count != "0")
+    }
+
+    /// Hands over from the primary to the synchronous standby, as planned, and waits until that is done.
+    ///
+    /// # Errors
+    /// When Patroni refuses or it takes too long.
+    pub async fn switch_over(&self) -> anyhow::Result<()> {
+        let leader = self.primary().await.context("there is no primary")?;
+        let candidate = self
+            .synchronous_standby()
+            .await
+            .context("there is no synchronous standby")?;
+        let url = format!("http://127.0.0.1:{}/switchover", self.port(&format!("{leader}.api")));
+        let body = serde_json::json!({ "leader": leader, "candidate": candidate });
+        // The answer comes when it is done.
+        let answer = client().post(url).json(&body).timeout(START).send().await?;
+        let (status, text) = (answer.status(), answer.text().await.unwrap_or_default());
+        ensure!(status.is_success(), "Patroni refuses the switchover: {status} {text}");
+        Ok(())
+    }
+
+    /// Waits until all PostgreSQL nodes are there and one standby is synchronous.
+    ///
+    /// # Errors
+    /// When that takes too long; with what there is.
+    pub async fn whole(&self, within: Duration) -> anyhow::Result<()> {
+        let since = Instant::now();
+        loop {
+            let nodes = self.postgres().await;
+            let well = nodes.iter().filter(|node| node.is_well()).count();
+            let synchronous = nodes.iter().any(|node| node.role == "sync_standby");
+            if well == NODES.len() && synchronous && self.is_redundant().await {
+                return Ok(());
+            }
+            ensure!(
+                since.elapsed() < within,
+                "PostgreSQL is not whole after {within:?}: {nodes:?}\n{}",
+                self.place("pg1").tail()
+            );
+            tokio::time::sleep(LOOK).await;
+        }
+    }
+
+    /// Waits until Envoy has a healthy copy of every service.
+    ///
+    /// # Errors
+    /// When that takes too long.
+    pub async fn served(&self, within: Duration) -> anyhow::Result<()> {
+        let since = Instant::now();
+        loop {
+            let clusters = match self.get("envoy.admin", "/clusters").await {
+                Some(answer) => answer.text().await.unwrap_or_default(),
+                None => String::new(),
+            };
+            let healthy = |service: &&str| {
+                let line = |line: &&str| line.starts_with(*service) && line.ends_with("::health_flags::healthy");
+                clusters.lines().filter(line).count() == super::COPIES.len()
+            };
+            if SERVICES.iter().all(healthy) {
+                return Ok(());
+            }
+            ensure!(
+                since.elapsed() < within,
+                "Envoy does not reach all services:\n{clusters}"
+            );
+            tokio::time::sleep(LOOK).await;
+        }
+    }
+
+    async fn etcd_leads(&self, member: &str) -> Option<(bool, String)> {
+        let url = format!("http://127.0.0.1:{}/v3/maintenance/status", self.port(member));
+        let answer = client().post(url).body("{}").send().await.ok()?;
+        let status: Value = answer.json().await.ok()?;
+        let leads = status["leader"].is_string() && status["leader"] == status["header"]["member_id"];
+        Some((leads, format!("term {}", status["raftTerm"].as_str().unwrap_or("?"))))
+    }
+
+    /// The etcd node that leads.
+    pub async fn etcd_leader(&self) -> Option<String> {
+        for number in NODES {
+            let member = format!("etcd{number}");
+            if self.etcd_leads(&member).await.is_some_and(|(leads, _)| leads) {
+                return Some(member);
+            }
+        }
+        None
+    }
+
+    /// Who is who, and who is well.
+    pub async fn status(&self) -> Vec<Member> {
+        let nodes = self.postgres().await;
+        let mut lines = Vec::new();
+        for name in self.members() {
+            let mut well = self.answers(&name).await;
+            let (mut role, mut remark) = (String::new(), String::new());
+            if name.starts_with("etcd") {
+                if let Some((leads, term)) = self.etcd_leads(&name).await {
+                    role = if leads { "leader" } else { "follower" }.into();
+                    remark = term;
+                }
+            } else if let Some(node) = nodes.iter().find(|node| node.name == name) {
+                well &= node.is_well();
+                role = node.role.replace('_', " ");
+                let timeline = node
+                    .timeline
+                    .map_or_else(|| "?".into(), |timeline| timeline.to_string());
+                remark = format!("{}, timeline {timeline}", node.state);
+                if node.role != "leader" {
+                    remark += &format!(", {} bytes behind", node.lag);
+                }
+            }
+            lines.push(Member {
+                role,
+                well,
+                remark,
+                port: self.port(&name),
+                pid: self.place(&name).pid(),
+                name,
+            });
+        }
+        lines
+    }
+}

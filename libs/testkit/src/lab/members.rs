@@ -1,0 +1,248 @@
+//! What each member is started with.
+
+use std::fmt::Write as _;
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Context as _, bail};
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use super::{COPIES, Lab, NODES, SERVICES};
+use crate::postgres::{binaries, unprivileged};
+
+/// How soon the cluster takes a silent primary for dead.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Timings {
+    /// Patroni's own 30 s, looked at each 10 s.
+    Specified,
+    /// 20 s, looked at each 5 s.
+    Tuned,
+}
+
+impl Timings {
+    fn settings(self) -> &'static str {
+        match self {
+            Self::Specified => include_str!("../../../../deploy/patroni/specified.yml"),
+            Self::Tuned => include_str!("../../../../deploy/patroni/tuned.yml"),
+        }
+    }
+}
+
+const HAPROXY: &str = include_str!("../../../../deploy/haproxy/haproxy.cfg");
+
+/// It runs as whoever starts the lab; the others refuse root, or have no need of it.
+pub(super) fn is_ours(member: &str) -> bool {
+    member == "envoy" || SERVICES.iter().any(|service| member.starts_with(service))
+}
+
+fn local(port: u16) -> String {
+    format!("127.0.0.1:{port}")
+}
+
+impl Lab {
+    /// What a member is, without its number.
+    pub(super) fn kind(member: &str) -> &str {
+        member.trim_end_matches(|last: char| last.is_ascii_digit())
+    }
+
+    pub(super) fn write_configuration(&self, member: &str) -> anyhow::Result<()> {
+        let place = self.place(member);
+        let write = |name: &str, text: &str| std::fs::write(place.path(name), text);
+        match Self::kind(member) {
+            "pg" => {
+                // Patroni reads all files of a directory, one over the other. JSON is YAML.
+                std::fs::create_dir_all(place.path("conf"))?;
+                write("conf/10-cluster.yml", self.plan.timings.settings())?;
+                write("conf/20-node.yml", &self.patroni(member)?.to_string())?;
+            }
+            "haproxy" => write("haproxy.cfg", HAPROXY)?,
+            "envoy" => write("envoy.json", &self.envoy().to_string())?,
+            _ => {}
+        }
+        Ok(())
+    }
+
+    pub(super) fn command(&self, member: &str) -> anyhow::Result<Command> {
+        let place = self.place(member);
+        let mut command = match Self::kind(member) {
+            "etcd" => self.etcd(member),
+            "pg" => {
+                let mut command = unprivileged(Path::new("patroni"));
+                command.arg(place.path("conf"));
+                command
+            }
+            "haproxy" => {
+                let mut command = unprivileged(Path::new("/usr/sbin/haproxy"));
+                command.arg("-db").arg("-f").arg(place.path("haproxy.cfg"));
+                command.env("PRIMARY", local(self.port("haproxy")));
+                command.env("STANDBYS", local(self.port("haproxy.standbys")));
+                for number in NODES {
+                    command.env(format!("PG{number}"), local(self.port(&format!("pg{number}"))));
+                    let api = self.port(&format!("pg{number}.api"));
+                    command.env(format!("PG{number}_API"), api.to_string());
+                }
+                command
+            }
+            "envoy" => {
+                let mut command = Command::new(self.program("envoy")?);
+                command.arg("-c").arg(place.path("envoy.json"));
+                // With hot restarts it would end with the program that started it.
+                command.args(["--disable-hot-restart", "--concurrency", "2", "--log-level", "warning"]);
+                command
+            }
+            service if SERVICES.contains(&service) => self.service(member, service)?,
+            _ => bail!("there is no member `{member}`: {}", self.members().join(", ")),
+        };
+        command.current_dir("/");
+        Ok(command)
+    }
+
+    fn program(&self, name: &str) -> anyhow::Result<&Path> {
+        let path = self.plan.programs.get(name);
+        path.map(AsRef::as_ref)
+            .with_context(|| format!("the lab was made without `{name}`"))
+    }
+
+    fn etcd(&self, member: &str) -> Command {
+        let client = format!("http://{}", local(self.port(member)));
+        let peer = format!("http://{}", local(self.port(&format!("{member}.peer"))));
+        let peers = NODES.map(|number| {
+            let port = self.port(&format!("etcd{number}.peer"));
+            format!("etcd{number}=http://{}", local(port))
+        });
+        let mut command = unprivileged(Path::new("etcd"));
+        command
+            .args(["--name", member, "--data-dir"])
+            .arg(self.place(member).path("data"));
+        command.args(["--listen-client-urls", &client, "--advertise-client-urls", &client]);
+        command.args(["--listen-peer-urls", &peer, "--initial-advertise-peer-urls", &peer]);
+        command.args(["--initial-cluster", &peers.join(","), "--log-level", "warn"]);
+        command
+    }
+
+    fn patroni(&self, member: &str) -> anyhow::Result<Value> {
+        let address = local(self.port(member));
+        let api = local(self.port(&format!("{member}.api")));
+        let etcd = NODES.map(|number| local(self.port(&format!("etcd{number}"))));
+        // All is on loopback, and whoever is there may do everything.
+        let trust = [
+            "local all all trust",
+            "host all all 127.0.0.1/32 trust",
+            "host replication all 127.0.0.1/32 trust",
+        ];
+        Ok(json!({
+            "scope": "aeterna",
+            "name": member,
+            "restapi": { "listen": api, "connect_address": api },
+            "etcd3": { "hosts": etcd },
+            "bootstrap": { "initdb": [{ "encoding": "UTF8" }, { "locale": "C" }, "data-checksums", "no-sync"] },
+            "postgresql": {
+                "listen": address,
+                "connect_address": address,
+                "data_dir": self.place(member).path("data"),
+                "bin_dir": binaries(),
+                "pgpass": self.place(member).path("pgpass"),
+                "pg_hba": trust,
+                "authentication": {
+                    "superuser": { "username": "postgres" },
+                    "replication": { "username": "replicator" },
+                },
+                // A path of a socket is short; nobody here needs one.
+                "parameters": { "unix_socket_directories": "", "max_connections": 200, "shared_buffers": "64MB" },
+            },
+        }))
+    }
+
+    fn service(&self, member: &str, service: &str) -> anyhow::Result<Command> {
+        let mut command = Command::new(self.program(service)?);
+        command.args(["--listen", &local(self.port(member)), "--data-dir"]);
+        command.arg(self.place(member).path("data"));
+        if service == "memory" {
+            let nodes = |suffix: &str| NODES.map(|number| self.port(&format!("pg{number}{suffix}")));
+            let hosts = nodes("").map(local).join(",");
+            let mut store = format!("postgres://service@{hosts}/aeterna?patroni=");
+            let _ = write!(store, "{}", nodes(".api").map(|port| port.to_string()).join(","));
+            command
+                .env("AETERNA_MEMORY_STORE", store)
+                .env("AETERNA_MEMORY_STORE_OWNER", "owner");
+            command.env("AETERNA_MEMORY_EMBEDDING", self.address());
+        }
+        Ok(command)
+    }
+
+    fn envoy(&self) -> Value {
+        let endpoint = |port: u16| {
+            let address = json!({ "socket_address": { "address": "127.0.0.1", "port_value": port } });
+            json!({ "endpoint": { "address": address } })
+        };
+        let cluster = |service: &&str| {
+            let copies = COPIES.map(|number| endpoint(self.port(&format!("{service}{number}"))));
+            json!({
+                "name": service,
+                "type": "STATIC",
+                "connect_timeout": "1s",
+                "load_assignment": { "cluster_name": service, "endpoints": [{ "lb_endpoints": copies }] },
+                "health_checks": [{
+                    "timeout": "1s", "interval": "1s", "unhealthy_threshold": 2, "healthy_threshold": 1,
+                    "no_traffic_interval": "1s", "grpc_health_check": {},
+                }],
+                "typed_extension_protocol_options": {
+                    "envoy.extensions.upstreams.http.v3.HttpProtocolOptions": {
+                        "@type": "type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions",
+                        "explicit_http_config": { "http2_protocol_options": {
+                            "connection_keepalive": { "interval": "2s", "timeout": "2s" },
+                        } },
+                    },
+                },
+            })
+        };
+        let route = |service: &&str| {
+            json!({
+                "match": { "prefix": format!("/aeterna.{service}.v1.") },
+                "route": {
+                    "cluster": service,
+                    // The caller's deadline holds, and nothing else.
+                    "timeout": "0s",
+                    "max_stream_duration": { "grpc_timeout_header_max": "0s" },
+                    // What never reached a copy, another one may have.
+                    "retry_policy": {
+                        "retry_on": "connect-failure,refused-stream",
+                        "num_retries": 2,
+                        "retry_host_predicate": [{
+                            "name": "envoy.retry_host_predicates.previous_hosts",
+                            "typed_config": {
+                                "@type": "type.googleapis.com/envoy.extensions.retry.host.previous_hosts.v3.PreviousHostsPredicate",
+                            },
+                        }],
+                    },
+                },
+            })
+        };
+        let routes: Vec<Value> = SERVICES.iter().map(route).collect();
+        let manager = json!({
+            "@type": "type.googleapis.com/envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager",
+            "stat_prefix": "lab",
+            "codec_type": "AUTO",
+            "route_config": { "virtual_hosts": [{ "name": "all", "domains": ["*"], "routes": routes }] },
+            "http_filters": [{
+                "name": "envoy.filters.http.router",
+                "typed_config": { "@type": "type.googleapis.com/envoy.extensions.filters.http.router.v3.Router" },
+            }],
+        });
+        let filter = json!({ "name": "envoy.filters.network.http_connection_manager", "typed_config": manager });
+        let listen = |port: u16| json!({ "socket_address": { "address": "127.0.0.1", "port_value": port } });
+        json!({
+            "admin": { "address": listen(self.port("envoy.admin")) },
+            "static_resources": {
+                "listeners": [{
+                    "name": "grpc",
+                    "address": listen(self.port("envoy")),
+                    "filter_chains": [{ "filters": [filter] }],
+                }],
+                "clusters": SERVICES.iter().map(cluster).collect::<Vec<_>>(),
+            },
+        })
+    }
+}

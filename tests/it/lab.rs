@@ -1,0 +1,37 @@
+//! The highly-available stores, broken under load.
+
+use std::collections::BTreeMap;
+
+use aeterna_lab::Drill;
+use aeterna_testkit::lab::{Lab, Timings};
+use aeterna_testkit::{built, cache};
+
+/// A directory whose lab is stopped when it is dropped, however far it got.
+struct Place(tempfile::TempDir);
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        if let Ok(lab) = Lab::open(self.0.path()) {
+            lab.kill_all();
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_acknowledged_write_is_lost_when_nodes_and_copies_are_killed() {
+    let programs = BTreeMap::from([
+        ("envoy".to_owned(), cache().join("tools/bin/envoy")),
+        ("embedding".to_owned(), built("aeterna-embedding")),
+        ("memory".to_owned(), built("aeterna-memory")),
+    ]);
+    let place = Place(tempfile::tempdir_in("/tmp").unwrap());
+    let lab = Lab::up(place.0.path(), Timings::Tuned, programs, |step| eprintln!("{step}"));
+    let lab = lab.await.unwrap();
+    for drill in [Drill::PrimaryKilled, Drill::ServiceKilled] {
+        let report = aeterna_lab::run(&lab, drill, |step| eprintln!("{step}")).await.unwrap();
+        assert!(report.verdict.is_clean(), "{report:?}");
+    }
+    // What it is while all is well, a person sees too.
+    let away: Vec<_> = lab.status().await.into_iter().filter(|member| !member.well).collect();
+    assert!(away.is_empty(), "{away:?}");
+}
