@@ -67,6 +67,8 @@ need_lab() {
   command -v etcd >/dev/null || missing+=(etcd-server)
   command -v patroni >/dev/null || missing+=(patroni)
   [[ -x /usr/sbin/haproxy ]] || missing+=(haproxy)
+  command -v redis-server >/dev/null || missing+=(redis-server)
+  command -v redis-sentinel >/dev/null || missing+=(redis-sentinel)
   ((${#missing[@]} == 0)) && return
   [[ $(id -u) == 0 ]] && command -v apt-get >/dev/null || die "install Debian's ${missing[*]}"
   { apt-get update && "${install[@]}" "${missing[@]}"; } >&2 || die "apt-get could not install ${missing[*]} (see above)"

@@ -179,11 +179,16 @@ fn count(counter: &Memory) -> anyhow::Result<u64> {
         .with_context(|| format!("`{}` is no counter", counter.content))
 }
 
-/// Nobody knows what became of it, and it is worth another attempt.
+/// Nobody knows what became of it, and it is worth another attempt. A connection that breaks in an answer is UNKNOWN to tonic.
 fn is_open(code: Code) -> bool {
     matches!(
         code,
-        Code::Unavailable | Code::DeadlineExceeded | Code::Cancelled | Code::Aborted | Code::ResourceExhausted
+        Code::Unknown
+            | Code::Unavailable
+            | Code::DeadlineExceeded
+            | Code::Cancelled
+            | Code::Aborted
+            | Code::ResourceExhausted
     )
 }
 

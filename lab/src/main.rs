@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use aeterna_lab::{Drill, Report};
-use aeterna_testkit::lab::{Lab, Timings};
+use aeterna_testkit::lab::{Extent, Lab, Timings};
 use anyhow::{Context as _, bail};
 use clap::{Parser, ValueEnum};
 use comfy_table::Table;
@@ -81,7 +81,7 @@ impl Up {
             Pace::Specified => Timings::Specified,
             Pace::Tuned => Timings::Tuned,
         };
-        Lab::up(directory, timings, programs, |step| eprintln!("{step}")).await
+        Lab::up(directory, Extent::All, timings, programs, |step| eprintln!("{step}")).await
     }
 }
 

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use aeterna_lab::Drill;
-use aeterna_testkit::lab::{Lab, Timings};
+use aeterna_testkit::lab::{Extent, Lab, Timings};
 use aeterna_testkit::{built, cache};
 
 /// A directory whose lab is stopped when it is dropped, however far it got.
@@ -25,7 +25,9 @@ async fn no_acknowledged_write_is_lost_when_nodes_and_copies_are_killed() {
         ("memory".to_owned(), built("aeterna-memory")),
     ]);
     let place = Place(tempfile::tempdir_in("/tmp").unwrap());
-    let lab = Lab::up(place.0.path(), Timings::Tuned, programs, |step| eprintln!("{step}"));
+    let lab = Lab::up(place.0.path(), Extent::All, Timings::Tuned, programs, |step| {
+        eprintln!("{step}")
+    });
     let lab = lab.await.unwrap();
     for drill in [Drill::PrimaryKilled, Drill::ServiceKilled] {
         let report = aeterna_lab::run(&lab, drill, |step| eprintln!("{step}")).await.unwrap();

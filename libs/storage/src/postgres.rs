@@ -74,7 +74,11 @@ impl Postgres {
         const BEGIN: &str = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY";
         let mut last = StorageError::Unavailable("no node answers".into());
         for node in self.nodes.in_order() {
-            let began = Session::begin(node.pool(), BEGIN, settings, node).await;
+            // The pool would go on trying to connect to a node that is gone.
+            let began = tokio::select! {
+                began = Session::begin(node.pool(), BEGIN, settings, node) => began,
+                () = node.lost() => Err(StorageError::Unavailable("the node is away".into())),
+            };
             match began {
                 Ok(mut session) => match self.is_recent(&mut session).await {
                     Ok(true) => return Ok(session),

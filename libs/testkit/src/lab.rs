@@ -1,6 +1,6 @@
 //! The highly-available stores and our services as plain processes on loopback, to be broken.
 //!
-//! Three etcd, three PostgreSQL under Patroni, HAProxy, Envoy, and two copies of each service. Everything lies in one directory
+//! Three etcd, three PostgreSQL under Patroni, HAProxy, three Redis and three Sentinels, Envoy, and two copies of each service. Everything lies in one directory
 //! with the ports in `lab.json`, so that one program can start a lab and another one look at it, break it and stop it.
 
 mod look;
@@ -30,6 +30,8 @@ const START: Duration = Duration::from_secs(120);
 const LOOK: Duration = Duration::from_millis(100);
 /// The nodes of each store.
 pub(crate) const NODES: [u8; 3] = [1, 2, 3];
+/// Stores, of which there are three each.
+pub(crate) const STORES: [&str; 4] = ["etcd", "pg", "redis", "sentinel"];
 /// The services, and how many copies each has.
 pub(crate) const SERVICES: [&str; 2] = ["embedding", "memory"];
 pub(crate) const COPIES: [u8; 2] = [1, 2];
@@ -46,8 +48,18 @@ pub enum Part {
 }
 
 /// What a lab consists of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Extent {
+    /// Everything.
+    All,
+    /// Redis and its Sentinels.
+    Redis,
+}
+
 #[derive(Clone, Debug, Serialize, Deserialize)]
 struct Plan {
+    extent: Extent,
     timings: Timings,
     /// By member, with the use after a point where a member has several.
     ports: BTreeMap<String, u16>,
@@ -70,6 +82,7 @@ impl Lab {
     /// When a program is missing or a member does not start; what has been started goes on, for a look at its logs.
     pub async fn up(
         directory: &Path,
+        extent: Extent,
         timings: Timings,
         programs: BTreeMap<String, PathBuf>,
         say: impl Fn(&str),
@@ -85,6 +98,7 @@ impl Lab {
         std::fs::set_permissions(directory, Permissions::from_mode(0o755))?;
         let directory = directory.canonicalize()?;
         let plan = Plan {
+            extent,
             timings,
             ports: free_ports()?,
             programs,
@@ -94,34 +108,37 @@ impl Lab {
         for member in lab.members() {
             lab.prepare(&member)?;
         }
-        say("etcd and PostgreSQL under Patroni …");
-        for member in lab.members().iter().filter(|name| name.starts_with("etcd")) {
-            lab.start(member)?;
+        let (stores, rest): (Vec<String>, Vec<String>) = lab
+            .members()
+            .into_iter()
+            .partition(|member| STORES.contains(&Self::kind(member)));
+        say("the stores …");
+        lab.start_all(&stores).await?;
+        if extent == Extent::All {
+            lab.whole(START).await?;
+            let primary = lab.primary().await.context("there is no primary")?;
+            for statement in [
+                "CREATE ROLE owner LOGIN; CREATE ROLE service LOGIN",
+                "CREATE DATABASE aeterna OWNER owner",
+            ] {
+                lab.sql(&primary, "postgres", statement)?;
+            }
+            say("the services …");
+            lab.start_all(&rest).await?;
+            lab.served(START).await?;
         }
-        for member in lab.members().iter().filter(|name| name.starts_with("pg")) {
-            lab.start(member)?;
-        }
-        lab.whole(START).await?;
-        let primary = lab.primary().await.context("there is no primary")?;
-        for statement in [
-            "CREATE ROLE owner LOGIN; CREATE ROLE service LOGIN",
-            "CREATE DATABASE aeterna OWNER owner",
-        ] {
-            lab.sql(&primary, "postgres", statement)?;
-        }
-        say("HAProxy, Envoy and the services …");
-        let others = lab.members();
-        let others = others
-            .iter()
-            .filter(|name| !name.starts_with("etcd") && !name.starts_with("pg"));
-        for member in others.clone() {
-            lab.start(member)?;
-        }
-        for member in others {
-            lab.ready(member, START).await?;
-        }
-        lab.served(START).await?;
+        lab.live_whole(START).await?;
         Ok(lab)
+    }
+
+    async fn start_all(&self, members: &[String]) -> anyhow::Result<()> {
+        for member in members {
+            self.start(member)?;
+        }
+        for member in members {
+            self.ready(member, START).await?;
+        }
+        Ok(())
     }
 
     /// One that was started by another program.
@@ -179,15 +196,24 @@ impl Lab {
 
     /// The names of all members, in the order of a start.
     pub fn members(&self) -> Vec<String> {
-        let nodes = |kind: &'static str| NODES.map(|number| format!("{kind}{number}"));
-        let copies = SERVICES
-            .iter()
-            .flat_map(|kind| COPIES.map(|number| format!("{kind}{number}")));
-        let mut members: Vec<String> = ["etcd", "pg"].into_iter().flat_map(nodes).collect();
-        members.push("haproxy".into());
-        members.push("envoy".into());
-        members.extend(copies);
-        members
+        let each = |kinds: &[&str], numbers: &[u8]| {
+            let of_kind = |kind: &&str| {
+                numbers
+                    .iter()
+                    .map(move |number| format!("{kind}{number}"))
+                    .collect::<Vec<_>>()
+            };
+            kinds.iter().flat_map(of_kind).collect::<Vec<_>>()
+        };
+        match self.plan.extent {
+            Extent::Redis => each(&["redis", "sentinel"], &NODES),
+            Extent::All => {
+                let mut members = each(&STORES, &NODES);
+                members.extend(["haproxy".into(), "envoy".into()]);
+                members.extend(each(&SERVICES, &COPIES));
+                members
+            }
+        }
     }
 
     /// Whether a member is a copy of one of our services.
@@ -329,6 +355,7 @@ fn free_ports() -> anyhow::Result<BTreeMap<String, u16>> {
     for number in NODES {
         names.extend(["", ".peer"].map(|port| format!("etcd{number}{port}")));
         names.extend(["", ".api"].map(|port| format!("pg{number}{port}")));
+        names.extend(["redis", "sentinel"].map(|kind| format!("{kind}{number}")));
     }
     names.extend(["haproxy", "haproxy.standbys", "envoy", "envoy.admin"].map(String::from));
     for service in SERVICES {

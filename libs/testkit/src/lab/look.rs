@@ -75,6 +75,7 @@ impl Lab {
             "etcd" => self.get(member, "/health").await.is_some(),
             "pg" => self.get(&format!("{member}.api"), "/readiness").await.is_some(),
             "envoy" => self.get("envoy.admin", "/ready").await.is_some(),
+            "redis" | "sentinel" => self.redis_says(member, &["PING"]).await.is_some(),
             "haproxy" => {
                 let address = ("127.0.0.1", self.port(member));
                 tokio::net::TcpStream::connect(address).await.is_ok()
@@ -201,6 +202,73 @@ impl Lab {
         }
     }
 
+    /// What a Redis server or a Sentinel answers, one value a line.
+    async fn redis_says(&self, member: &str, words: &[&str]) -> Option<String> {
+        let mut ask = tokio::process::Command::new("redis-cli");
+        ask.args(["-h", "127.0.0.1", "-p", &self.port(member).to_string()]);
+        let asked = ask.args(words).kill_on_drop(true).output();
+        let answer = tokio::time::timeout(ANSWER, asked).await.ok()?.ok()?;
+        let text = String::from_utf8_lossy(&answer.stdout).into_owned();
+        (answer.status.success() && !text.starts_with("ERR")).then_some(text)
+    }
+
+    /// The Redis server that most Sentinels call the master.
+    pub async fn redis_master(&self) -> Option<String> {
+        let mut named = Vec::new();
+        for number in NODES {
+            let words = ["SENTINEL", "get-master-addr-by-name", super::members::MASTER];
+            let Some(said) = self.redis_says(&format!("sentinel{number}"), &words).await else {
+                continue;
+            };
+            let port: Option<u16> = said.lines().nth(1).and_then(|port| port.trim().parse().ok());
+            named.extend(port);
+        }
+        let votes = |port: &u16| named.iter().filter(|named| *named == port).count();
+        let port = named.iter().copied().max_by_key(votes)?;
+        let mut servers = NODES.into_iter().map(|number| format!("redis{number}"));
+        servers.find(|member| self.port(member) == port)
+    }
+
+    /// Waits until the Redis master has both replicas and the Sentinels know one another.
+    ///
+    /// # Errors
+    /// When that takes too long.
+    pub async fn live_whole(&self, within: Duration) -> anyhow::Result<()> {
+        let since = Instant::now();
+        while !self.is_live_whole().await {
+            ensure!(
+                since.elapsed() < within,
+                "Redis is not whole after {within:?}:\n{}",
+                self.place("sentinel1").tail()
+            );
+            tokio::time::sleep(LOOK).await;
+        }
+        Ok(())
+    }
+
+    async fn is_live_whole(&self) -> bool {
+        let Some(master) = self.redis_master().await else {
+            return false;
+        };
+        let info = self
+            .redis_says(&master, &["INFO", "replication"])
+            .await
+            .unwrap_or_default();
+        let well = info
+            .lines()
+            .filter(|line| line.starts_with("slave") && line.contains("state=online"));
+        let mut known = 0;
+        for number in NODES {
+            let words = ["SENTINEL", "sentinels", super::members::MASTER];
+            let others = self
+                .redis_says(&format!("sentinel{number}"), &words)
+                .await
+                .unwrap_or_default();
+            known += others.lines().filter(|line| line.trim() == "runid").count();
+        }
+        info.contains("role:master") && well.count() == NODES.len() - 1 && known == NODES.len() * (NODES.len() - 1)
+    }
+
     async fn etcd_leads(&self, member: &str) -> Option<(bool, String)> {
         let url = format!("http://127.0.0.1:{}/v3/maintenance/status", self.port(member));
         let answer = client().post(url).body("{}").send().await.ok()?;
@@ -242,6 +310,24 @@ impl Lab {
                 if node.role != "leader" {
                     remark += &format!(", {} bytes behind", node.lag);
                 }
+            }
+            if name.starts_with("redis") {
+                let info = self
+                    .redis_says(&name, &["INFO", "replication"])
+                    .await
+                    .unwrap_or_default();
+                let value = |key: &str| {
+                    info.lines()
+                        .find_map(|line| line.strip_prefix(key))
+                        .unwrap_or("")
+                        .trim()
+                };
+                role = value("role:").replace("slave", "replica");
+                remark = match role.as_str() {
+                    "master" => format!("{} replicas", value("connected_slaves:")),
+                    "replica" => format!("link {}", value("master_link_status:")),
+                    _ => String::new(),
+                };
             }
             lines.push(Member {
                 role,

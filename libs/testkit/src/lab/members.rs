@@ -22,6 +22,13 @@ pub enum Timings {
 }
 
 impl Timings {
+    fn sentinel(self) -> &'static str {
+        match self {
+            Self::Specified => include_str!("../../../../deploy/redis/sentinel-specified.conf"),
+            Self::Tuned => include_str!("../../../../deploy/redis/sentinel-tuned.conf"),
+        }
+    }
+
     fn settings(self) -> &'static str {
         match self {
             Self::Specified => include_str!("../../../../deploy/patroni/specified.yml"),
@@ -30,6 +37,8 @@ impl Timings {
     }
 }
 
+/// What the Sentinels call the master.
+pub(super) const MASTER: &str = "aeterna";
 const HAPROXY: &str = include_str!("../../../../deploy/haproxy/haproxy.cfg");
 
 /// It runs as whoever starts the lab; the others refuse root, or have no need of it.
@@ -58,6 +67,8 @@ impl Lab {
                 write("conf/20-node.yml", &self.patroni(member)?.to_string())?;
             }
             "haproxy" => write("haproxy.cfg", HAPROXY)?,
+            "redis" => write("redis.conf", &self.redis(member))?,
+            "sentinel" => write("sentinel.conf", &self.sentinel(member))?,
             "envoy" => write("envoy.json", &self.envoy().to_string())?,
             _ => {}
         }
@@ -71,6 +82,16 @@ impl Lab {
             "pg" => {
                 let mut command = unprivileged(Path::new("patroni"));
                 command.arg(place.path("conf"));
+                command
+            }
+            // Both rewrite their settings, when another server becomes the master.
+            "redis" | "sentinel" => {
+                let kind = Self::kind(member);
+                let mut command = unprivileged(Path::new(&format!(
+                    "/usr/bin/redis-{}",
+                    kind.replace("redis", "server")
+                )));
+                command.arg(place.path(&format!("{kind}.conf")));
                 command
             }
             "haproxy" => {
@@ -122,6 +143,27 @@ impl Lab {
         command
     }
 
+    fn redis(&self, member: &str) -> String {
+        let directory = self.place(member).path("");
+        let mut text = format!(
+            "bind 127.0.0.1\nport {}\ndir {}\n",
+            self.port(member),
+            directory.display()
+        );
+        if member != "redis1" {
+            let _ = writeln!(text, "replicaof 127.0.0.1 {}", self.port("redis1"));
+        }
+        text + include_str!("../../../../deploy/redis/redis.conf")
+    }
+
+    fn sentinel(&self, member: &str) -> String {
+        let directory = self.place(member).path("");
+        let (port, master) = (self.port(member), self.port("redis1"));
+        let mut text = format!("bind 127.0.0.1\nport {port}\ndir {}\n", directory.display());
+        let _ = writeln!(text, "sentinel monitor {MASTER} 127.0.0.1 {master} 2");
+        text + self.plan.timings.sentinel()
+    }
+
     fn patroni(&self, member: &str) -> anyhow::Result<Value> {
         let address = local(self.port(member));
         let api = local(self.port(&format!("{member}.api")));
@@ -155,6 +197,12 @@ impl Lab {
         }))
     }
 
+    /// The URI of Redis by its Sentinels.
+    pub fn live(&self) -> String {
+        let hosts = NODES.map(|number| local(self.port(&format!("sentinel{number}"))));
+        format!("redis+sentinel://{}/{MASTER}", hosts.join(","))
+    }
+
     fn service(&self, member: &str, service: &str) -> anyhow::Result<Command> {
         let mut command = Command::new(self.program(service)?);
         command.args(["--listen", &local(self.port(member)), "--data-dir"]);
@@ -168,6 +216,7 @@ impl Lab {
                 .env("AETERNA_MEMORY_STORE", store)
                 .env("AETERNA_MEMORY_STORE_OWNER", "owner");
             command.env("AETERNA_MEMORY_EMBEDDING", self.address());
+            command.env("AETERNA_MEMORY_LIVE", self.live());
         }
         Ok(command)
     }
@@ -210,6 +259,7 @@ impl Lab {
                     "retry_policy": {
                         "retry_on": "connect-failure,refused-stream",
                         "num_retries": 2,
+                        "host_selection_retry_max_attempts": 5,
                         "retry_host_predicate": [{
                             "name": "envoy.retry_host_predicates.previous_hosts",
                             "typed_config": {

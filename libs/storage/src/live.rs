@@ -1,0 +1,202 @@
+//! What is told at once: wake-ups for whoever listens, streams of what changed of late, and leases.
+//!
+//! None of it is a source of truth. A stream is filled from a log in the relational store, and its entries carry their places
+//! in that log: after a failover that lost some of them they are appended again under the same places, and whoever reads knows
+//! what he has had.
+
+mod memory;
+mod redis;
+
+use std::fmt;
+use std::time::Duration;
+
+use async_trait::async_trait;
+
+use crate::StorageError;
+pub use memory::MemoryLive;
+pub use redis::{RedisLive, RedisOptions};
+
+/// One thing to append.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Entry {
+    /// Which stream it belongs to.
+    pub stream: String,
+    /// Its place in the log, above 0.
+    pub place: i64,
+    /// What it says.
+    pub payload: Vec<u8>,
+}
+
+/// A piece of a log, to be appended to its streams in one step.
+#[derive(Clone, Debug)]
+pub struct Batch<'a> {
+    /// The log.
+    pub log: &'a str,
+    /// Who holds the lease of the same name.
+    pub holder: &'a str,
+    /// Where the log stood before.
+    pub from: i64,
+    /// Where it stands then.
+    pub to: i64,
+    /// What lies between, in order.
+    pub entries: Vec<Entry>,
+    /// About how many entries each stream keeps.
+    pub keep: usize,
+}
+
+/// What became of a batch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Appended {
+    /// It was appended.
+    Done,
+    /// Somebody else holds the lease, or nobody.
+    NotHeld,
+    /// The log stands elsewhere, or was never begun: a failover has lost something, or somebody else has gone on.
+    At(Option<i64>),
+}
+
+/// What a stream has after a place.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Page {
+    /// The next entries, oldest first.
+    Entries(Vec<(i64, Vec<u8>)>),
+    /// Something may be missing between: read the relational store instead.
+    Gap,
+}
+
+/// Hears what is said on a channel.
+#[async_trait]
+pub trait Listener: Send {
+    /// The next message; `None` when the connection is lost: listen again, and look at what was missed.
+    async fn next(&mut self) -> Option<String>;
+}
+
+/// The port.
+#[async_trait]
+pub trait Live: fmt::Debug + Send + Sync {
+    /// Says something to all who listen at this moment.
+    ///
+    /// # Errors
+    /// When the server is away.
+    async fn publish(&self, channel: &str, message: &str) -> Result<(), StorageError>;
+
+    /// Listens to a channel from now on.
+    ///
+    /// # Errors
+    /// When the server is away.
+    async fn listen(&self, channel: &str) -> Result<Box<dyn Listener>, StorageError>;
+
+    /// Takes a lease that is free, or keeps one that is held, for a while; false when somebody else holds it.
+    ///
+    /// # Errors
+    /// When the server is away.
+    async fn hold(&self, lease: &str, holder: &str, term: Duration) -> Result<bool, StorageError>;
+
+    /// Gives up a lease; nothing happens when somebody else holds it.
+    ///
+    /// # Errors
+    /// When the server is away.
+    async fn release(&self, lease: &str, holder: &str) -> Result<(), StorageError>;
+
+    /// Where a log stands, which begins at a place when it has none yet: its streams know of nothing before.
+    ///
+    /// # Errors
+    /// When the server is away.
+    async fn begin(&self, log: &str, at: i64) -> Result<i64, StorageError>;
+
+    /// Appends a piece of a log, all of it or nothing.
+    ///
+    /// # Errors
+    /// When the server is away; it may or may not have been done, and [`Live::begin`] says which.
+    async fn append(&self, batch: &Batch<'_>) -> Result<Appended, StorageError>;
+
+    /// Reads a stream of a log after a place.
+    ///
+    /// # Errors
+    /// When the server is away.
+    async fn read(&self, log: &str, stream: &str, after: i64, limit: usize) -> Result<Page, StorageError>;
+}
+
+#[cfg(test)]
+mod conformance;
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+    use std::time::Instant;
+
+    use aeterna_testkit::lab::{Extent, Lab, Part, Timings};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn one_process_conforms() {
+        conformance::conforms(&MemoryLive::default()).await;
+    }
+
+    /// A lab that is stopped when it is dropped.
+    struct Place(tempfile::TempDir);
+
+    impl Drop for Place {
+        fn drop(&mut self) {
+            if let Ok(lab) = Lab::open(self.0.path()) {
+                lab.kill_all();
+            }
+        }
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn redis_conforms_and_follows_its_sentinels() {
+        let place = Place(tempfile::tempdir_in("/tmp").unwrap());
+        let lab = Lab::up(place.0.path(), Extent::Redis, Timings::Tuned, BTreeMap::new(), |_| ());
+        let lab = lab.await.unwrap();
+        let uri = lab.live();
+        let (scheme, rest) = uri.split_once(':').unwrap();
+        let live = RedisLive::new(RedisOptions::parse(scheme, rest).unwrap()).unwrap();
+        conformance::conforms(&live).await;
+
+        // The master is killed: a listener is told, and everything goes on at the next one without a new start.
+        let mut ear = live.listen("a").await.unwrap();
+        let killed = lab.redis_master().await.unwrap();
+        lab.kill(&killed, Part::All).await.unwrap();
+        let told = tokio::time::timeout(Duration::from_secs(20), ear.next()).await;
+        assert_eq!(told.unwrap(), None);
+        let began = Instant::now();
+        while let Err(error) = live.hold("log", "x", Duration::from_secs(60)).await {
+            assert!(began.elapsed() < Duration::from_secs(30), "{error:?}");
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        let mut ear = live.listen("a").await.unwrap();
+        live.publish("a", "again").await.unwrap();
+        assert_eq!(ear.next().await.as_deref(), Some("again"));
+        // What the new master has of the log is a beginning of it, and it is gone on with from there.
+        let stands = live.begin("log", 1).await.unwrap();
+        let next = Batch {
+            log: "log",
+            holder: "x",
+            from: stands,
+            to: stands + 1,
+            entries: vec![Entry {
+                stream: "s".into(),
+                place: stands + 1,
+                payload: b"next".to_vec(),
+            }],
+            keep: 1000,
+        };
+        assert_eq!(live.append(&next).await.unwrap(), Appended::Done);
+        let page = live.read("log", "s", stands, 10).await.unwrap();
+        assert_eq!(page, Page::Entries(vec![(stands + 1, b"next".to_vec())]));
+
+        // A master that stands still is left as well.
+        lab.start(&killed).unwrap();
+        lab.live_whole(Duration::from_secs(60)).await.unwrap();
+        let master = lab.redis_master().await.unwrap();
+        lab.signal(&master, Part::All, "STOP").unwrap();
+        let began = Instant::now();
+        while let Err(error) = live.publish("a", "still").await {
+            assert!(began.elapsed() < Duration::from_secs(30), "{error:?}");
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        lab.signal(&master, Part::All, "CONT").unwrap();
+    }
+}
