@@ -28,12 +28,14 @@ pub struct Verdict {
     pub phantom: u64,
     /// Reads by the holder of a token that did not see what it stands for.
     pub went_back: u64,
+    /// Acknowledged memories that a watcher was not told of, or not in the order in which they were added, or twice.
+    pub untold: u64,
 }
 
 impl Verdict {
     /// Nothing happened that must not.
     pub fn is_clean(&self) -> bool {
-        self.acknowledged > 0 && self.lost + self.duplicated + self.phantom + self.went_back == 0
+        self.acknowledged > 0 && self.lost + self.duplicated + self.phantom + self.went_back + self.untold == 0
     }
 }
 
@@ -42,6 +44,8 @@ pub fn check(operations: &[Operation], stored: &Stored) -> Verdict {
     let mut verdict = Verdict::default();
     let mut sent = BTreeSet::new();
     let mut acknowledged = BTreeSet::new();
+    let mut told = BTreeMap::<&str, u64>::new();
+    let mut last = BTreeMap::<&str, u64>::new();
     for operation in operations {
         let done = operation.outcome == Outcome::Done;
         match operation.kind {
@@ -55,6 +59,14 @@ pub fn check(operations: &[Operation], stored: &Stored) -> Verdict {
                     acknowledged.insert(write);
                 }
             }
+            // One writer adds its memories in the order of their values.
+            Kind::Hear if done => {
+                *told.entry(operation.key.as_str()).or_default() += 1;
+                let writer = operation.key.split(' ').next().unwrap_or_default();
+                let before = last.insert(writer, operation.value).unwrap_or(0);
+                verdict.untold += u64::from(operation.value <= before);
+            }
+            Kind::Hear => {}
             Kind::Read | Kind::Search => {
                 if done && operation.value < operation.floor {
                     verdict.went_back += 1;
@@ -69,6 +81,7 @@ pub fn check(operations: &[Operation], stored: &Stored) -> Verdict {
             _ => stored.counters.get(*key).is_some_and(|values| values.contains(value)),
         };
         verdict.lost += u64::from(!there);
+        verdict.untold += u64::from(*kind == Kind::Add && !told.contains_key(key));
     }
     for (content, count) in &stored.contents {
         verdict.duplicated += count.saturating_sub(1);
@@ -97,6 +110,7 @@ mod tests {
         let operations = vec![
             operation(Kind::Add, "a", 0, 1, failed()),
             operation(Kind::Add, "a", 0, 2, Outcome::Done),
+            operation(Kind::Hear, "a", 1, 2, Outcome::Done),
             operation(Kind::Add, "b", 0, 3, failed()),
             operation(Kind::Count, "c", 1, 4, Outcome::Done),
             operation(Kind::Count, "c", 2, 5, Outcome::Done),
@@ -109,40 +123,52 @@ mod tests {
         (operations, stored)
     }
 
-    fn verdict(change: impl Fn(&mut Vec<Operation>, &mut Stored)) -> [u64; 5] {
+    fn verdict(change: impl Fn(&mut Vec<Operation>, &mut Stored)) -> [u64; 6] {
         let (mut operations, mut stored) = history();
         change(&mut operations, &mut stored);
         let verdict = check(&operations, &stored);
-        let counts = [verdict.lost, verdict.duplicated, verdict.phantom, verdict.went_back];
-        assert_eq!(verdict.is_clean(), counts == [0; 4]);
-        [verdict.acknowledged, counts[0], counts[1], counts[2], counts[3]]
+        let counts = [
+            verdict.lost,
+            verdict.duplicated,
+            verdict.phantom,
+            verdict.went_back,
+            verdict.untold,
+        ];
+        assert_eq!(verdict.is_clean(), counts == [0; 5]);
+        let [lost, duplicated, phantom, went_back, untold] = counts;
+        [verdict.acknowledged, lost, duplicated, phantom, went_back, untold]
     }
 
     #[test]
     fn what_must_not_be_is_found() {
-        assert_eq!(verdict(|_, _| ()), [3, 0, 0, 0, 0]);
+        assert_eq!(verdict(|_, _| ()), [3, 0, 0, 0, 0, 0]);
         // What failed may be there or not.
         let there = |_: &mut Vec<_>, stored: &mut Stored| _ = stored.contents.insert("b".into(), 1);
-        assert_eq!(verdict(there), [3, 0, 0, 0, 0]);
-        assert_eq!(verdict(|_, stored| stored.contents.clear()), [3, 1, 0, 0, 0]);
-        assert_eq!(verdict(|_, stored| stored.counters.clear()), [3, 2, 0, 0, 0]);
+        assert_eq!(verdict(there), [3, 0, 0, 0, 0, 0]);
+        assert_eq!(verdict(|_, stored| stored.contents.clear()), [3, 1, 0, 0, 0, 0]);
+        assert_eq!(verdict(|_, stored| stored.counters.clear()), [3, 2, 0, 0, 0, 0]);
         assert_eq!(
             verdict(|_, stored| *stored.contents.entry("a".into()).or_default() += 1),
-            [3, 0, 1, 0, 0]
+            [3, 0, 1, 0, 0, 0]
         );
         assert_eq!(
             verdict(|operations, _| operations[1].outcome = Outcome::Doubled),
-            [3, 0, 1, 0, 0]
+            [3, 0, 1, 0, 0, 0]
         );
         let set = |values: &'static [u64]| {
             move |_: &mut Vec<_>, stored: &mut Stored| _ = stored.counters.insert("c".into(), values.to_vec())
         };
-        assert_eq!(verdict(set(&[1, 2, 2])), [3, 0, 1, 0, 0]);
-        assert_eq!(verdict(set(&[1, 2, 3])), [3, 0, 0, 1, 0]);
-        assert_eq!(verdict(set(&[2, 1])), [3, 0, 0, 1, 0]);
+        assert_eq!(verdict(set(&[1, 2, 2])), [3, 0, 1, 0, 0, 0]);
+        assert_eq!(verdict(set(&[1, 2, 3])), [3, 0, 0, 1, 0, 0]);
+        assert_eq!(verdict(set(&[2, 1])), [3, 0, 0, 1, 0, 0]);
         let unsent = |_: &mut Vec<_>, stored: &mut Stored| _ = stored.contents.insert("z".into(), 1);
-        assert_eq!(verdict(unsent), [3, 0, 0, 1, 0]);
-        assert_eq!(verdict(|operations, _| operations[5].value = 1), [3, 0, 0, 0, 1]);
+        assert_eq!(verdict(unsent), [3, 0, 0, 1, 0, 0]);
+        assert_eq!(verdict(|operations, _| operations[6].value = 1), [3, 0, 0, 0, 1, 0]);
+        assert_eq!(verdict(|operations, _| _ = operations.remove(2)), [3, 0, 0, 0, 0, 1]);
+        assert_eq!(
+            verdict(|operations, _| operations.insert(2, operations[2].clone())),
+            [3, 0, 0, 0, 0, 1]
+        );
     }
 
     #[test]

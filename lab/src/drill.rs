@@ -31,12 +31,16 @@ pub struct Report {
     pub reads_stopped_s: f64,
     /// The same for searches.
     pub searches_stopped_s: f64,
+    /// The longest time in which no watcher was told of anything.
+    pub live_stopped_s: f64,
+    /// The longest time from the first attempt of an Add to a watcher's being told.
+    pub live_slowest_s: f64,
     /// What the history says.
     #[serde(flatten)]
     pub verdict: Verdict,
     /// Failed attempts, by code; each was repeated until it succeeded.
     pub errors: BTreeMap<String, u64>,
-    /// The time from the fault until all three nodes took part again and each commit was on two of them, in seconds.
+    /// The time from the fault until all nodes took part again and each commit was on two of them, in seconds.
     pub redundant_again_s: f64,
 }
 
@@ -46,6 +50,7 @@ pub struct Report {
 /// When the lab is not whole, before or after, or a call is refused that should only be delayed.
 pub async fn run(lab: &Lab, drill: Drill, say: impl Fn(&str)) -> anyhow::Result<Report> {
     lab.whole(WHOLE).await?;
+    lab.live_whole(WHOLE).await?;
     lab.served(WHOLE).await?;
     let name = drill.name();
     let load = Load::start(lab.channel()?, &format!("{name}-{:08x}", rand::random::<u32>())).await?;
@@ -58,6 +63,7 @@ pub async fn run(lab: &Lab, drill: Drill, say: impl Fn(&str)) -> anyhow::Result<
         .await
         .with_context(|| format!("the drill {name}"))?;
     lab.whole(WHOLE).await?;
+    lab.live_whole(WHOLE).await?;
     let (from, instant) = *fault.lock().unwrap_or_else(PoisonError::into_inner);
     let redundant = instant.elapsed();
     say(&format!("{name}: whole again, the history is checked …"));
@@ -72,10 +78,19 @@ pub async fn run(lab: &Lab, drill: Drill, say: impl Fn(&str)) -> anyhow::Result<
         writes_stopped_s: stopped(&[Kind::Add, Kind::Count]),
         reads_stopped_s: stopped(&[Kind::Read]),
         searches_stopped_s: stopped(&[Kind::Search]),
+        live_stopped_s: stopped(&[Kind::Hear]),
+        live_slowest_s: seconds(slowest(&operations, from)),
         verdict: check(&operations, &stored),
         errors: errors(&operations),
         redundant_again_s: seconds(redundant),
     })
+}
+
+fn slowest(operations: &[Operation], from: Duration) -> Duration {
+    let heard = operations
+        .iter()
+        .filter(|heard| heard.kind == Kind::Hear && heard.at > from);
+    heard.map(|heard| heard.took).max().unwrap_or_default()
 }
 
 /// Seconds with two digits.

@@ -35,6 +35,10 @@ pub enum Drill {
     EtcdLeaderKilled,
     /// kill -9 of two of three etcd, back after a minute
     EtcdQuorumLost,
+    /// kill -9 of the Redis master
+    RedisMasterKilled,
+    /// kill -9 of two of three Sentinels, back after half a minute; the Redis master dies in between
+    SentinelsLost,
     /// kill -9 of one copy of every service
     ServiceKilled,
     /// Everything is restarted, one after the other
@@ -121,6 +125,28 @@ impl Drill {
                 }
                 goes_on(load).await?;
             }
+            Self::RedisMasterKilled => {
+                let master = lab.redis_master().await.context("there is no Redis master")?;
+                broken();
+                lab.kill(&master, Part::All).await?;
+                goes_on(load).await?;
+                lab.start(&master)?;
+            }
+            Self::SentinelsLost => {
+                let master = lab.redis_master().await.context("there is no Redis master")?;
+                broken();
+                for sentinel in ["sentinel1", "sentinel2"] {
+                    lab.kill(sentinel, Part::All).await?;
+                }
+                tokio::time::sleep(LASTS).await;
+                // One Sentinel alone may not choose another one: everything goes on without.
+                lab.kill(&master, Part::All).await?;
+                goes_on(load).await?;
+                tokio::time::sleep(Duration::from_secs(20)).await;
+                for member in ["sentinel1", "sentinel2", &master] {
+                    lab.start(member)?;
+                }
+            }
             Self::ServiceKilled => {
                 broken();
                 let copies = ["memory1", "embedding1"];
@@ -153,6 +179,7 @@ async fn goes_on(load: &Load) -> anyhow::Result<()> {
     load.resumed(&[Kind::Add, Kind::Count], since, RESUME).await?;
     load.resumed(&[Kind::Read], since, RESUME).await?;
     load.resumed(&[Kind::Search], since, RESUME).await?;
+    load.resumed(&[Kind::Hear], since, RESUME).await?;
     tokio::time::sleep(LASTS).await;
     Ok(())
 }

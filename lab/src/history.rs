@@ -17,6 +17,8 @@ pub enum Kind {
     Count,
     /// A counter was read by a holder of a token, who must see at least `floor`.
     Read,
+    /// A watcher was told of an added memory; `took` is the time since its Add was asked for, as far as that is known.
+    Hear,
     /// A memory was searched for by a holder of the token of its Add: 1 is found, which `floor` wants.
     Search,
 }

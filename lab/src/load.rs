@@ -1,20 +1,21 @@
 //! Writers, readers and searchers that go through the gateway, and repeat what failed as the errors tell them to.
 
-use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use aeterna_proto::common::v1::Scope;
 use aeterna_proto::memory::v1::memory_service_client::MemoryServiceClient;
 use aeterna_proto::memory::v1::{
-    AddOutcome, AddRequest, GetRequest, HistoryRequest, ListRequest, Memory, SearchRequest, UpdateRequest,
+    AddOutcome, AddRequest, ChangeKind, GetRequest, HistoryRequest, ListRequest, Memory, SearchRequest, UpdateRequest,
+    WatchRequest, WatchResponse,
 };
 use aeterna_rpc::AnyChannel;
 use anyhow::{Context as _, bail};
 use prost_types::FieldMask;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
-use tonic::{Code, Request, Response, Status};
+use tonic::{Code, Request, Response, Status, Streaming};
 
 use crate::check::Stored;
 use crate::history::{History, Kind, Operation, Outcome};
@@ -27,6 +28,8 @@ const SEARCHERS: usize = 2;
 const ATTEMPT: Duration = Duration::from_secs(4);
 /// The pause before what failed is tried again, and between the operations of one caller.
 const PAUSE: Duration = Duration::from_millis(20);
+/// How long a watcher may take to be told of the last write.
+const TELL: Duration = Duration::from_secs(30);
 /// How long a caller goes on after the end of the load to have its last write acknowledged.
 const GRACE: Duration = Duration::from_secs(60);
 
@@ -65,6 +68,7 @@ impl Load {
             counters: BTreeMap::new(),
             client: client.clone(),
         };
+        let asked = Arc::<Mutex<HashMap<String, Duration>>>::default();
         let mut told = Vec::new();
         for number in 0..WRITERS {
             let name = format!("{run}-{number}");
@@ -72,6 +76,7 @@ impl Load {
                 client: client.clone(),
                 history: Arc::clone(&history),
                 stopping: stopping.clone(),
+                asked: Arc::clone(&asked),
                 name: name.clone(),
             };
             let counter = caller.counter().await?;
@@ -79,6 +84,9 @@ impl Load {
             load.scopes.push(name);
             let (tell, heard) = watch::channel(counter);
             told.push(heard.clone());
+            // Before anything is written that it must be told of.
+            let stream = caller.open(String::new()).await?;
+            load.callers.spawn(caller.clone().hear(stream, heard.clone()));
             load.callers.spawn(caller.clone().write(tell));
             load.callers.spawn(caller.read(heard));
         }
@@ -87,6 +95,7 @@ impl Load {
                 client: client.clone(),
                 history: Arc::clone(&history),
                 stopping: stopping.clone(),
+                asked: Arc::clone(&asked),
                 name: String::new(),
             };
             load.callers.spawn(caller.search(heard));
@@ -198,6 +207,8 @@ struct Caller {
     client: Client,
     history: Arc<History>,
     stopping: watch::Receiver<bool>,
+    /// When each memory was first asked for.
+    asked: Arc<Mutex<HashMap<String, Duration>>>,
     name: String,
 }
 
@@ -309,6 +320,13 @@ impl Caller {
             key: &content,
             floor: 0,
         };
+        let asked = |at| {
+            self.asked
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .insert(content.clone(), at)
+        };
+        asked(self.history.now());
         let mut over = None;
         loop {
             let mut client = self.client.clone();
@@ -389,6 +407,80 @@ impl Caller {
         Ok(())
     }
 
+    async fn open(&self, resume_token: String) -> Result<Streaming<WatchResponse>, Status> {
+        let request = WatchRequest {
+            scope: user(&self.name),
+            resume_token,
+            ..Default::default()
+        };
+        let opened = tokio::time::timeout(ATTEMPT, self.client.clone().watch(request)).await;
+        let opened = opened.unwrap_or_else(|_| Err(Status::deadline_exceeded("no answer")));
+        opened.map(Response::into_inner)
+    }
+
+    /// Hears of what a writer adds, and resumes where a stream broke off, until it has heard of the last one.
+    async fn hear(self, stream: Streaming<WatchResponse>, writer: watch::Receiver<Told>) -> anyhow::Result<()> {
+        let (mut stream, mut resume_token) = (Some(stream), String::new());
+        let (mut last, mut ended) = (String::new(), None);
+        loop {
+            if writer.has_changed().is_err() {
+                let since = ended.get_or_insert_with(Instant::now);
+                if last == writer.borrow().content || since.elapsed() > TELL {
+                    return Ok(());
+                }
+            }
+            let told = match &mut stream {
+                // A look at the writer now and then; a message that was begun is not lost by it.
+                Some(stream) => match tokio::time::timeout(ATTEMPT / 10, stream.message()).await {
+                    Ok(told) => told,
+                    Err(_) => continue,
+                },
+                None => match self.open(resume_token.clone()).await {
+                    Ok(next) => {
+                        stream = Some(next);
+                        continue;
+                    }
+                    Err(status) => Err(status),
+                },
+            };
+            let now = self.history.now();
+            let (key, value, outcome) = match told {
+                Ok(Some(event)) => {
+                    resume_token = event.resume_token.clone();
+                    let added = event.kind() == ChangeKind::Added;
+                    let Some(memory) = event.memory.filter(|_| added) else {
+                        continue;
+                    };
+                    let Some(value) = number(&memory) else { continue };
+                    last.clone_from(&memory.content);
+                    (memory.content, value, Outcome::Done)
+                }
+                Ok(None) => {
+                    stream = None;
+                    continue;
+                }
+                Err(status) => {
+                    if !is_open(status.code()) {
+                        bail!("a watcher was refused: {status:?}");
+                    }
+                    stream = None;
+                    tokio::time::sleep(PAUSE).await;
+                    (String::new(), 0, Outcome::Failed(format!("{:?}", status.code())))
+                }
+            };
+            let asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner).remove(&key);
+            self.history.add(Operation {
+                kind: Kind::Hear,
+                key,
+                value,
+                floor: 0,
+                at: now,
+                took: asked.map_or(Duration::ZERO, |asked| now.saturating_sub(asked)),
+                outcome,
+            });
+        }
+    }
+
     async fn search(self, heard: watch::Receiver<Told>) -> anyhow::Result<()> {
         while !self.is_over() {
             let told = heard.borrow().clone();
@@ -421,6 +513,12 @@ impl Caller {
         }
         Ok(())
     }
+}
+
+/// The number of a memory that a writer has added.
+fn number(memory: &Memory) -> Option<u64> {
+    let word = memory.content.rsplit(' ').next()?;
+    word.strip_prefix("fact")?.split("of").next()?.parse().ok()
 }
 
 /// A request with a deadline.

@@ -187,6 +187,7 @@ fn table(reports: &[Report]) -> Table {
         "writes stopped",
         "reads",
         "searches",
+        "live",
         "redundant again",
         "acknowledged",
         "lost",
@@ -201,11 +202,12 @@ fn table(reports: &[Report]) -> Table {
             seconds(report.writes_stopped_s),
             seconds(report.reads_stopped_s),
             seconds(report.searches_stopped_s),
+            seconds(report.live_stopped_s),
             seconds(report.redundant_again_s),
             verdict.acknowledged.to_string(),
             verdict.lost.to_string(),
             verdict.duplicated.to_string(),
-            (verdict.phantom + verdict.went_back).to_string(),
+            (verdict.phantom + verdict.went_back + verdict.untold).to_string(),
         ]);
     }
     table

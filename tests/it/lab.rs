@@ -29,7 +29,7 @@ async fn no_acknowledged_write_is_lost_when_nodes_and_copies_are_killed() {
         eprintln!("{step}")
     });
     let lab = lab.await.unwrap();
-    for drill in [Drill::PrimaryKilled, Drill::ServiceKilled] {
+    for drill in [Drill::PrimaryKilled, Drill::RedisMasterKilled, Drill::ServiceKilled] {
         let report = aeterna_lab::run(&lab, drill, |step| eprintln!("{step}")).await.unwrap();
         assert!(report.verdict.is_clean(), "{report:?}");
     }

@@ -8,6 +8,7 @@ mod index;
 mod knowledge;
 mod list;
 mod policy;
+mod relay;
 mod search;
 mod stats;
 mod transfer;
@@ -22,8 +23,8 @@ use aeterna_proto::embedding::v1 as embedding;
 use aeterna_proto::embedding::v1::embedding_service_client::EmbeddingServiceClient;
 use aeterna_rpc::{AnyChannel, Credentials, RequestContext};
 use aeterna_types::{Clock, TenantId};
-use tokio::sync::broadcast;
-use tokio::sync::watch::Sender;
+use tokio::sync::watch::{Receiver, Sender};
+use tokio::sync::{Notify, broadcast};
 use tokio_util::sync::CancellationToken;
 
 pub use add::{Added, NewMemory};
@@ -34,6 +35,7 @@ pub use index::Background;
 pub use knowledge::{Diff, DocumentPage, DocumentQuery};
 pub use list::{ListQuery, Page};
 pub use policy::NewPolicy;
+pub use relay::LiveWork;
 pub use search::{Arms, Breakdown, Found, Fusion, SearchQuery, SearchStats, Weights};
 pub use stats::Stats;
 pub use transfer::{ExportQuery, Item, Taken};
@@ -109,11 +111,47 @@ pub trait Indexes: Send + Sync {
     fn remove(&self, identity: &str) -> std::io::Result<()>;
 }
 
-/// How long a call waits for the index to follow.
-const INDEX_PATIENCE: Duration = Duration::from_secs(2);
+/// How long a call waits for the index to follow: whatever is away, a search is answered within two seconds.
+const INDEX_PATIENCE: Duration = Duration::from_millis(1500);
 /// How long a call waits for vectors, and for each text more: a model that hangs must not use up the time in which the call
 /// can be answered without it.
 const MODEL_PATIENCE: (Duration, Duration) = (Duration::from_secs(5), Duration::from_millis(20));
+
+/// Wakes those who follow the outbox when there may be something new.
+#[derive(Debug)]
+pub(crate) struct Committed {
+    something: Sender<()>,
+    here: Notify,
+}
+
+impl Committed {
+    pub(crate) fn new() -> Self {
+        Self {
+            something: Sender::new(()),
+            here: Notify::new(),
+        }
+    }
+
+    /// This copy of the service has committed something.
+    fn here(&self) {
+        self.somewhere();
+        self.here.notify_one();
+    }
+
+    /// Some copy has.
+    fn somewhere(&self) {
+        self.something.send_replace(());
+    }
+
+    fn subscribe(&self) -> Receiver<()> {
+        self.something.subscribe()
+    }
+
+    /// Waits until this copy has committed something; one task may.
+    async fn told(&self) {
+        self.here.notified().await;
+    }
+}
 
 /// The service's domain.
 pub struct App {
@@ -128,8 +166,8 @@ pub struct App {
     pub(crate) clock: Arc<dyn Clock>,
     pub(crate) metrics: Metrics,
     pub(crate) message_bytes: usize,
-    /// Marked when something was committed.
-    pub(crate) committed: Sender<()>,
+    /// Wakes those who follow the outbox.
+    pub(crate) committed: Committed,
     /// What was committed, for watchers.
     pub(crate) changes: broadcast::Sender<Arc<Change>>,
     /// Cancelled when the process should end: streams end then.
@@ -266,6 +304,7 @@ impl App {
 
     /// Waits a moment until the index has a change, so that the writer finds what it wrote.
     async fn await_index(&self, sequence: Sequence) {
+        self.committed.here();
         if !self.reached(sequence).await {
             tracing::debug!(
                 sequence = sequence.0,
@@ -277,7 +316,7 @@ impl App {
     /// Waits until the index has what a token stands for; false when it does not in time.
     async fn reached(&self, sequence: Sequence) -> bool {
         self.store.reach(sequence);
-        self.committed.send_replace(());
+        self.committed.somewhere();
         let mut indexed = self.indexed.subscribe();
         let reached = indexed.wait_for(|watermark| *watermark >= sequence);
         tokio::time::timeout(INDEX_PATIENCE, reached).await.is_ok()

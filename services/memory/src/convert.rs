@@ -16,7 +16,7 @@ use prost::Message as _;
 
 pub use change::{
     batch_delete_request, batch_delete_response, delete_request, delete_response, history_request, history_response,
-    news, stats_request, stats_response, watch_request,
+    news, stats_request, stats_response, told, watch_request,
 };
 pub use knowledge::{
     delete_document_request, diff_request, diff_response, document, get_document_request, list_documents_request,

@@ -21,7 +21,7 @@ use aeterna_proto::memory::v1::knowledge_service_server::KnowledgeServiceServer;
 use aeterna_proto::memory::v1::memory_service_server::MemoryServiceServer;
 use aeterna_proto::memory::v1::policy_service_server::PolicyServiceServer;
 use aeterna_rpc::{AnyChannel, Credentials, Dependency, Health};
-use aeterna_storage::{DirectoryLock, PostgresOptions, SqliteOptions};
+use aeterna_storage::{DirectoryLock, PostgresOptions, RedisLive, RedisOptions, SqliteOptions};
 use aeterna_types::SystemClock;
 use opentelemetry::metrics::Meter;
 use tokio::sync::{broadcast, watch};
@@ -29,7 +29,7 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
 
-use app::{App, Background, Indexes as _, Serving};
+use app::{App, Background, Indexes as _, LiveWork, Serving};
 use indexes::FlatIndexes;
 use store::Relational;
 use store::postgres::PostgresStore;
@@ -90,6 +90,23 @@ pub const SETTINGS: &[Setting] = &[
         "Where the embedding service is: `local` (this process) or `http://host:port`.",
     ),
     Setting::new(
+        "memory.live",
+        "",
+        "What tells the copies of the service of one another's changes at once, and keeps streams of the latest ones: \
+         `redis://host:6379` or `redis+sentinel://host1:26379,host2,host3/master`; empty: nothing, and another copy notices a \
+         change within a second.",
+    ),
+    Setting::secret(
+        "memory.live_password",
+        "memory.live_password_file",
+        "The password of the servers in `memory.live`.",
+    ),
+    Setting::secret(
+        "memory.live_sentinel_password",
+        "memory.live_sentinel_password_file",
+        "The password of the Sentinels in `memory.live`.",
+    ),
+    Setting::new(
         "memory.busy_timeout",
         "5s",
         "How long a statement waits for a lock that another program holds.",
@@ -116,6 +133,7 @@ pub struct Config {
     busy_timeout: Duration,
     readers: u32,
     rotation: bool,
+    live: Option<RedisOptions>,
 }
 
 /// Where memories are kept.
@@ -173,6 +191,7 @@ impl Config {
         let busy_timeout = reader.duration("memory.busy_timeout");
         let readers = reader.within("memory.readers", 0..=64);
         let rotation = reader.get("memory.rotation");
+        let live = live(reader);
         Some(Self {
             store: store?,
             index: index?,
@@ -183,7 +202,23 @@ impl Config {
                 readers => readers,
             },
             rotation: rotation?,
+            live: live?,
         })
+    }
+}
+
+fn live(reader: &mut Reader<'_>) -> Option<Option<RedisOptions>> {
+    let expose = |secret: Option<Option<Secret>>| secret.flatten().map(|secret| secret.expose().to_owned());
+    let password = expose(reader.secret("memory.live_password"));
+    let sentinels = expose(reader.secret("memory.live_sentinel_password"));
+    let uri: Option<StoreUri> = reader.optional("memory.live")?;
+    let Some(uri) = uri else { return Some(None) };
+    match RedisOptions::parse(&uri.scheme, &uri.rest) {
+        Ok(options) => Some(Some(options.with_passwords(password, sentinels))),
+        Err(why) => {
+            reader.problem("memory.live", why);
+            None
+        }
     }
 }
 
@@ -292,7 +327,7 @@ pub async fn build(config: Config, deps: Deps) -> Result<Service, Error> {
         clock: Arc::new(SystemClock),
         metrics: metrics::Metrics::new(&deps.meter),
         message_bytes: deps.message_bytes,
-        committed: watch::Sender::new(()),
+        committed: app::Committed::new(),
         changes: broadcast::Sender::new(app::RING),
         stop: deps.stop,
     });
@@ -309,9 +344,24 @@ pub async fn build(config: Config, deps: Deps) -> Result<Service, Error> {
         }
     }
     deps.health.report(SERVICE, "index", Dependency::Up).await;
+    let live = match config.live {
+        Some(options) => Some(LiveWork::new(
+            Arc::clone(&app),
+            Arc::new(RedisLive::new(options)?),
+            convert::told,
+            deps.health.clone(),
+            SERVICE,
+        )),
+        None => None,
+    };
     let (drained, store) = (deps.drained, Arc::clone(&app.store));
     let background = tokio::spawn(async move {
-        work.run(drained).await;
+        let live = async {
+            if let Some(live) = live {
+                live.run(drained.clone()).await;
+            }
+        };
+        tokio::join!(work.run(drained.clone()), live);
         store.close().await;
         drop(lock);
     });

@@ -11,6 +11,8 @@ pub struct Metrics {
     pub degraded: Counter<u64>,
     /// Outbox events that the vector index has not applied.
     pub index_lag: Gauge<u64>,
+    /// Age of the oldest change that is not in the live streams, in seconds.
+    pub live_lag: Gauge<f64>,
 }
 
 impl Metrics {
@@ -26,6 +28,12 @@ impl Metrics {
             index_lag: meter
                 .u64_gauge("aeterna_memory_index_lag_events")
                 .with_description("Outbox events that the vector index has not applied.")
+                .build(),
+            live_lag: meter
+                .f64_gauge("aeterna_memory_live_lag_seconds")
+                .with_description(
+                    "Age of the oldest change that is not in the live streams; 0 on a copy that does not fill them.",
+                )
                 .build(),
         }
     }

@@ -266,7 +266,7 @@ impl Background {
             Err(_) => from,
         };
         self.pending.from.fetch_min(next, Ordering::SeqCst);
-        app.committed.send_replace(());
+        app.committed.here();
         looked.map(|next| next != NOTHING)
     }
 
@@ -361,7 +361,7 @@ impl Background {
             }
         }
         self.pending.switch.store(true, Ordering::SeqCst);
-        app.committed.send_replace(());
+        app.committed.somewhere();
     }
 
     /// Refuses to let a model answer that has vectors of far fewer memories than the one before: it is set up wrongly, and
@@ -457,7 +457,7 @@ impl Background {
                 match self.app.forget(stop).await {
                     Ok(0) => {}
                     Ok(_) => {
-                        self.app.committed.send_replace(());
+                        self.app.committed.here();
                     }
                     Err(error) => tracing::warn!(%error, "what was deleted long ago can't be removed; trying again"),
                 }
@@ -467,7 +467,7 @@ impl Background {
                 Ok(REAPED) if !stop.is_cancelled() => continue,
                 Ok(0) => {}
                 Ok(_) => {
-                    self.app.committed.send_replace(());
+                    self.app.committed.here();
                 }
                 Err(error) => tracing::warn!(%error, "what has expired can't be reaped; trying again"),
             }

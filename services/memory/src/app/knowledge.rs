@@ -70,7 +70,7 @@ impl App {
             }
         }
         let written = self.store.change_document(&writer, change).await?;
-        self.committed.send_replace(());
+        self.committed.here();
         Ok(written)
     }
 

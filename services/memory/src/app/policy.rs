@@ -112,7 +112,7 @@ impl App {
             .store
             .put_policy(&writer, new.policy, new.etag, new.idempotency)
             .await?;
-        self.committed.send_replace(());
+        self.committed.here();
         Ok(put)
     }
 
@@ -157,7 +157,7 @@ impl App {
         // What was looked at is what is deleted.
         let etag = etag.or_else(|| Some(policy.etag()));
         self.store.delete_policy(&self.writer(context), name, etag).await?;
-        self.committed.send_replace(());
+        self.committed.here();
         Ok(())
     }
 

@@ -219,7 +219,7 @@ impl Import {
                 Err(error) => self.refuse([(place, error.into())]),
             }
         }
-        self.app.committed.send_replace(());
+        self.app.committed.here();
         Ok(())
     }
 

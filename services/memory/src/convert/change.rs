@@ -1,5 +1,7 @@
 //! Deletion, history, watching and counts on the wire.
 
+use std::sync::Arc;
+
 use aeterna_error::{Error, Violations};
 use aeterna_proto::errors::v1::ItemError;
 use aeterna_proto::memory::v1 as wire;
@@ -10,7 +12,7 @@ use super::{
     batch_size, consistency_token, cursor, filter, id, idempotency, layers, memory, page_limit, scope, sequence, value,
 };
 use crate::app::{Deletion, News, Stats, Versions, WatchQuery};
-use crate::domain::{Kind, Sequence, Subject, Version, Written};
+use crate::domain::{Change, Kind, Sequence, Subject, Version, Written};
 
 /// One memory to delete; `prefix` is the path of the request in a batch.
 pub fn delete_request(mut request: wire::DeleteRequest, prefix: &str) -> Result<Deletion, Error> {
@@ -187,6 +189,11 @@ pub fn watch_request(request: wire::WatchRequest) -> Result<WatchQuery, Error> {
         policies: request.policies,
         after,
     })
+}
+
+/// A change as the live streams have it: an event of Watch.
+pub fn told(change: &Change) -> Vec<u8> {
+    news(News::Change(Arc::new(change.clone()))).encode_to_vec()
 }
 
 /// One event of Watch.

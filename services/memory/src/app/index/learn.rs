@@ -100,7 +100,7 @@ impl Background {
         self.apply_new(&next, |_| ()).await?;
         *tried = (model.identity.clone(), count);
         *self.ready() = Some(next);
-        app.committed.send_replace(());
+        app.committed.somewhere();
         Ok(())
     }
 
