@@ -188,17 +188,18 @@ fn count(counter: &Memory) -> anyhow::Result<u64> {
         .with_context(|| format!("`{}` is no counter", counter.content))
 }
 
-/// Nobody knows what became of it, and it is worth another attempt. A connection that breaks in an answer is UNKNOWN to tonic.
-fn is_open(code: Code) -> bool {
-    matches!(
-        code,
-        Code::Unknown
-            | Code::Unavailable
-            | Code::DeadlineExceeded
-            | Code::Cancelled
-            | Code::Aborted
-            | Code::ResourceExhausted
-    )
+/// Nobody knows what became of it, and it is worth another attempt. A connection that breaks in an answer is UNKNOWN or
+/// INTERNAL to tonic; then the status has a source, which none has that a server sent.
+fn is_open(status: &Status) -> bool {
+    let broken = std::error::Error::source(status).is_some();
+    let open = [
+        Code::Unavailable,
+        Code::DeadlineExceeded,
+        Code::Cancelled,
+        Code::Aborted,
+        Code::ResourceExhausted,
+    ];
+    broken || open.contains(&status.code())
 }
 
 /// One client.
@@ -247,7 +248,7 @@ impl Caller {
             outcome,
         });
         if let Err(status) = &answer
-            && !is_open(status.code())
+            && !is_open(status)
         {
             bail!("{:?} of `{}` was refused: {status:?}", subject.kind, subject.key);
         }
@@ -460,7 +461,7 @@ impl Caller {
                     continue;
                 }
                 Err(status) => {
-                    if !is_open(status.code()) {
+                    if !is_open(&status) {
                         bail!("a watcher was refused: {status:?}");
                     }
                     stream = None;
