@@ -92,3 +92,46 @@ async fn two_copies_are_one_service_and_outlive_connections_and_each_other() {
     clients[1].add(item("bob", "one more")).await.unwrap();
     assert_eq!(b.stop().await, Some(0));
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_file_moves_to_the_server_and_is_found_there() {
+    let server = PostgresServer::start(&[]);
+    let directory = tempfile::tempdir().unwrap();
+    let (laptop, cluster) = (directory.path().join("laptop"), directory.path().join("cluster"));
+    let program = Program::start(&built("aeterna"), &["serve"], &laptop).await;
+    let mut client = MemoryServiceClient::new(program.channel());
+    let id = client.add(item("ann", "the cat is called Max")).await.unwrap();
+    let id = id.into_inner().memory.unwrap().id;
+    let migrate = || {
+        let store = format!("postgres:{}", server.uri());
+        let mut command = std::process::Command::new(built("aeterna"));
+        command.args(["migrate", "--memory.store", &store, "--memory.store_owner", "owner"]);
+        let output = command.arg("--data-dir").arg(&laptop).output().unwrap();
+        let text = |bytes| String::from_utf8_lossy(bytes).into_owned();
+        (output.status.success(), text(&output.stdout), text(&output.stderr))
+    };
+    let (moved, _, refused) = migrate();
+    assert!(
+        !moved && refused.contains("another process uses the data directory"),
+        "{refused}"
+    );
+    assert_eq!(program.stop().await, Some(0));
+    let (moved, said, errors) = migrate();
+    assert!(
+        moved && said.starts_with("1 tenants: 1 memories, 0 documents, 0 policies"),
+        "{said}{errors}"
+    );
+
+    let program = copy(&server, &cluster).await;
+    let search = SearchRequest {
+        query: "what is the cat called?".into(),
+        scope: user("ann"),
+        ..Default::default()
+    };
+    let found = MemoryServiceClient::new(program.channel())
+        .search(search)
+        .await
+        .unwrap()
+        .into_inner();
+    assert_eq!(found.results[0].memory.as_ref().unwrap().id, id);
+}

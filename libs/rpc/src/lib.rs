@@ -2,6 +2,7 @@
 //!
 //! The same stack stands in front of a service whether a call arrives over the network or from the same process.
 
+mod breaker;
 mod channel;
 mod context;
 mod credentials;
@@ -12,6 +13,7 @@ mod layers;
 mod limits;
 mod serve;
 
+pub use breaker::Breaker;
 pub use channel::AnyChannel;
 pub use context::RequestContext;
 pub use credentials::Credentials;

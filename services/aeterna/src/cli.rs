@@ -8,6 +8,7 @@ mod get;
 mod history;
 mod import;
 mod list;
+mod migrate;
 mod models;
 mod output;
 mod scope;
@@ -61,6 +62,8 @@ enum Verb {
     Export(export::Args),
     /// Take in a file of memories or conversations; run it again to continue where it stopped
     Import(import::Args),
+    /// Move everything from a SQLite file into the store of the settings, as it was
+    Migrate(migrate::Args),
     /// Embedding models: list the server's, or install one
     #[command(subcommand)]
     Models(models::Verb),
@@ -72,8 +75,9 @@ enum Verb {
 }
 
 /// The subcommands that read settings, and so have a flag for each.
-const WITH_SETTINGS: [&[&str]; 5] = [
+const WITH_SETTINGS: [&[&str]; 6] = [
     &["serve"],
+    &["migrate"],
     &["config", "check"],
     &["config", "dump"],
     &["models", "fetch"],
@@ -131,6 +135,7 @@ async fn dispatch(verb: Verb, matches: &ArgMatches) -> anyhow::Result<ExitCode> 
         Verb::Stats(args) => stats::run(args).await?,
         Verb::Export(args) => export::run(args).await?,
         Verb::Import(args) => return import::run(args).await,
+        Verb::Migrate(args) => migrate::run(args, &sources(matches)).await?,
         Verb::Models(models::Verb::List(args)) => models::list(args).await?,
         Verb::Models(models::Verb::Fetch(args)) => models::fetch(&args, &sources(matches))?,
         Verb::Config(verb) => config::run(&verb, &sources(matches))?,

@@ -1,8 +1,11 @@
 //! Which services a process runs, and how they reach each other.
 
+use std::path::Path;
+
 use aeterna_config::{Problems, Setting, Settings, Sources};
 use aeterna_error::{Error, Reason};
 use aeterna_rpc::{AnyChannel, Host, HostConfig, Parts};
+use anyhow::Context as _;
 use {aeterna_embedding as embedding, aeterna_memory as memory};
 
 /// A service that the process can run.
@@ -68,6 +71,21 @@ impl Services {
         let memory = self.memory.as_ref().map_or(&[][..], |_| memory::SERVICES);
         embedding.into_iter().chain(memory.iter().copied()).collect()
     }
+}
+
+/// Moves everything from a SQLite file into the store of the settings.
+///
+/// # Errors
+/// Every problem of the settings, or what keeps it from being moved.
+pub async fn migrate(
+    sources: &Sources,
+    from: &Path,
+    tell: impl FnMut(memory::Stage, &memory::Moved),
+) -> anyhow::Result<memory::Moved> {
+    let (_, host, services) = load(sources, &Role::ALL)?;
+    let config = services.memory.context("the memory service is among the roles")?;
+    let moved = memory::migrate_from(&config, &host.data_dir, from, tell).await;
+    moved.map_err(|error| anyhow::Error::msg(error.to_string()))
 }
 
 /// Starts the services.

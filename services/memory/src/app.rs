@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 use aeterna_error::Error;
 use aeterna_proto::embedding::v1 as embedding;
 use aeterna_proto::embedding::v1::embedding_service_client::EmbeddingServiceClient;
-use aeterna_rpc::{AnyChannel, Credentials, RequestContext};
+use aeterna_rpc::{AnyChannel, Breaker, Credentials, RequestContext};
 use aeterna_types::{Clock, TenantId};
 use tokio::sync::watch::{Receiver, Sender};
 use tokio::sync::{Notify, broadcast};
@@ -162,6 +162,8 @@ pub struct App {
     /// The default model: every memory gets a vector of it, and then searches are answered by it.
     pub(crate) wanted: Model,
     pub(crate) embedder: AnyChannel,
+    /// In front of the embedding service, for callers who wait.
+    pub(crate) breaker: Breaker,
     pub(crate) credentials: Credentials,
     pub(crate) clock: Arc<dyn Clock>,
     pub(crate) metrics: Metrics,
@@ -241,13 +243,22 @@ impl App {
         texts: Vec<String>,
         query: bool,
     ) -> Result<Vec<Vec<f32>>, Error> {
+        if !self.breaker.admits() {
+            let message = "the embedding service did not answer of late, and is left alone for a moment";
+            return Err(Error::unavailable(message));
+        }
         let (first, each) = MODEL_PATIENCE;
-        let patience = first + each * u32::try_from(texts.len()).unwrap_or(u32::MAX);
+        let mut patience = first + each * u32::try_from(texts.len()).unwrap_or(u32::MAX);
         let half = |deadline: Instant| deadline.saturating_duration_since(Instant::now()) / 2;
-        let patience = context
+        let cut = context
             .deadline()
             .map_or(patience, |deadline| patience.min(half(deadline)));
+        // What a hasty caller does not wait for says nothing about the service.
+        let hasty = std::mem::replace(&mut patience, cut) > cut;
         let embedded = tokio::time::timeout(patience, self.embed(context, model, texts, query)).await;
+        if embedded.is_ok() || !hasty {
+            self.breaker.tell(embedded.is_ok());
+        }
         embedded.unwrap_or_else(|_| {
             let message = format!(
                 "the embedding service did not answer within {} ms",

@@ -8,6 +8,7 @@ pub mod filter;
 mod grpc;
 mod indexes;
 mod metrics;
+mod migrate;
 mod models;
 pub mod store;
 
@@ -20,7 +21,7 @@ use aeterna_error::{Error, Reason};
 use aeterna_proto::memory::v1::knowledge_service_server::KnowledgeServiceServer;
 use aeterna_proto::memory::v1::memory_service_server::MemoryServiceServer;
 use aeterna_proto::memory::v1::policy_service_server::PolicyServiceServer;
-use aeterna_rpc::{AnyChannel, Credentials, Dependency, Health};
+use aeterna_rpc::{AnyChannel, Breaker, Credentials, Dependency, Health};
 use aeterna_storage::{DirectoryLock, PostgresOptions, RedisLive, RedisOptions, SqliteOptions};
 use aeterna_types::SystemClock;
 use opentelemetry::metrics::Meter;
@@ -31,6 +32,7 @@ use tonic::service::Routes;
 
 use app::{App, Background, Indexes as _, LiveWork, Serving};
 use indexes::FlatIndexes;
+pub use migrate::{Moved, Stage};
 use store::Relational;
 use store::postgres::PostgresStore;
 use store::sqlite::SqliteStore;
@@ -182,6 +184,22 @@ impl Store {
     }
 }
 
+impl Store {
+    async fn open(&self, config: &Config, data_dir: &Path) -> Result<Arc<dyn Relational>, Error> {
+        Ok(match self {
+            Self::Sqlite(path) => {
+                let options = SqliteOptions {
+                    path: data_dir.join(path),
+                    busy_timeout: config.busy_timeout,
+                    readers: config.readers,
+                };
+                Arc::new(SqliteStore::open(&options).await?)
+            }
+            Self::Postgres(options, owner) => Arc::new(PostgresStore::open(options, owner.as_deref()).await?),
+        })
+    }
+}
+
 impl Config {
     /// Reads the settings; `None` after noting problems.
     pub fn read(reader: &mut Reader<'_>) -> Option<Self> {
@@ -287,17 +305,7 @@ pub async fn build(config: Config, deps: Deps) -> Result<Service, Error> {
             .await;
     }
     let lock = lock(&deps.data_dir)?;
-    let store: Arc<dyn Relational> = match &config.store {
-        Store::Sqlite(path) => {
-            let options = SqliteOptions {
-                path: deps.data_dir.join(path),
-                busy_timeout: config.busy_timeout,
-                readers: config.readers,
-            };
-            Arc::new(SqliteStore::open(&options).await?)
-        }
-        Store::Postgres(options, owner) => Arc::new(PostgresStore::open(options, owner.as_deref()).await?),
-    };
+    let store = config.store.open(&config, &deps.data_dir).await?;
     for service in SERVICES {
         deps.health.report(service, "store", Dependency::Up).await;
     }
@@ -323,6 +331,7 @@ pub async fn build(config: Config, deps: Deps) -> Result<Service, Error> {
         serving: RwLock::new(Arc::new(Serving { model: first, index })),
         wanted,
         embedder: deps.embedder,
+        breaker: Breaker::default(),
         credentials: deps.credentials,
         clock: Arc::new(SystemClock),
         metrics: metrics::Metrics::new(&deps.meter),
@@ -379,6 +388,39 @@ pub async fn build(config: Config, deps: Deps) -> Result<Service, Error> {
         routes: Routes::new(memories).add_service(knowledge).add_service(policies),
         background,
     })
+}
+
+/// Moves everything from a SQLite file, relative to the data directory, into the store of the settings; no service may run on
+/// that directory meanwhile. `tell` hears of progress.
+///
+/// # Errors
+/// NOT_CONFIGURED when there is no such file or it is the store of the settings itself, and as [`migrate::migrate`].
+pub async fn migrate_from(
+    config: &Config,
+    data_dir: &Path,
+    file: &Path,
+    tell: impl FnMut(Stage, &Moved),
+) -> Result<Moved, Error> {
+    let shown = data_dir.join(file);
+    let same = matches!(&config.store, Store::Sqlite(path) if data_dir.join(path) == shown);
+    if same || !shown.is_file() {
+        let what = if same {
+            "is the store to migrate to: set `memory.store`"
+        } else {
+            "is not there"
+        };
+        return Err(Error::new(
+            Reason::NotConfigured,
+            format!("`{}` {what}", shown.display()),
+        ));
+    }
+    let _lock = lock(data_dir)?;
+    let from = Store::Sqlite(file.into()).open(config, data_dir).await?;
+    let to = config.store.open(config, data_dir).await?;
+    let moved = migrate::migrate(from.as_ref(), to.as_ref(), tell).await;
+    from.close().await;
+    to.close().await;
+    moved
 }
 
 fn lock(directory: &Path) -> Result<DirectoryLock, Error> {

@@ -6,6 +6,7 @@ pub mod code;
 pub mod conformance;
 pub mod flat;
 pub mod ledger;
+mod moving;
 pub mod postgres;
 pub mod sqlite;
 
@@ -14,6 +15,7 @@ use std::collections::{BTreeSet, HashSet};
 pub use aeterna_storage::StorageError;
 use aeterna_types::{Layer, MemoryId, RequestId, Scope, TenantId, Timestamp};
 use async_trait::async_trait;
+pub use moving::Moving;
 
 use crate::domain::{
     self, Body, Document, DocumentChange, Idempotency, Key, Memory, Policy, ScopeKey, Sequence, Version, View, Writer,
@@ -283,7 +285,7 @@ pub struct Stored {
 
 /// The relational store.
 #[async_trait]
-pub trait Relational: Policies + Documents {
+pub trait Relational: Policies + Documents + Moving {
     /// Adds memories in one transaction; an item that is refused does not touch the others.
     async fn add(
         &self,

@@ -451,6 +451,30 @@ pub async fn change_document(
     Ok((answer.document, sequence))
 }
 
+/// Takes a document in as it was, with all its versions, oldest first; false when its place is taken.
+pub async fn take_document(ledger: &mut dyn Ledger, versions: &[Document]) -> Result<bool, MemoryError> {
+    let Some(newest) = versions.last() else {
+        return Ok(false);
+    };
+    let scope = ledger.scope(&newest.scope).await?;
+    if ledger.document(scope, &newest.path).await?.is_some() {
+        return Ok(false);
+    }
+    let mut key = None;
+    for document in versions {
+        key = Some(ledger.put_document(key, scope, document).await?);
+    }
+    let kind = match newest.deleted_at {
+        Some(_) => Kind::Deleted,
+        None => Kind::Added,
+    };
+    let resource = Resource::Document(&newest.path);
+    ledger
+        .resource_event(Some(scope), resource, newest.version, kind)
+        .await?;
+    Ok(true)
+}
+
 async fn version(ledger: &mut dyn Ledger, document: i64, number: i64) -> Result<Text, MemoryError> {
     let text = ledger.document_text(document, number).await?;
     text.ok_or(MemoryError::NoVersion(number))
@@ -477,6 +501,19 @@ pub async fn put_policy(
     ledger.resource_event(None, resource, policy.version, kind).await?;
     remember(ledger, idempotency, &policy).await?;
     Ok(policy)
+}
+
+/// Takes a policy in as it was; false when there is one of its name.
+pub async fn take_policy(ledger: &mut dyn Ledger, policy: &Policy) -> Result<bool, MemoryError> {
+    if ledger.policy(&policy.name).await?.is_some() {
+        return Ok(false);
+    }
+    ledger.put_policy(policy).await?;
+    let resource = Resource::Policy(&policy.name);
+    ledger
+        .resource_event(None, resource, policy.version, Kind::Added)
+        .await?;
+    Ok(true)
 }
 
 /// Deletes a policy.

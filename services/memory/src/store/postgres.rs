@@ -6,6 +6,7 @@
 mod documents;
 mod filter;
 mod lexical;
+mod moving;
 mod past;
 mod policies;
 mod read;
