@@ -3,8 +3,11 @@
 use std::collections::BTreeMap;
 
 use aeterna_lab::Drill;
+use aeterna_proto::memory::v1::memory_service_client::MemoryServiceClient;
 use aeterna_testkit::lab::{Extent, Lab, Timings};
-use aeterna_testkit::{built, cache};
+use aeterna_testkit::{Program, built, cache};
+
+use crate::notes::item;
 
 /// A directory whose lab is stopped when it is dropped, however far it got.
 struct Place(tempfile::TempDir);
@@ -29,9 +32,20 @@ async fn no_acknowledged_write_is_lost_when_nodes_and_copies_are_killed() {
         eprintln!("{step}")
     });
     let lab = lab.await.unwrap();
+    // One that knows no node, but HAProxy.
+    let data = tempfile::tempdir().unwrap();
+    let (store, gateway) = (lab.proxied_store(), lab.address());
+    let environment = [
+        ("AETERNA_MEMORY_STORE", store.as_str()),
+        ("AETERNA_MEMORY_EMBEDDING", &gateway),
+    ];
+    let proxied = Program::start_with(&built("aeterna-memory"), &[], data.path(), &environment).await;
+    let mut proxied = MemoryServiceClient::new(proxied.channel());
     for drill in [Drill::PrimaryKilled, Drill::RedisMasterKilled, Drill::ServiceKilled] {
         let report = aeterna_lab::run(&lab, drill, |step| eprintln!("{step}")).await.unwrap();
         assert!(report.verdict.is_clean(), "{report:?}");
+        let added = proxied.add(item("ann", &format!("after {}", report.drill))).await;
+        added.unwrap();
     }
     // What it is while all is well, a person sees too.
     let away: Vec<_> = lab.status().await.into_iter().filter(|member| !member.well).collect();

@@ -19,6 +19,7 @@ use tokio::task::JoinHandle;
 
 use crate::StorageError;
 use crate::migrations::migrator;
+pub use nodes::Condition;
 use nodes::Nodes;
 pub use options::PostgresOptions;
 pub use session::Session;
@@ -138,6 +139,11 @@ impl Postgres {
             collisions: COLLISIONS,
             safe,
         }
+    }
+
+    /// How the nodes are at the moment, as far as the last look at them tells.
+    pub fn condition(&self) -> Condition {
+        self.nodes.condition()
     }
 
     /// Waits until there is a primary.

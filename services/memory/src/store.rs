@@ -438,8 +438,22 @@ pub trait Relational: Policies + Documents + Moving {
     /// Notes something under a name, in place of what was noted before.
     async fn put_note(&self, name: &str, value: &str) -> Result<(), MemoryError>;
 
+    /// How it is at the moment.
+    fn condition(&self) -> Condition;
+
     /// Closes the store.
     async fn close(&self);
+}
+
+/// How a store is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Condition {
+    /// It works.
+    Well,
+    /// It works with less: what is away.
+    Weak(String),
+    /// It can't be asked.
+    Away(String),
 }
 
 /// Which memories an export reads.

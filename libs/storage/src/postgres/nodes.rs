@@ -26,6 +26,17 @@ struct State {
     timeline: u32,
 }
 
+/// How the nodes are at the moment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Condition {
+    /// Nodes that answer.
+    pub alive: usize,
+    /// Nodes in all.
+    pub nodes: usize,
+    /// The primary is one of them, and takes writes.
+    pub primary: bool,
+}
+
 /// One node.
 #[derive(Debug)]
 pub struct Node {
@@ -176,6 +187,17 @@ impl Nodes {
         let mut alive: Vec<&Arc<Node>> = self.all.iter().filter(|node| node.state.borrow().alive).collect();
         alive.sort_by_key(|node| !is_primary(node));
         alive
+    }
+
+    /// How many nodes answer, of how many, and whether the primary is one of them.
+    pub(super) fn condition(&self) -> Condition {
+        let epoch = self.primary.borrow().clone();
+        let alive = self.all.iter().filter(|node| node.state.borrow().alive).count();
+        Condition {
+            alive,
+            nodes: self.all.len(),
+            primary: epoch.is_some_and(|epoch| epoch.node.state.borrow().timeline > 0),
+        }
     }
 
     /// Takes over what was seen of all nodes.

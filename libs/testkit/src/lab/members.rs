@@ -197,6 +197,11 @@ impl Lab {
         }))
     }
 
+    /// The URI of PostgreSQL for a program that can't ask the nodes.
+    pub fn proxied_store(&self) -> String {
+        format!("postgres://service@{}/aeterna", local(self.port("haproxy")))
+    }
+
     /// The URI of Redis by its Sentinels.
     pub fn live(&self) -> String {
         let hosts = NODES.map(|number| local(self.port(&format!("sentinel{number}"))));

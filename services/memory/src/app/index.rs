@@ -17,7 +17,7 @@ use tokio_util::sync::CancellationToken;
 use super::{App, Indexes, Model, Serving};
 use crate::domain::{Key, Sequence};
 use crate::store::code::Code;
-use crate::store::{Entry, IndexState};
+use crate::store::{Condition, Entry, IndexState};
 
 /// Changes applied at a time.
 const BATCH: usize = 500;
@@ -138,8 +138,27 @@ impl Background {
             self.embed_anew(&stop),
             self.learn(&stop),
             self.reap(&stop),
+            self.look_at_store(&stop),
             self.app.publish(&stop)
         );
+    }
+
+    /// Says how the store is.
+    async fn look_at_store(&self, stop: &CancellationToken) {
+        while !stop.is_cancelled() {
+            let state = match self.app.store.condition() {
+                Condition::Well => Dependency::Up,
+                Condition::Weak(what) => Dependency::Degraded(what),
+                Condition::Away(what) => Dependency::Down(what),
+            };
+            for service in crate::SERVICES {
+                self.health.report(service, "store", state.clone()).await;
+            }
+            tokio::select! {
+                () = stop.cancelled() => {}
+                () = tokio::time::sleep(PAUSE) => {}
+            }
+        }
     }
 
     /// Follows the outbox.

@@ -27,8 +27,8 @@ use sqlx::postgres::PgRow;
 use super::code::Code;
 use super::ledger::{self, answered, damaged, encode, parsed};
 use super::{
-    Addition, Arms, AsOf, ChangeItem, Counts, ExportPage, Exported, Frequencies, Imported, Imports, IndexEvent,
-    IndexState, Listing, Progress, Relational, Rescoring, Scored, Seen, Sight, Stored,
+    Addition, Arms, AsOf, ChangeItem, Condition, Counts, ExportPage, Exported, Frequencies, Imported, Imports,
+    IndexEvent, IndexState, Listing, Progress, Relational, Rescoring, Scored, Seen, Sight, Stored,
 };
 use crate::domain::{self, Idempotency, Key, Memory, ScopeKey, Sequence, Version, View, Writer, Written};
 use crate::error::MemoryError;
@@ -458,6 +458,16 @@ impl Relational for PostgresStore {
     async fn put_note(&self, name: &str, value: &str) -> Result<(), MemoryError> {
         let name = format!("note:{name}");
         transaction!(self, SYSTEM, true, 1, (session, _places) => read::put_meta(session, &name, value))
+    }
+
+    fn condition(&self) -> Condition {
+        let nodes = self.database.condition();
+        match (nodes.alive, nodes.primary) {
+            (0, _) => Condition::Away("no node answers".into()),
+            (_, false) => Condition::Weak("no primary: writes wait".into()),
+            (alive, true) if alive < nodes.nodes => Condition::Weak(format!("{alive} of {} nodes answer", nodes.nodes)),
+            _ => Condition::Well,
+        }
     }
 
     async fn close(&self) {

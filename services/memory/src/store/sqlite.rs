@@ -25,8 +25,8 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use super::code::Code;
 use super::ledger::{self, damaged, encode, parsed};
 use super::{
-    Addition, Arms, AsOf, ChangeItem, Counts, ExportPage, Exported, Frequencies, Imported, Imports, IndexEvent,
-    IndexState, Listing, Progress, Relational, Rescoring, Scored, Seen, Sight, Stored,
+    Addition, Arms, AsOf, ChangeItem, Condition, Counts, ExportPage, Exported, Frequencies, Imported, Imports,
+    IndexEvent, IndexState, Listing, Progress, Relational, Rescoring, Scored, Seen, Sight, Stored,
 };
 use crate::domain::{self, Idempotency, Key, Memory, ScopeKey, Sequence, Version, View, Writer, Written};
 use crate::error::MemoryError;
@@ -374,6 +374,10 @@ impl Relational for SqliteStore {
             .await
             .map_err(storage)?;
         transaction.commit().await.map_err(storage)
+    }
+
+    fn condition(&self) -> Condition {
+        Condition::Well
     }
 
     async fn close(&self) {

@@ -133,7 +133,7 @@ async fn said(store: &PostgresStore) -> Vec<String> {
 async fn a_killed_primary_takes_no_acknowledged_write_with_it() {
     let mut primary = PostgresServer::start(&["fsync=off"]);
     store(&primary).await.close().await;
-    let standby = primary.standby(&["fsync=off"]);
+    let mut standby = primary.standby(&["fsync=off"]);
     primary.sql("postgres", "ALTER SYSTEM SET synchronous_standby_names = '*'");
     primary.sql("postgres", "SELECT pg_reload_conf()");
     let hosts = format!(
@@ -164,8 +164,10 @@ async fn a_killed_primary_takes_no_acknowledged_write_with_it() {
         })
         .collect();
     tokio::time::sleep(Duration::from_secs(1)).await;
+    assert_eq!(store.condition(), Condition::Well);
     primary.kill();
     tokio::time::sleep(Duration::from_secs(1)).await;
+    assert_eq!(store.condition(), Condition::Weak("no primary: writes wait".into()));
     let before = said(&store).await;
     assert!(!before.is_empty(), "the standby serves reads while there is no primary");
     standby.sql("postgres", "ALTER SYSTEM RESET synchronous_standby_names");
@@ -181,6 +183,10 @@ async fn a_killed_primary_takes_no_acknowledged_write_with_it() {
     acknowledged.sort();
     assert!(acknowledged.len() > before.len(), "writes went on after the failover");
     assert_eq!(there, acknowledged);
+    assert_eq!(store.condition(), Condition::Weak("1 of 2 nodes answer".into()));
+    standby.kill();
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert_eq!(store.condition(), Condition::Away("no node answers".into()));
     store.close().await;
 }
 
