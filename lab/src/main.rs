@@ -69,6 +69,13 @@ impl Up {
             .as_deref()
             .or(own.parent())
             .context("say where the programs are")?;
+        let envoy = std::process::Command::new(&self.envoy).arg("--version").output();
+        if !envoy.is_ok_and(|envoy| envoy.status.success()) {
+            bail!(
+                "`{}` can't be run: `scripts/tools.sh envoy` installs it",
+                self.envoy.display()
+            );
+        }
         let mut programs = BTreeMap::from([("envoy".to_owned(), self.envoy.clone())]);
         for service in ["embedding", "memory"] {
             let path = beside.join(format!("aeterna-{service}"));
@@ -101,6 +108,7 @@ async fn run(Arguments { directory, command }: Arguments) -> anyhow::Result<Exit
         Command::Up(up) => {
             let lab = up.start(&directory).await?;
             show(&lab).await;
+            eprintln!("vectors: each memory service keeps an index of its own, fed by the outbox");
             eprintln!("the gateway is {}: `aeterna add --url {0} …`", lab.address());
         }
         Command::Status => show(&Lab::open(&directory)?).await,

@@ -11,7 +11,7 @@ mod options;
 mod session;
 
 use std::collections::VecDeque;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use sqlx::{AssertSqlSafe, Connection as _, PgConnection};
@@ -67,7 +67,7 @@ impl Postgres {
     }
 
     /// Begins a transaction that only reads, all as of one moment that is not before what was acknowledged or read here: on the
-    /// primary, or on a standby when it is away.
+    /// primary, or on a standby when it is away or reads are spread.
     ///
     /// # Errors
     /// When no node answers that has everything.
@@ -97,23 +97,56 @@ impl Postgres {
 
     async fn is_recent(&self, session: &mut Session) -> Result<bool, StorageError> {
         let (count, places) = {
-            let floor = self.floor.lock().unwrap_or_else(PoisonError::into_inner);
+            let floor = self.floor();
             if session.node().seen() >= floor.count {
                 return Ok(true);
             }
             (floor.count, Vec::from_iter(floor.latest.iter().copied()))
         };
-        let text = AssertSqlSafe(self.has_all);
-        let has_all: bool = sqlx::query_scalar(text).bind(places).fetch_one(&mut **session).await?;
+        let has_all = self.has_all(session, &places).await? || self.are_gone(session, &places).await?;
         if has_all {
             session.node().saw(count);
         }
         Ok(has_all)
     }
 
+    async fn has_all(&self, session: &mut Session, places: &[i64]) -> Result<bool, StorageError> {
+        let text = AssertSqlSafe(self.has_all);
+        Ok(sqlx::query_scalar(text).bind(places).fetch_one(&mut **session).await?)
+    }
+
+    /// Whether places that a node lacks are nowhere any more. A primary that dies may show, at its end, commits that its standby
+    /// never had and nobody was acknowledged. Who has read them must not wait for them for ever: what a primary lacks that has
+    /// been confirmed as one since is gone.
+    async fn are_gone(&self, session: &mut Session, places: &[i64]) -> Result<bool, StorageError> {
+        let Some(confirmed) = self.nodes.confirmed(session.node()) else {
+            return Ok(false);
+        };
+        let since = *self.floor().lacked.get_or_insert(confirmed);
+        // The look under way may have begun before.
+        if confirmed < since + 2 {
+            return Ok(false);
+        }
+        let mut gone = Vec::new();
+        for place in places {
+            if !self.has_all(session, &[*place]).await? {
+                gone.push(*place);
+            }
+        }
+        tracing::warn!(places = ?gone, "changes that were read of a primary at its end are gone; none of them was acknowledged");
+        let mut floor = self.floor();
+        floor.latest.retain(|place| !gone.contains(place));
+        floor.lacked = None;
+        Ok(true)
+    }
+
+    fn floor(&self) -> MutexGuard<'_, Floor> {
+        self.floor.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Reads from now on see at least what was committed with a place, and before it.
     pub fn reach(&self, place: i64) {
-        self.floor.lock().unwrap_or_else(PoisonError::into_inner).add(place);
+        self.floor().add(place);
     }
 
     /// Commits a write whose last change has a place; 0: it has none.
@@ -123,7 +156,7 @@ impl Postgres {
     pub async fn commit(&self, session: Session, place: i64) -> Result<(), StorageError> {
         let node = Arc::clone(session.node());
         session.commit().await?;
-        let mut floor = self.floor.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut floor = self.floor();
         let had_all = node.seen() >= floor.count;
         floor.add(place);
         if had_all {
@@ -139,6 +172,11 @@ impl Postgres {
             collisions: COLLISIONS,
             safe,
         }
+    }
+
+    /// Whether a transaction runs on the primary.
+    pub fn is_primary(&self, session: &Session) -> bool {
+        self.nodes.confirmed(session.node()).is_some()
     }
 
     /// How the nodes are at the moment, as far as the last look at them tells.
@@ -168,6 +206,8 @@ struct Floor {
     latest: VecDeque<i64>,
     /// Places so far.
     count: i64,
+    /// How often the primary had been confirmed when it was first seen to lack some.
+    lacked: Option<u64>,
 }
 
 impl Floor {
@@ -217,6 +257,11 @@ impl Attempts {
             _ => false,
         };
         if !worth {
+            if let StorageError::Unavailable(cause) | StorageError::Unknown(cause) | StorageError::Collision(cause) =
+                &error
+            {
+                tracing::warn!(%error, cause = &**cause as &dyn std::error::Error, "given up");
+            }
             return Err(error);
         }
         tracing::debug!(%error, "trying again");

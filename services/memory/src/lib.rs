@@ -82,6 +82,18 @@ pub const SETTINGS: &[Setting] = &[
         "How long a call waits for a PostgreSQL primary, and repeats what failed.",
     ),
     Setting::new(
+        "memory.read_from",
+        "primary",
+        "Which PostgreSQL node a read asks first: `primary`, or `any`, each in turn. Either way it sees all that this copy of the \
+         service has acknowledged and what its consistency token stands for; with `any`, a caller without tokens may see what others \
+         write come and go again.",
+    ),
+    Setting::new(
+        "memory.statement_timeout",
+        "30s",
+        "How long a PostgreSQL statement that only reads may take.",
+    ),
+    Setting::new(
         "memory.index",
         "flat:vectors",
         "The vector index: `flat:DIRECTORY`, relative to the data directory.",
@@ -154,6 +166,16 @@ impl Store {
         let owner_password = reader.secret("memory.store_owner_password");
         let connections = reader.within("memory.connections", 1..=500);
         let patience = reader.duration("memory.store_patience");
+        let statement = reader.duration("memory.statement_timeout");
+        let read_from = reader.text("memory.read_from")?;
+        let spread = match read_from.as_str() {
+            "any" => Some(true),
+            "primary" => Some(false),
+            _ => {
+                reader.problem("memory.read_from", "write `primary` or `any`");
+                None
+            }
+        };
         let uri: StoreUri = reader.get("memory.store")?;
         match uri.scheme.as_str() {
             "sqlite" if !uri.rest.is_empty() => Some(Self::Sqlite(uri.rest.into())),
@@ -168,6 +190,8 @@ impl Store {
                 };
                 options.connections = connections?;
                 options.patience = patience?;
+                options.statement = statement?;
+                options.spread = spread?;
                 let owner_password = owner_password.flatten();
                 let as_owner = |owner: String| options.as_user(&owner, owner_password.as_ref().map(Secret::expose));
                 let owner = owner.map(|owner| Box::new(as_owner(owner)));

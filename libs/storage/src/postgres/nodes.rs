@@ -1,7 +1,7 @@
 //! Which node is the primary, and which ones answer.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::atomic::{AtomicI64, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
@@ -159,6 +159,10 @@ impl Epoch {
 pub struct Nodes {
     all: Vec<Arc<Node>>,
     primary: watch::Sender<Option<Arc<Epoch>>>,
+    /// How often the primary was looked at and still was it.
+    confirmed: AtomicU64,
+    /// Counts reads that are spread.
+    turn: AtomicUsize,
     options: PostgresOptions,
 }
 
@@ -168,6 +172,8 @@ impl Nodes {
         Self {
             all: options.nodes.iter().map(node).collect(),
             primary: watch::Sender::new(None),
+            confirmed: AtomicU64::new(0),
+            turn: AtomicUsize::new(0),
             options: options.clone(),
         }
     }
@@ -180,13 +186,27 @@ impl Nodes {
         known.ok_or_else(|| StorageError::Unavailable("no node is the primary".into()))
     }
 
-    /// Those that answer, the primary first.
+    /// Those that answer, in the order in which a read asks them: the primary first, or another one each time.
     pub(super) fn in_order(&self) -> Vec<&Arc<Node>> {
-        let epoch = self.primary.borrow().clone();
-        let is_primary = |node: &Arc<Node>| epoch.as_ref().is_some_and(|epoch| Arc::ptr_eq(&epoch.node, node));
         let mut alive: Vec<&Arc<Node>> = self.all.iter().filter(|node| node.state.borrow().alive).collect();
-        alive.sort_by_key(|node| !is_primary(node));
+        if self.options.spread {
+            let turn = self.turn.fetch_add(1, Ordering::Relaxed) % alive.len().max(1);
+            alive.rotate_left(turn);
+        } else {
+            let epoch = self.primary.borrow().clone();
+            let is_primary = |node: &Arc<Node>| epoch.as_ref().is_some_and(|epoch| Arc::ptr_eq(&epoch.node, node));
+            alive.sort_by_key(|node| !is_primary(node));
+        }
         alive
+    }
+
+    /// How often this node was looked at and still was the primary; `None`: it is not.
+    pub(super) fn confirmed(&self, node: &Arc<Node>) -> Option<u64> {
+        let confirmed = self.confirmed.load(Ordering::SeqCst);
+        let epoch = self.primary.borrow().clone();
+        epoch
+            .is_some_and(|epoch| Arc::ptr_eq(&epoch.node, node))
+            .then_some(confirmed)
     }
 
     /// How many nodes answer, of how many, and whether the primary is one of them.
@@ -217,8 +237,11 @@ impl Nodes {
             }
         };
         let Some(((state, _), node)) = chosen else { return };
-        let same = current.as_ref().is_some_and(|epoch| Arc::ptr_eq(&epoch.node, node));
-        if same || state.timeline == 0 {
+        if state.timeline == 0 {
+            return;
+        }
+        if current.as_ref().is_some_and(|epoch| Arc::ptr_eq(&epoch.node, node)) {
+            self.confirmed.fetch_add(1, Ordering::SeqCst);
             return;
         }
         tracing::info!(node = node.options.name, "this node is the primary");

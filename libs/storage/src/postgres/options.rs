@@ -15,6 +15,8 @@ pub struct PostgresOptions {
     pub patience: Duration,
     /// How long a statement that only reads may take.
     pub statement: Duration,
+    /// Reads go to all nodes in turn, and not to the primary first.
+    pub spread: bool,
 }
 
 /// One node.
@@ -82,6 +84,7 @@ impl PostgresOptions {
             connections: 16,
             patience: Duration::from_secs(5),
             statement: Duration::from_secs(30),
+            spread: false,
         })
     }
 

@@ -176,7 +176,7 @@ impl Lab {
         }
     }
 
-    /// Waits until Envoy has a healthy copy of every service.
+    /// Waits until Envoy reaches every copy of every service.
     ///
     /// # Errors
     /// When that takes too long.

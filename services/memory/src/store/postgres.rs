@@ -186,13 +186,23 @@ impl PostgresStore {
     }
 
     async fn begin(&self, tenant: &str) -> Result<(Session, Places), MemoryError> {
-        let mut session = self.database.write(&[("aeterna.tenant", tenant)]).await?;
-        let places = within(1, Places::of(&mut session)).await?;
-        Ok((session, places))
+        loop {
+            let mut session = self.database.write(&[("aeterna.tenant", tenant)]).await?;
+            if let Some(places) = within(1, Places::of(&mut session)).await? {
+                return Ok((session, places));
+            }
+            within(1, write::begin_timeline(&mut session)).await?;
+            self.database.commit(session, 0).await?;
+        }
     }
 
-    /// What was answered to a request id. An answer that is found is told only once it is sure to last: a transaction that
-    /// commits after it waits for the standby, and so for everything before.
+    /// Waits until everything that can be read on the primary is sure to last: a transaction that commits now waits for the
+    /// standby, and so for everything before.
+    async fn outlast(&self, tenant: &str) -> Result<(), MemoryError> {
+        transaction!(self, tenant, true, 1, (_session, _places) => async { Ok(()) })
+    }
+
+    /// What was answered to a request id. An answer that is found is told only once it is sure to last.
     async fn replayed<T: DeserializeOwned + Send>(
         &self,
         writer: &Writer,
@@ -201,7 +211,7 @@ impl PostgresStore {
         let tenant = writer.tenant.as_str();
         let found = reading!(self, tenant, session => write::answer(session, writer, idempotency))?;
         let Some((digest, answer)) = found else { return Ok(None) };
-        transaction!(self, tenant, true, 1, (_session, _places) => async { Ok(()) })?;
+        self.outlast(tenant).await?;
         answered(idempotency, &digest, &answer).map(Some)
     }
 }
@@ -363,7 +373,15 @@ impl Relational for PostgresStore {
         limit: usize,
     ) -> Result<Vec<domain::Change>, MemoryError> {
         let whose = tenant.map_or(SYSTEM, TenantId::as_str);
-        reading!(self, whose, session => read::changes(session, tenant, after, limit))
+        let (changes, on_primary) = reading!(self, whose, session => async {
+            let on_primary = self.database.is_primary(session);
+            Ok((read::changes(session, tenant, after, limit).await?, on_primary))
+        })?;
+        // What is told can't be taken back. A standby shows nothing that it does not have.
+        if on_primary && !changes.is_empty() {
+            self.outlast(whose).await?;
+        }
+        Ok(changes)
     }
 
     async fn last_sequence(&self) -> Result<Sequence, MemoryError> {

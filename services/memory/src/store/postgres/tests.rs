@@ -76,9 +76,26 @@ async fn a_commit_whose_wait_for_the_standby_was_cancelled_is_not_called_done() 
         other => panic!("{other:?}"),
     };
     assert!(told.contains("warned"), "{told}");
+
+    // A memory that can be read already is neither told to watchers nor answered to whoever repeats the request.
+    let (written, ()) = tokio::join!(say(&store, "in doubt"), cancelled_again(&server, cancel));
+    assert!(
+        matches!(written, Err(MemoryError::Store(StorageError::Unknown(_)))),
+        "{written:?}"
+    );
+    assert_eq!(said(&store).await, ["in doubt"]);
+    let (watched, repeated) = tokio::join!(store.changes(None, Sequence::default(), 10), say(&store, "in doubt"));
+    for outcome in [watched.map(|_| ()), repeated] {
+        assert!(
+            matches!(outcome, Err(MemoryError::Store(StorageError::Unknown(_)))),
+            "{outcome:?}"
+        );
+    }
     server.sql("postgres", "ALTER SYSTEM RESET synchronous_standby_names");
     server.sql("postgres", "SELECT pg_reload_conf()");
     store.put_note("name", "value").await.unwrap();
+    say(&store, "in doubt").await.unwrap();
+    assert_eq!(store.changes(None, Sequence::default(), 10).await.unwrap().len(), 1);
     store.close().await;
 }
 
@@ -207,4 +224,81 @@ async fn places_go_on_ascending_in_a_younger_cluster() {
         "in the order in which they were written: {events:?}"
     );
     after.close().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn reads_that_are_spread_see_what_was_acknowledged() {
+    let primary = PostgresServer::start(&["fsync=off"]);
+    store(&primary).await.close().await;
+    // It lags: a read there has to be found out and made elsewhere.
+    let standby = primary.standby(&["fsync=off", "recovery_min_apply_delay=300ms"]);
+    let hosts = format!(
+        "//service@127.0.0.1:{},127.0.0.1:{}/aeterna",
+        primary.port, standby.port
+    );
+    let mut options = PostgresOptions::parse(&hosts, None).unwrap();
+    options.spread = true;
+    let store = PostgresStore::open(&options, None).await.unwrap();
+    for number in 0..20 {
+        say(&store, &format!("number {number}")).await.unwrap();
+        assert_eq!(said(&store).await.len(), number + 1);
+    }
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    for _ in 0..4 {
+        assert_eq!(said(&store).await.len(), 20);
+    }
+    // One connection looks at the node, the other one has read.
+    let reads = "SELECT count(*) FROM pg_stat_activity WHERE usename = 'service' AND query = 'ROLLBACK'";
+    assert_ne!(standby.sql("postgres", reads), "0");
+    store.close().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_primary_showed_at_its_end_is_not_waited_for_and_nothing_new_hides_before_it() {
+    let mut primary = PostgresServer::start(&["fsync=off"]);
+    store(&primary).await.close().await;
+    let standby = primary.standby(&["fsync=off"]);
+    let hosts = format!(
+        "//service@127.0.0.1:{},127.0.0.1:{}/aeterna",
+        primary.port, standby.port
+    );
+    let store = PostgresStore::open(&PostgresOptions::parse(&hosts, None).unwrap(), None)
+        .await
+        .unwrap();
+    say(&store, "kept").await.unwrap();
+    while standby.sql("aeterna", "SELECT count(*) FROM memories") == "0" {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    standby.sql("postgres", "ALTER SYSTEM SET primary_conninfo = ''");
+    standby.sql("postgres", "SELECT pg_reload_conf()");
+    while primary.sql("postgres", "SELECT count(*) FROM pg_stat_replication") != "0" {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    // Whoever follows the outbox has read it, and it goes with its node.
+    for number in 0..3 {
+        say(&store, &format!("gone {number}")).await.unwrap();
+    }
+    let read = store
+        .events(Sequence::default(), 10)
+        .await
+        .unwrap()
+        .pop()
+        .unwrap()
+        .sequence;
+    primary.kill();
+    standby.sql("postgres", "SELECT pg_promote()");
+    let again = async {
+        while say(&store, "new").await.is_err() {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(20), again).await.unwrap();
+    assert_eq!(said(&store).await, ["new", "kept"]);
+    let events = store.events(read, 10).await.unwrap();
+    assert_eq!(
+        events.len(),
+        1,
+        "who has read the lost one is told of the new one: {events:?}"
+    );
+    store.close().await;
 }

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use aeterna_storage::Session;
 use aeterna_types::{Layer, MemoryId, Scope, Timestamp};
 use async_trait::async_trait;
-use sqlx::{PgConnection, Row as _};
+use sqlx::{AssertSqlSafe, PgConnection, Row as _};
 
 use super::lexical::{self, Terms};
 use super::{keyed, seal, seal_json, storage, unseal_json};
@@ -18,6 +18,27 @@ use crate::store::{Progress, StoredVector};
 /// Changes that one transaction may bring: two to this power.
 pub const CHANGES: u32 = 20;
 
+/// The timeline of a primary: how the names of its WAL files begin.
+const TIMELINE: &str = "left(pg_walfile_name(pg_current_wal_lsn()), 8)";
+/// Transactions, as a power of two, that a primary can't have begun whose standby never heard of them.
+const UNHEARD: u32 = 20;
+
+/// Begins a timeline: its places come after all those of the one before, those included that a primary showed at its end and
+/// nobody has any more. Others that do so at the same time wait, and find it begun.
+pub async fn begin_timeline(connection: &mut PgConnection) -> Result<(), MemoryError> {
+    let query = format!(
+        "WITH begun AS (INSERT INTO meta (name, value) VALUES ('timeline', {TIMELINE}) ON CONFLICT (name) \
+         DO UPDATE SET value = excluded.value WHERE meta.value <> excluded.value RETURNING 1) \
+         UPDATE meta SET value = (value::bigint + (1::bigint << {}))::text WHERE name = 'base' AND EXISTS (SELECT 1 FROM begun)",
+        UNHEARD + CHANGES
+    );
+    sqlx::query(AssertSqlSafe(query))
+        .execute(connection)
+        .await
+        .map_err(storage)?;
+    Ok(())
+}
+
 /// Where the changes of a transaction stand in the outbox.
 #[derive(Debug)]
 pub struct Places {
@@ -26,12 +47,19 @@ pub struct Places {
 }
 
 impl Places {
-    /// Those of the transaction under way, which gets its number by this.
-    pub async fn of(connection: &mut PgConnection) -> Result<Self, MemoryError> {
-        let query =
-            "SELECT (pg_current_xact_id()::text::bigint << 20) + (SELECT value::bigint FROM meta WHERE name = 'base')";
-        let first = sqlx::query_scalar(query).fetch_one(connection).await.map_err(storage)?;
-        Ok(Self { first, taken: 0 })
+    /// Those of the transaction under way, which gets its number by this; `None` when the timeline is a new one, which has to
+    /// begin first. The message makes the transaction one that has written something, even if it only finds what another one
+    /// has written: PostgreSQL lets no other wait for the standby at its commit.
+    pub async fn of(connection: &mut PgConnection) -> Result<Option<Self>, MemoryError> {
+        let query = format!(
+            "SELECT (pg_current_xact_id()::text::bigint << {CHANGES}) + b.value::bigint, t.value = {TIMELINE}, \
+             pg_logical_emit_message(true, 'aeterna', '')::text FROM meta b LEFT JOIN meta t ON t.name = 'timeline' WHERE b.name = 'base'"
+        );
+        let (first, same, _): (i64, Option<bool>, String) = sqlx::query_as(AssertSqlSafe(query))
+            .fetch_one(connection)
+            .await
+            .map_err(storage)?;
+        Ok((same == Some(true)).then_some(Self { first, taken: 0 }))
     }
 
     fn take(&mut self) -> Result<Sequence, MemoryError> {
