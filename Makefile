@@ -84,12 +84,13 @@ bench-memory: ## add and search end to end over gRPC (N=100000, CONCURRENCY=16)
 	@$(BUILD)/aeterna-bench memory --n "$(or $(N),100000)" --concurrency "$(or $(CONCURRENCY),16)" --server $(BUILD)/aeterna
 
 LAB = $(BUILD)/aeterna-lab --directory "$(or $(LAB_DIR),/tmp/aeterna-lab)"
+LAB_UP = --timings "$(or $(TIMINGS),tuned)" --patroni "$(shell scripts/tools.sh --path)/../patroni"
 lab-programs: ## build what the lab needs
 	@scripts/tools.sh lab envoy
 	cargo build --release --locked -p aeterna-lab -p aeterna-memory -p aeterna-embedding
 
 lab-up: lab-programs ## start the highly-available stores and two copies of each service on this machine (TIMINGS=tuned|specified, LAB_DIR=/tmp/aeterna-lab)
-	@$(LAB) up --timings "$(or $(TIMINGS),tuned)"
+	@$(LAB) up $(LAB_UP)
 
 lab-status: ## show who is who in the lab, lag and health
 	@$(LAB) status
@@ -98,7 +99,7 @@ lab-down: ## kill everything in the lab and remove its directory
 	@$(LAB) down
 
 lab-drill: lab-programs ## break the lab under load and check that nothing was lost (DRILL=primary-killed|…|all; without DRILL: list them)
-	@$(LAB) drill --timings "$(or $(TIMINGS),tuned)" $(DRILL)
+	@$(LAB) drill $(LAB_UP) $(DRILL)
 
 clean: ## remove what was built (installed tools and data stay)
 	cargo clean

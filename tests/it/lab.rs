@@ -4,31 +4,21 @@ use std::collections::BTreeMap;
 
 use aeterna_lab::Drill;
 use aeterna_proto::memory::v1::memory_service_client::MemoryServiceClient;
-use aeterna_testkit::lab::{Extent, Lab, Timings};
+use aeterna_testkit::lab::{Extent, Lab, Scratch, Timings};
 use aeterna_testkit::{Program, built, cache};
 
 use crate::notes::item;
-
-/// A directory whose lab is stopped when it is dropped, however far it got.
-struct Place(tempfile::TempDir);
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        if let Ok(lab) = Lab::open(self.0.path()) {
-            lab.kill_all();
-        }
-    }
-}
 
 #[tokio::test(flavor = "multi_thread")]
 async fn no_acknowledged_write_is_lost_when_nodes_and_copies_are_killed() {
     let programs = BTreeMap::from([
         ("envoy".to_owned(), cache().join("tools/bin/envoy")),
+        ("patroni".to_owned(), cache().join("tools/patroni")),
         ("embedding".to_owned(), built("aeterna-embedding")),
         ("memory".to_owned(), built("aeterna-memory")),
     ]);
-    let place = Place(tempfile::tempdir_in("/tmp").unwrap());
-    let lab = Lab::up(place.0.path(), Extent::All, Timings::Tuned, programs, |step| {
+    let place = Scratch::new();
+    let lab = Lab::up(place.path(), Extent::All, Timings::Tuned, programs, |step| {
         eprintln!("{step}")
     });
     let lab = lab.await.unwrap();

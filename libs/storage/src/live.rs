@@ -125,7 +125,7 @@ mod tests {
     use std::collections::BTreeMap;
     use std::time::Instant;
 
-    use aeterna_testkit::lab::{Extent, Lab, Part, Timings};
+    use aeterna_testkit::lab::{Extent, Lab, Part, Scratch, Timings};
 
     use super::*;
 
@@ -134,21 +134,10 @@ mod tests {
         conformance::conforms(&MemoryLive::default()).await;
     }
 
-    /// A lab that is stopped when it is dropped.
-    struct Place(tempfile::TempDir);
-
-    impl Drop for Place {
-        fn drop(&mut self) {
-            if let Ok(lab) = Lab::open(self.0.path()) {
-                lab.kill_all();
-            }
-        }
-    }
-
     #[tokio::test(flavor = "multi_thread")]
     async fn redis_conforms_and_follows_its_sentinels() {
-        let place = Place(tempfile::tempdir_in("/tmp").unwrap());
-        let lab = Lab::up(place.0.path(), Extent::Redis, Timings::Tuned, BTreeMap::new(), |_| ());
+        let place = Scratch::new();
+        let lab = Lab::up(place.path(), Extent::Redis, Timings::Tuned, BTreeMap::new(), |_| ());
         let lab = lab.await.unwrap();
         let uri = lab.live();
         let (scheme, rest) = uri.split_once(':').unwrap();

@@ -10,7 +10,7 @@ mod notice;
 mod options;
 mod session;
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -136,6 +136,7 @@ impl Postgres {
         tracing::warn!(places = ?gone, "changes that were read of a primary at its end are gone; none of them was acknowledged");
         let mut floor = self.floor();
         floor.latest.retain(|place| !gone.contains(place));
+        floor.gone.extend(gone);
         floor.lacked = None;
         Ok(true)
     }
@@ -206,6 +207,8 @@ struct Floor {
     latest: VecDeque<i64>,
     /// Places so far.
     count: i64,
+    /// Places that are nowhere any more; whoever has read them may name them again.
+    gone: BTreeSet<i64>,
     /// How often the primary had been confirmed when it was first seen to lack some.
     lacked: Option<u64>,
 }
@@ -213,7 +216,7 @@ struct Floor {
 impl Floor {
     fn add(&mut self, place: i64) {
         const KEPT: usize = 64;
-        if place <= 0 || self.latest.contains(&place) {
+        if place <= 0 || self.latest.contains(&place) || self.gone.contains(&place) {
             return;
         }
         if self.latest.len() == KEPT {

@@ -75,8 +75,8 @@ pub struct Lab {
 }
 
 impl Lab {
-    /// Starts one in a directory that is empty or not there; `say` is told of each step. `programs` has the path of `envoy` and
-    /// of each service's own program.
+    /// Starts one in a directory that is empty or not there; `say` is told of each step. `programs` has the path of `envoy`,
+    /// of the Python directory of `patroni`, and of each service's own program.
     ///
     /// # Errors
     /// When a program is missing or a member does not start; what has been started goes on, for a look at its logs.
@@ -107,6 +107,9 @@ impl Lab {
         let lab = Self { directory, plan };
         for member in lab.members() {
             lab.prepare(&member)?;
+        }
+        if extent == Extent::All {
+            lab.copy_patroni()?;
         }
         let (stores, rest): (Vec<String>, Vec<String>) = lab
             .members()
@@ -245,6 +248,21 @@ impl Lab {
         Ok(())
     }
 
+    fn copy_patroni(&self) -> anyhow::Result<()> {
+        let from = self
+            .plan
+            .programs
+            .get("patroni")
+            .context("the lab was made without `patroni`")?;
+        let copied = Command::new("cp")
+            .arg("-r")
+            .arg(from)
+            .arg(self.directory.join(members::PYTHON))
+            .status()?;
+        ensure!(copied.success(), "Patroni can't be copied from {}", from.display());
+        Ok(())
+    }
+
     /// Starts a member that does not run.
     ///
     /// # Errors
@@ -346,6 +364,34 @@ impl Lab {
     /// Where Envoy listens.
     pub fn address(&self) -> String {
         format!("http://127.0.0.1:{}", self.port("envoy"))
+    }
+}
+
+/// A directory for the lab of a test; the lab is stopped when this is dropped, however far it got.
+#[derive(Debug)]
+pub struct Scratch(tempfile::TempDir);
+
+impl Scratch {
+    /// A new one.
+    ///
+    /// # Panics
+    /// When it can't be made.
+    #[expect(clippy::new_without_default, reason = "it makes a directory")]
+    pub fn new() -> Self {
+        Self(tempfile::tempdir_in("/tmp").expect("a directory can be made"))
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        self.0.path()
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        if let Ok(lab) = Lab::open(self.path()) {
+            lab.kill_all();
+        }
     }
 }
 

@@ -37,6 +37,8 @@ impl Timings {
     }
 }
 
+/// Where the lab keeps Patroni, for an account that can't read where it was installed.
+pub(super) const PYTHON: &str = "python";
 /// What the Sentinels call the master.
 pub(super) const MASTER: &str = "aeterna";
 const HAPROXY: &str = include_str!("../../../../deploy/haproxy/haproxy.cfg");
@@ -80,8 +82,9 @@ impl Lab {
         let mut command = match Self::kind(member) {
             "etcd" => self.etcd(member),
             "pg" => {
-                let mut command = unprivileged(Path::new("patroni"));
-                command.arg(place.path("conf"));
+                let mut command = unprivileged(Path::new("/usr/bin/python3"));
+                command.args(["-m", "patroni"]).arg(place.path("conf"));
+                command.env("PYTHONPATH", self.directory().join(PYTHON));
                 command
             }
             // Both rewrite their settings, when another server becomes the master.
