@@ -418,7 +418,8 @@ pub async fn build(config: Config, deps: Deps) -> Result<Service, Error> {
 /// that directory meanwhile. `tell` hears of progress.
 ///
 /// # Errors
-/// NOT_CONFIGURED when there is no such file or it is the store of the settings itself, and as [`migrate::migrate`].
+/// NOT_CONFIGURED when there is no such file or it is the store of the settings itself; INVALID_STATE when that store has anything
+/// of its own or what arrived is not what was sent; or when a store fails, and then the same call goes on.
 pub async fn migrate_from(
     config: &Config,
     data_dir: &Path,
