@@ -7,7 +7,7 @@ set -euo pipefail
 BUF=1.75.0
 CARGO_DENY=0.20.2
 ENVOY=1.40.0
-PATRONI=4.1.5 # before 3.1, one that stood still and woke up could take the lock from its successor, and its writes with it
+PATRONI=4.1.5 # in 3.0.2 one that stood still and woke up could take the lock from its successor, and its writes with it
 GRPCURL=1.9.3
 GO=1.27.3 # builds grpcurl where no go is installed
 GO_OLDEST_MINOR=21

@@ -55,19 +55,16 @@ impl Drill {
     /// Breaks something and mends it, while the load runs. `broken` is called at the moment of the fault.
     pub(crate) async fn carry_out(self, lab: &Lab, load: &Load, broken: impl Fn()) -> anyhow::Result<()> {
         match self {
-            Self::PrimaryKilled | Self::PostgresKilled => {
-                let part = if self == Self::PrimaryKilled {
-                    Part::All
-                } else {
-                    Part::Postgres
-                };
+            Self::PrimaryKilled => {
                 let primary = primary(lab).await?;
                 broken();
-                lab.kill(&primary, part).await?;
+                die_and_return(lab, load, &[&primary]).await?;
+            }
+            Self::PostgresKilled => {
+                let primary = primary(lab).await?;
+                broken();
+                lab.kill(&primary, Part::Postgres).await?;
                 goes_on(load).await?;
-                if part == Part::All {
-                    lab.start(&primary)?;
-                }
             }
             Self::PatroniKilled => {
                 let primary = primary(lab).await?;
@@ -92,14 +89,10 @@ impl Drill {
                 goes_on?;
             }
             Self::StandbyKilled => {
-                let standby = lab
-                    .synchronous_standby()
-                    .await
-                    .context("there is no synchronous standby")?;
+                let standby = lab.synchronous_standby().await;
+                let standby = standby.context("there is no synchronous standby")?;
                 broken();
-                lab.kill(&standby, Part::All).await?;
-                goes_on(load).await?;
-                lab.start(&standby)?;
+                die_and_return(lab, load, &[&standby]).await?;
             }
             Self::Switchover => {
                 broken();
@@ -109,9 +102,7 @@ impl Drill {
             Self::EtcdLeaderKilled => {
                 let leader = lab.etcd_leader().await.context("no etcd leads")?;
                 broken();
-                lab.kill(&leader, Part::All).await?;
-                goes_on(load).await?;
-                lab.start(&leader)?;
+                die_and_return(lab, load, &[&leader]).await?;
             }
             Self::EtcdQuorumLost => {
                 broken();
@@ -128,9 +119,7 @@ impl Drill {
             Self::RedisMasterKilled => {
                 let master = lab.redis_master().await.context("there is no Redis master")?;
                 broken();
-                lab.kill(&master, Part::All).await?;
-                goes_on(load).await?;
-                lab.start(&master)?;
+                die_and_return(lab, load, &[&master]).await?;
             }
             Self::SentinelsLost => {
                 let master = lab.redis_master().await.context("there is no Redis master")?;
@@ -149,14 +138,7 @@ impl Drill {
             }
             Self::ServiceKilled => {
                 broken();
-                let copies = ["memory1", "embedding1"];
-                for copy in copies {
-                    lab.kill(copy, Part::All).await?;
-                }
-                goes_on(load).await?;
-                for copy in copies {
-                    lab.start(copy)?;
-                }
+                die_and_return(lab, load, &["memory1", "embedding1"]).await?;
                 lab.served(START).await?;
             }
             Self::RollingRestart => {
@@ -171,6 +153,18 @@ impl Drill {
 
 async fn primary(lab: &Lab) -> anyhow::Result<String> {
     lab.primary().await.context("there is no primary")
+}
+
+/// Kills members, and starts them again once the load goes on without.
+async fn die_and_return(lab: &Lab, load: &Load, members: &[&str]) -> anyhow::Result<()> {
+    for member in members {
+        lab.kill(member, Part::All).await?;
+    }
+    goes_on(load).await?;
+    for member in members {
+        lab.start(member)?;
+    }
+    Ok(())
 }
 
 /// Waits until the load goes on in spite of the fault, and a moment more.
@@ -191,15 +185,14 @@ async fn rolling_restart(lab: &Lab) -> anyhow::Result<()> {
         lab.ready(member, START).await
     };
     for member in lab.members() {
-        if member.starts_with("pg") {
-            // As an operator would: hand over first, and wait until the node keeps up again.
-            if lab.primary().await.as_ref() == Some(&member) {
-                lab.switch_over().await?;
-            }
-            restart(&member).await?;
+        let is_node = member.starts_with("pg");
+        // As an operator would: hand over first, and wait until the node keeps up again.
+        if is_node && lab.primary().await.as_ref() == Some(&member) {
+            lab.switch_over().await?;
+        }
+        restart(&member).await?;
+        if is_node {
             lab.whole(RESUME).await?;
-        } else {
-            restart(&member).await?;
         }
         if lab.is_service(&member) {
             lab.served(START).await?;

@@ -48,8 +48,7 @@ pub struct Load {
     pub history: Arc<History>,
     stop: watch::Sender<bool>,
     callers: JoinSet<anyhow::Result<()>>,
-    scopes: Vec<String>,
-    /// The counters' identifiers, by name.
+    /// The counters' identifiers, by the names of their writers.
     counters: BTreeMap<String, String>,
     client: Client,
 }
@@ -64,12 +63,10 @@ impl Load {
             history: Arc::clone(&history),
             stop,
             callers: JoinSet::new(),
-            scopes: Vec::new(),
             counters: BTreeMap::new(),
             client: client.clone(),
         };
         let asked = Arc::<Mutex<HashMap<String, Duration>>>::default();
-        let mut told = Vec::new();
         for number in 0..WRITERS {
             let name = format!("{run}-{number}");
             let mut caller = Caller {
@@ -80,25 +77,16 @@ impl Load {
                 name: name.clone(),
             };
             let counter = caller.counter().await?;
-            load.counters.insert(name.clone(), counter.counter.id.clone());
-            load.scopes.push(name);
+            load.counters.insert(name, counter.counter.id.clone());
             let (tell, heard) = watch::channel(counter);
-            told.push(heard.clone());
             // Before anything is written that it must be told of.
             let stream = caller.open(String::new()).await?;
             load.callers.spawn(caller.clone().hear(stream, heard.clone()));
             load.callers.spawn(caller.clone().write(tell));
+            if number < SEARCHERS {
+                load.callers.spawn(caller.clone().search(heard.clone()));
+            }
             load.callers.spawn(caller.read(heard));
-        }
-        for heard in told.into_iter().take(SEARCHERS) {
-            let caller = Caller {
-                client: client.clone(),
-                history: Arc::clone(&history),
-                stopping: stopping.clone(),
-                asked: Arc::clone(&asked),
-                name: String::new(),
-            };
-            load.callers.spawn(caller.search(heard));
         }
         Ok(load)
     }
@@ -127,7 +115,7 @@ impl Load {
 
     async fn stored(&self) -> anyhow::Result<Stored> {
         let mut stored = Stored::default();
-        for name in &self.scopes {
+        for (name, counter) in &self.counters {
             let mut page_token = String::new();
             loop {
                 let request = ListRequest {
@@ -137,11 +125,7 @@ impl Load {
                     ..Default::default()
                 };
                 let page = self.client.clone().list(request).await?.into_inner();
-                for memory in page
-                    .memories
-                    .into_iter()
-                    .filter(|memory| memory.id != self.counters[name])
-                {
+                for memory in page.memories.into_iter().filter(|memory| memory.id != *counter) {
                     *stored.contents.entry(memory.content).or_default() += 1;
                 }
                 page_token = page.next_page_token;
@@ -153,7 +137,7 @@ impl Load {
             let mut page_token = String::new();
             loop {
                 let request = HistoryRequest {
-                    id: self.counters[name].clone(),
+                    id: counter.clone(),
                     page_size: 1000,
                     page_token,
                 };

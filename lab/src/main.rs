@@ -44,7 +44,7 @@ enum Command {
 struct Up {
     /// How soon Patroni takes a silent primary for dead
     #[arg(long, value_enum, default_value = "tuned")]
-    timings: Pace,
+    timings: Timings,
     /// Where `aeterna-memory` and `aeterna-embedding` are; by default, beside this program
     #[arg(long)]
     programs: Option<PathBuf>,
@@ -54,14 +54,6 @@ struct Up {
     /// The gateway's program
     #[arg(long, default_value = "envoy")]
     envoy: PathBuf,
-}
-
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum Pace {
-    /// ttl 30, loop_wait 10, retry_timeout 10
-    Specified,
-    /// ttl 20, loop_wait 5, retry_timeout 5
-    Tuned,
 }
 
 impl Up {
@@ -90,11 +82,10 @@ impl Up {
             }
             programs.insert(service.into(), path);
         }
-        let timings = match self.timings {
-            Pace::Specified => Timings::Specified,
-            Pace::Tuned => Timings::Tuned,
-        };
-        Lab::up(directory, Extent::All, timings, programs, |step| eprintln!("{step}")).await
+        Lab::up(directory, Extent::All, self.timings, programs, |step| {
+            eprintln!("{step}")
+        })
+        .await
     }
 }
 

@@ -5,7 +5,7 @@
 
 mod look;
 mod members;
-mod process;
+pub(crate) mod process;
 
 use std::collections::BTreeMap;
 use std::fs::Permissions;

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use crate::lab::process;
 use crate::program::free_address;
 
 /// The account that Debian's packages make; the server refuses to run as root.
@@ -146,18 +147,9 @@ impl PostgresServer {
     /// # Panics
     /// When they can't be killed.
     pub fn kill(&mut self) {
-        let children = Command::new("pgrep")
-            .args(["-P", &self.server.id().to_string()])
-            .output();
-        let children = children.expect("pgrep can be started").stdout;
-        let children = String::from_utf8_lossy(&children).into_owned();
-        let killed = Command::new("kill")
-            .arg("-9")
-            .arg(self.server.id().to_string())
-            .args(children.split_whitespace())
-            .stderr(Stdio::null()) // some may have ended
-            .status();
-        assert!(killed.is_ok(), "kill can be started");
+        let mut processes = process::children(self.server.id());
+        processes.push(self.server.id());
+        process::signal(&processes, "KILL").expect("kill can be started");
         let _ = self.server.wait();
     }
 }
@@ -165,10 +157,7 @@ impl PostgresServer {
 impl Drop for PostgresServer {
     fn drop(&mut self) {
         // At once: nobody wants its data any more. The server itself ends its own processes.
-        let _ = Command::new("kill")
-            .args(["-QUIT", &self.server.id().to_string()])
-            .stderr(Stdio::null()) // it may have been killed
-            .status();
+        let _ = process::signal(&[self.server.id()], "QUIT");
         let _ = self.server.wait();
     }
 }

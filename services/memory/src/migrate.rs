@@ -73,9 +73,7 @@ pub async fn migrate(
     let mut moved = Moved::default();
     for tenant in tenants(from).await? {
         moved.tenants += 1;
-        move_rules(from, to, &tenant, &mut moved).await?;
-        move_documents(from, to, &tenant, &mut moved).await?;
-        move_memories(from, to, &tenant, &mut moved, |moved| tell(Stage::Moving, moved)).await?;
+        move_tenant(from, to, &tenant, &mut moved, |moved| tell(Stage::Moving, moved)).await?;
     }
     let old = survey(from, |seen| tell(Stage::Comparing, seen)).await?;
     let new = survey(to, |seen| tell(Stage::Comparing, seen)).await?;
@@ -97,117 +95,94 @@ async fn tenants(store: &dyn Relational) -> Result<Vec<TenantId>, MemoryError> {
     Ok(tenants)
 }
 
-async fn move_rules(
-    from: &dyn Relational,
-    to: &dyn Relational,
-    tenant: &TenantId,
-    moved: &mut Moved,
-) -> Result<(), MemoryError> {
-    let writer = system(tenant.as_str(), SystemClock.now())?;
-    for policy in from.policies(tenant).await? {
-        to.take_policy(&writer, policy).await?;
-        moved.policies += 1;
-    }
-    Ok(())
+/// Reads what a tenant has, in an order that is the same in every store.
+struct Reader<'a> {
+    store: &'a dyn Relational,
+    tenant: &'a TenantId,
+    scopes: Vec<ScopeKey>,
+    /// The document that was read last, and the memory.
+    document: Option<(String, i64)>,
+    memory: Key,
 }
 
-async fn move_documents(
-    from: &dyn Relational,
-    to: &dyn Relational,
-    tenant: &TenantId,
-    moved: &mut Moved,
-) -> Result<(), MemoryError> {
-    let writer = system(tenant.as_str(), SystemClock.now())?;
-    let mut after = None;
-    loop {
-        let page = from.documents(&everything(from, tenant, after).await?).await?;
-        let Some((number, last)) = page.last() else {
-            return Ok(());
+impl<'a> Reader<'a> {
+    async fn new(store: &'a dyn Relational, tenant: &'a TenantId) -> Result<Self, MemoryError> {
+        let everything = View {
+            scope: Scope::default(),
+            exact: false,
         };
-        after = Some((last.path.clone(), *number));
-        for (_, document) in page {
-            let versions = versions(from, tenant, &document).await?;
-            to.take_document(&writer, versions).await?;
-            moved.documents += 1;
+        Ok(Self {
+            store,
+            tenant,
+            scopes: store.visible(tenant, &everything, &[]).await?,
+            document: None,
+            memory: Key(0),
+        })
+    }
+
+    /// The next documents, each with all its versions, oldest first; none: that was all.
+    async fn documents(&mut self) -> Result<Vec<Vec<Document>>, MemoryError> {
+        let listing = DocumentListing {
+            tenant: self.tenant.clone(),
+            scopes: self.scopes.clone(),
+            prefix: String::new(),
+            after: self.document.take(),
+            limit: PAGE,
+            show_deleted: true,
+        };
+        let page = self.store.documents(&listing).await?;
+        self.document = page.last().map(|(number, last)| (last.path.clone(), *number));
+        let mut documents = Vec::with_capacity(page.len());
+        for (_, newest) in page {
+            documents.push(self.versions(&newest).await?);
         }
+        Ok(documents)
     }
-}
 
-/// The scopes of a tenant.
-async fn scopes(store: &dyn Relational, tenant: &TenantId) -> Result<Vec<ScopeKey>, MemoryError> {
-    let all = View {
-        scope: Scope::default(),
-        exact: false,
-    };
-    store.visible(tenant, &all, &[]).await
-}
-
-async fn everything(
-    store: &dyn Relational,
-    tenant: &TenantId,
-    after: Option<(String, i64)>,
-) -> Result<DocumentListing, MemoryError> {
-    Ok(DocumentListing {
-        tenant: tenant.clone(),
-        scopes: scopes(store, tenant).await?,
-        prefix: String::new(),
-        after,
-        limit: PAGE,
-        show_deleted: true,
-    })
-}
-
-/// All versions of a document, oldest first.
-async fn versions(store: &dyn Relational, tenant: &TenantId, newest: &Document) -> Result<Vec<Document>, MemoryError> {
-    let mut versions = Vec::new();
-    let mut before = None;
-    loop {
-        let page = store
-            .document_versions(tenant, &newest.scope, &newest.path, before, PAGE)
-            .await?;
-        let Some(last) = page.last() else { break };
-        before = Some(last.version);
-        for version in &page {
-            let number = Some(version.version);
-            let whole = store.document(tenant, &newest.scope, &newest.path, number).await?;
-            versions.push(whole.ok_or(MemoryError::NoVersion(version.version))?);
+    async fn versions(&self, newest: &Document) -> Result<Vec<Document>, MemoryError> {
+        let (tenant, scope, path) = (self.tenant, &newest.scope, &newest.path);
+        let mut versions = Vec::new();
+        let mut before = None;
+        loop {
+            let page = self.store.document_versions(tenant, scope, path, before, PAGE).await?;
+            let Some(last) = page.last() else { break };
+            before = Some(last.version);
+            for Document { version, .. } in page {
+                let whole = self.store.document(tenant, scope, path, Some(version)).await?;
+                versions.push(whole.ok_or(MemoryError::NoVersion(version))?);
+            }
         }
+        versions.reverse();
+        Ok(versions)
     }
-    versions.reverse();
-    Ok(versions)
+
+    /// The next memories, with all that moves; none: that was all.
+    async fn memories(&mut self) -> Result<Vec<Exported>, MemoryError> {
+        let page = ExportPage {
+            tenant: self.tenant.clone(),
+            scopes: self.scopes.clone(),
+            filter: None,
+            after: self.memory,
+            limit: PAGE,
+            history: true,
+            vectors: true,
+            most: MOST,
+            now: SystemClock.now(),
+        };
+        let mut found = self.store.export(&page).await?;
+        if let Some(last) = found.last() {
+            self.memory = last.key;
+        }
+        for exported in &mut found {
+            // Those of models that are on their way in or out are made again.
+            let model = &exported.memory.embedding_model;
+            exported.vectors.retain(|vector| vector.model == *model);
+        }
+        Ok(found)
+    }
 }
 
-/// The memories of a tenant in the order in which they were stored, with all that moves; none: that was all.
-async fn memories(
-    store: &dyn Relational,
-    tenant: &TenantId,
-    scopes: &[ScopeKey],
-    after: &mut Key,
-) -> Result<Vec<Exported>, MemoryError> {
-    let page = ExportPage {
-        tenant: tenant.clone(),
-        scopes: scopes.to_vec(),
-        filter: None,
-        after: *after,
-        limit: PAGE,
-        history: true,
-        vectors: true,
-        most: MOST,
-        now: SystemClock.now(),
-    };
-    let mut found = store.export(&page).await?;
-    if let Some(last) = found.last() {
-        *after = last.key;
-    }
-    for exported in &mut found {
-        // Those of models that are on their way in or out are made again.
-        let model = &exported.memory.embedding_model;
-        exported.vectors.retain(|vector| vector.model == *model);
-    }
-    Ok(found)
-}
-
-async fn move_memories(
+async fn move_tenant(
     from: &dyn Relational,
     to: &dyn Relational,
     tenant: &TenantId,
@@ -215,11 +190,25 @@ async fn move_memories(
     mut tell: impl FnMut(&Moved),
 ) -> Result<(), Error> {
     let writer = system(tenant.as_str(), SystemClock.now())?;
+    for policy in from.policies(tenant).await? {
+        to.take_policy(&writer, policy).await?;
+        moved.policies += 1;
+    }
+    let mut reader = Reader::new(from, tenant).await?;
+    loop {
+        let page = reader.documents().await?;
+        if page.is_empty() {
+            break;
+        }
+        moved.documents += page.len() as u64;
+        for versions in page {
+            to.take_document(&writer, versions).await?;
+        }
+    }
     let id = IMPORT.parse().map_err(Error::internal)?;
-    let (scopes, mut after) = (scopes(from, tenant).await?, Key(0));
     let mut progress = Progress::default();
     loop {
-        let page = memories(from, tenant, &scopes, &mut after).await?;
+        let page = reader.memories().await?;
         if page.is_empty() {
             return Ok(());
         }
@@ -251,21 +240,19 @@ async fn survey(store: &dyn Relational, mut tell: impl FnMut(&Moved)) -> Result<
             seen.policies += 1;
             seen.add(&policy)?;
         }
-        let mut after = None;
+        let mut reader = Reader::new(store, &tenant).await?;
         loop {
-            let page = store.documents(&everything(store, &tenant, after).await?).await?;
-            let Some((number, last)) = page.last() else { break };
-            after = Some((last.path.clone(), *number));
-            for (_, document) in page {
-                seen.documents += 1;
-                for version in versions(store, &tenant, &document).await? {
-                    seen.add(&(&version, &version.text.content))?;
-                }
+            let page = reader.documents().await?;
+            if page.is_empty() {
+                break;
+            }
+            seen.documents += page.len() as u64;
+            for version in page.iter().flatten() {
+                seen.add(&(version, &version.text.content))?;
             }
         }
-        let (scopes, mut after) = (scopes(store, &tenant).await?, Key(0));
         loop {
-            let page = memories(store, &tenant, &scopes, &mut after).await?;
+            let page = reader.memories().await?;
             if page.is_empty() {
                 break;
             }

@@ -16,7 +16,7 @@ use deadpool::Runtime;
 use deadpool::managed::{self, Metrics, Pool, PoolError, RecycleError, RecycleResult, Timeouts};
 use futures::StreamExt as _;
 use redis::aio::{MultiplexedConnection, PubSub};
-use redis::{AsyncConnectionConfig, Client, ConnectionInfo, IntoConnectionInfo as _, RedisError, Script, Value};
+use redis::{AsyncConnectionConfig, Client, IntoConnectionInfo as _, RedisError, Script, Value};
 
 use super::{Appended, Batch, Listener, Live, Page};
 use crate::StorageError;
@@ -119,23 +119,11 @@ impl RedisOptions {
     }
 
     fn server(&self, host: &str) -> Result<Client, StorageError> {
-        let mut settings = address(host)?.redis_settings().clone().set_db(self.database);
-        if let Some(user) = &self.user {
-            settings = settings.set_username(user);
-        }
-        if let Some(password) = &self.password {
-            settings = settings.set_password(password);
-        }
-        Ok(Client::open(address(host)?.set_redis_settings(settings))?)
+        client(host, self.database, self.user.as_deref(), self.password.as_deref())
     }
 
     async fn master_by(&self, sentinel: &str, name: &str) -> Result<String, StorageError> {
-        let mut info = address(sentinel)?;
-        if let Some(password) = &self.sentinel_password {
-            let settings = info.redis_settings().clone().set_password(password);
-            info = info.set_redis_settings(settings);
-        }
-        let mut connection = connect(&Client::open(info)?).await?;
+        let mut connection = connect(&client(sentinel, 0, None, self.sentinel_password.as_deref())?).await?;
         let mut ask = redis::cmd("SENTINEL");
         ask.arg("get-master-addr-by-name").arg(name);
         let found: Option<(String, u16)> = ask.query_async(&mut connection).await?;
@@ -160,10 +148,28 @@ impl RedisOptions {
         most.map(|(master, _)| master)
             .ok_or_else(|| last.unwrap_or_else(|| away("no Sentinel answers".into())))
     }
+
+    /// A connection to the master, which says itself that it is, with where it is.
+    async fn to_master(&self) -> Result<(String, MultiplexedConnection), StorageError> {
+        let master = self.master().await?;
+        let mut connection = connect(&self.server(&master)?).await?;
+        match leads(&mut connection).await? {
+            true => Ok((master, connection)),
+            false => Err(away(format!("{master} is no master"))),
+        }
+    }
 }
 
-fn address(host: &str) -> Result<ConnectionInfo, StorageError> {
-    Ok(format!("redis://{host}").into_connection_info()?)
+fn client(host: &str, database: i64, user: Option<&str>, password: Option<&str>) -> Result<Client, StorageError> {
+    let info = format!("redis://{host}").into_connection_info()?;
+    let mut settings = info.redis_settings().clone().set_db(database);
+    if let Some(user) = user {
+        settings = settings.set_username(user);
+    }
+    if let Some(password) = password {
+        settings = settings.set_password(password);
+    }
+    Ok(Client::open(info.set_redis_settings(settings))?)
 }
 
 fn away(why: String) -> StorageError {
@@ -204,12 +210,7 @@ impl managed::Manager for Manager {
     type Error = StorageError;
 
     async fn create(&self) -> Result<MultiplexedConnection, StorageError> {
-        let master = self.0.master().await?;
-        let mut connection = connect(&self.0.server(&master)?).await?;
-        match leads(&mut connection).await? {
-            true => Ok(connection),
-            false => Err(away(format!("{master} is no master"))),
-        }
+        Ok(self.0.to_master().await?.1)
     }
 
     async fn recycle(&self, connection: &mut MultiplexedConnection, _: &Metrics) -> RecycleResult<StorageError> {
@@ -286,13 +287,8 @@ impl Live for RedisLive {
     }
 
     async fn listen(&self, channel: &str) -> Result<Box<dyn Listener>, StorageError> {
-        let master = self.options.master().await?;
-        let client = self.options.server(&master)?;
-        let mut sure = connect(&client).await?;
-        if !leads(&mut sure).await? {
-            return Err(away(format!("{master} is no master")));
-        }
-        let mut heard = within(client.get_async_pubsub()).await?;
+        let (master, sure) = self.options.to_master().await?;
+        let mut heard = within(self.options.server(&master)?.get_async_pubsub()).await?;
         within(heard.subscribe(key("channel", channel))).await?;
         Ok(Box::new(Ear {
             heard,

@@ -5,6 +5,7 @@ use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context as _, bail};
+use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -12,12 +13,12 @@ use super::{COPIES, Lab, NODES, SERVICES};
 use crate::postgres::{binaries, unprivileged};
 
 /// How soon the cluster takes a silent primary for dead.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum Timings {
-    /// Patroni's own 30 s, looked at each 10 s.
+    /// ttl 30, loop_wait 10, retry_timeout 10
     Specified,
-    /// 20 s, looked at each 5 s.
+    /// ttl 20, loop_wait 5, retry_timeout 5
     Tuned,
 }
 
@@ -218,8 +219,8 @@ impl Lab {
         if service == "memory" {
             let nodes = |suffix: &str| NODES.map(|number| self.port(&format!("pg{number}{suffix}")));
             let hosts = nodes("").map(local).join(",");
-            let mut store = format!("postgres://service@{hosts}/aeterna?patroni=");
-            let _ = write!(store, "{}", nodes(".api").map(|port| port.to_string()).join(","));
+            let patroni = nodes(".api").map(|port| port.to_string()).join(",");
+            let store = format!("postgres://service@{hosts}/aeterna?patroni={patroni}");
             command
                 .env("AETERNA_MEMORY_STORE", store)
                 .env("AETERNA_MEMORY_STORE_OWNER", "owner");

@@ -142,7 +142,7 @@ impl LiveWork {
             let pause = match stepped {
                 Ok(true) => continue,
                 Ok(false) => PAUSE,
-                Err(_) => BETWEEN.max(PAUSE / 10),
+                Err(_) => PAUSE / 10,
             };
             tokio::select! {
                 () = stop.cancelled() => {}

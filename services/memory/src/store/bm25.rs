@@ -1,5 +1,11 @@
 //! BM25 (Robertson and Zaragoza 2009), as far as it does not depend on where the texts are.
 
+use std::borrow::Borrow;
+use std::collections::HashMap;
+use std::hash::Hash;
+
+/// Counts kept at most.
+const KEPT: usize = 100_000;
 /// Documents that the terms of one search may bring: ranking a document costs one or two microseconds.
 const DOCUMENTS: i64 = 1_500;
 /// Documents that are ranked at most, the newest first, when even the rarest term is everywhere.
@@ -22,4 +28,35 @@ pub fn rarest(mut counted: Vec<(i64, String)>) -> Vec<(i64, String)> {
         *place == 0 || documents <= DOCUMENTS
     });
     taken.map(|(_, term)| term).collect()
+}
+
+/// What was counted not long ago, each with the newest memory at that time: counting reads whole lists, and a store that has
+/// grown by a tenth is counted anew.
+#[derive(Debug)]
+pub struct Counts<K, V>(HashMap<K, (V, i64)>);
+
+impl<K, V> Default for Counts<K, V> {
+    fn default() -> Self {
+        Self(HashMap::new())
+    }
+}
+
+impl<K: Eq + Hash, V: Copy> Counts<K, V> {
+    /// What was counted, unless the store has grown too much since; `newest` is its newest memory now.
+    pub fn get<Q: Eq + Hash + ?Sized>(&self, key: &Q, newest: i64) -> Option<V>
+    where
+        K: Borrow<Q>,
+    {
+        let (value, then) = self.0.get(key)?;
+        (newest <= then + then / 10 + 100).then_some(*value)
+    }
+
+    /// Keeps what was counted now.
+    pub fn keep(&mut self, counted: impl IntoIterator<Item = (K, V)>, newest: i64) {
+        if self.0.len() >= KEPT {
+            self.0.clear();
+        }
+        let counted = counted.into_iter();
+        self.0.extend(counted.map(|(key, value)| (key, (value, newest))));
+    }
 }

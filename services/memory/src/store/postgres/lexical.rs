@@ -10,11 +10,8 @@ use super::read::limit;
 use super::{filter, storage};
 use crate::domain::{Key, Memory, ScopeKey};
 use crate::error::MemoryError;
-use crate::store::bm25::{RANKED, rarest, rarity};
+use crate::store::bm25::{Counts, RANKED, rarest, rarity};
 use crate::store::{Frequencies, LexicalSearch};
-
-/// Counts kept at most.
-const KEPT: usize = 100_000;
 
 /// What is stored of a memory's text.
 #[derive(Debug)]
@@ -95,60 +92,41 @@ pub async fn put(
     Ok(())
 }
 
-/// What was counted, not long ago: counting reads whole lists.
+/// What was counted not long ago.
 #[derive(Clone, Debug, Default)]
-pub struct Cache(Arc<Mutex<Counts>>);
+pub struct Cache(Arc<Mutex<Remembered>>);
 
 #[derive(Debug, Default)]
-struct Counts {
+struct Remembered {
     /// Documents that have a term or a mark.
-    terms: HashMap<String, Counted<i64>>,
+    terms: Counts<String, i64>,
     /// Documents of a tenant, and how long they are on average.
-    tenants: HashMap<i64, Counted<(i64, f64)>>,
-}
-
-#[derive(Clone, Copy, Debug)]
-struct Counted<T> {
-    value: T,
-    /// The newest memory then; a store that has grown by a tenth is counted anew.
-    newest: i64,
-}
-
-impl<T: Copy> Counted<T> {
-    fn still(&self, newest: i64) -> Option<T> {
-        (newest <= self.newest + self.newest / 10 + 100).then_some(self.value)
-    }
+    tenants: Counts<i64, (i64, f64)>,
 }
 
 impl Cache {
-    fn with<T>(&self, work: impl FnOnce(&mut Counts) -> T) -> T {
+    fn with<T>(&self, work: impl FnOnce(&mut Remembered) -> T) -> T {
         work(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// In how many documents terms or marks are.
     async fn of(&self, connection: &mut PgConnection, terms: &[String], newest: i64) -> Result<Vec<i64>, MemoryError> {
-        let missing: Vec<&String> = self.with(|counts| {
-            let known = |term: &&String| counts.terms.get(*term).and_then(|count| count.still(newest)).is_none();
-            terms.iter().filter(known).collect()
-        });
+        let known: Vec<Option<i64>> =
+            self.with(|counts| terms.iter().map(|term| counts.terms.get(term, newest)).collect());
+        let unknown = terms.iter().zip(&known).filter(|(_, count)| count.is_none());
+        let missing: Vec<&String> = unknown.map(|(term, _)| term).collect();
+        let mut found = HashMap::new();
         if !missing.is_empty() {
-            let found: Vec<(String, i64)> = sqlx::query_as("SELECT term, documents FROM documents_with($1)")
+            let counted: Vec<(String, i64)> = sqlx::query_as("SELECT term, documents FROM documents_with($1)")
                 .bind(&missing)
                 .fetch_all(connection)
                 .await
                 .map_err(storage)?;
-            self.with(|counts| {
-                if counts.terms.len() >= KEPT {
-                    counts.terms.clear();
-                }
-                let counted = |(term, value)| (term, Counted { value, newest });
-                counts.terms.extend(found.into_iter().map(counted));
-            });
+            found.extend(counted.iter().cloned());
+            self.with(|counts| counts.terms.keep(counted, newest));
         }
-        Ok(self.with(|counts| {
-            let count = |term| counts.terms.get(term).map_or(0, |count| count.value);
-            terms.iter().map(count).collect()
-        }))
+        let count = |(term, known): (&String, Option<i64>)| known.or_else(|| found.get(term).copied()).unwrap_or(0);
+        Ok(terms.iter().zip(known).map(count).collect())
     }
 
     /// Documents of a tenant, and how long they are on average.
@@ -159,7 +137,7 @@ impl Cache {
         key: i64,
         newest: i64,
     ) -> Result<(i64, f64), MemoryError> {
-        let known = self.with(|counts| counts.tenants.get(&key).and_then(|count| count.still(newest)));
+        let known = self.with(|counts| counts.tenants.get(&key, newest));
         if let Some(known) = known {
             return Ok(known);
         }
@@ -169,7 +147,7 @@ impl Cache {
                 .fetch_one(connection)
                 .await
                 .map_err(storage)?;
-        self.with(|counts| counts.tenants.insert(key, Counted { value, newest }));
+        self.with(|counts| counts.tenants.keep([(key, value)], newest));
         Ok(value)
     }
 }

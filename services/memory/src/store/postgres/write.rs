@@ -8,7 +8,7 @@ use async_trait::async_trait;
 use sqlx::{AssertSqlSafe, PgConnection, Row as _};
 
 use super::lexical::{self, Terms};
-use super::{keyed, seal, seal_json, storage, unseal_json};
+use super::{keyed, record, seal, seal_json, storage, unseal_json};
 use crate::domain::{Document, Idempotency, Key, Kind, Memory, Policy, ScopeKey, Sequence, Text, Version, Writer};
 use crate::error::MemoryError;
 use crate::store::code::Code;
@@ -390,8 +390,7 @@ impl Ledger for PostgresLedger<'_> {
             .await
             .map_err(storage)?;
         let Some(row) = row else { return Ok(None) };
-        let record: &str = row.try_get("record").map_err(storage)?;
-        let document = parsed(&unseal_json(record), "document")?;
+        let document = record(&row, "record", "document")?;
         Ok(Some((row.try_get("key").map_err(storage)?, document)))
     }
 

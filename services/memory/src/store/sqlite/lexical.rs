@@ -1,6 +1,5 @@
 //! The lexical tables: one a tenant, so that no tenant's words count in another's scores.
 
-use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use aeterna_storage::rusqlite::types::Value;
@@ -13,7 +12,7 @@ use super::read::{limit, rows};
 use super::{SqliteStore, failed, parsed, storage};
 use crate::domain::{Key, Memory, ScopeKey};
 use crate::error::MemoryError;
-use crate::store::bm25::{RANKED, rarest};
+use crate::store::bm25::{Counts, RANKED, rarest};
 use crate::store::{Frequencies, LexicalSearch};
 
 /// The name of a tenant's table.
@@ -88,36 +87,16 @@ pub async fn remove(connection: &mut SqliteConnection, tenant: i64, key: Key) ->
     removed.map(|_| ()).map_err(storage)
 }
 
-/// Frequencies kept at most.
-const KEPT: usize = 100_000;
-
-/// How many documents have a term, as it was not long ago: counting reads the whole list of them.
+/// How many documents have a term, as it was not long ago.
 #[derive(Clone, Debug, Default)]
-pub struct Cache(Arc<Mutex<HashMap<Counted, Count>>>);
+pub struct Cache(Arc<Mutex<Counts<Counted, i64>>>);
 
 /// A tenant, a column and a term.
 type Counted = (i64, &'static str, String);
 
-#[derive(Clone, Copy, Debug)]
-struct Count {
-    documents: i64,
-    /// The newest memory then; a store that has grown by a tenth is counted anew.
-    newest: i64,
-}
-
 impl Cache {
-    fn cached(&self, counted: &Counted, newest: i64) -> Option<i64> {
-        let counts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let count = counts.get(counted)?;
-        (newest <= count.newest + count.newest / 10 + 100).then_some(count.documents)
-    }
-
-    fn keep(&self, counted: Counted, documents: i64, newest: i64) {
-        let mut counts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if counts.len() >= KEPT {
-            counts.clear();
-        }
-        counts.insert(counted, Count { documents, newest });
+    fn with<T>(&self, work: impl FnOnce(&mut Counts<Counted, i64>) -> T) -> T {
+        work(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     fn of(
@@ -129,14 +108,14 @@ impl Cache {
         newest: i64,
     ) -> Result<i64, MemoryError> {
         let counted = (tenant, column, term.to_owned());
-        if let Some(documents) = self.cached(&counted, newest) {
+        if let Some(documents) = self.with(|counts| counts.get(&counted, newest)) {
             return Ok(documents);
         }
         let text = format!("SELECT doc FROM {}_terms WHERE term = ? AND col = ?", table(tenant));
         let mut statement = connection.prepare_cached(&text).map_err(failed)?;
         let found = statement.query_row([term, column], |row| row.get(0)).optional();
         let documents = found.map_err(failed)?.unwrap_or(0);
-        self.keep(counted, documents, newest);
+        self.with(|counts| counts.keep([(counted, documents)], newest));
         Ok(documents)
     }
 }
