@@ -129,6 +129,56 @@ mod tests {
 
     use super::*;
 
+    /// A caller who repeats what the server could not take just then: with a master that takes nothing while its replicas lag
+    /// by two seconds, a busy machine is enough.
+    #[derive(Debug)]
+    struct Patient<L>(L);
+
+    macro_rules! repeated {
+        ($call:expr) => {{
+            let began = Instant::now();
+            loop {
+                match $call.await {
+                    Err(StorageError::Unavailable(_)) if began.elapsed() < Duration::from_secs(30) => {
+                        tokio::time::sleep(Duration::from_millis(50)).await;
+                    }
+                    done => return done,
+                }
+            }
+        }};
+    }
+
+    #[async_trait]
+    impl<L: Live> Live for Patient<L> {
+        async fn publish(&self, channel: &str, message: &str) -> Result<(), StorageError> {
+            repeated!(self.0.publish(channel, message))
+        }
+
+        async fn listen(&self, channel: &str) -> Result<Box<dyn Listener>, StorageError> {
+            repeated!(self.0.listen(channel))
+        }
+
+        async fn hold(&self, lease: &str, holder: &str, term: Duration) -> Result<bool, StorageError> {
+            repeated!(self.0.hold(lease, holder, term))
+        }
+
+        async fn release(&self, lease: &str, holder: &str) -> Result<(), StorageError> {
+            repeated!(self.0.release(lease, holder))
+        }
+
+        async fn begin(&self, log: &str, at: i64) -> Result<i64, StorageError> {
+            repeated!(self.0.begin(log, at))
+        }
+
+        async fn append(&self, batch: &Batch<'_>) -> Result<Appended, StorageError> {
+            repeated!(self.0.append(batch))
+        }
+
+        async fn read(&self, log: &str, stream: &str, after: i64, limit: usize) -> Result<Page, StorageError> {
+            repeated!(self.0.read(log, stream, after, limit))
+        }
+    }
+
     #[tokio::test]
     async fn one_process_conforms() {
         conformance::conforms(&MemoryLive::default()).await;
@@ -141,7 +191,7 @@ mod tests {
         let lab = lab.await.unwrap();
         let uri = lab.live();
         let (scheme, rest) = uri.split_once(':').unwrap();
-        let live = RedisLive::new(RedisOptions::parse(scheme, rest).unwrap()).unwrap();
+        let live = Patient(RedisLive::new(RedisOptions::parse(scheme, rest).unwrap()).unwrap());
         conformance::conforms(&live).await;
 
         // The master is killed: a listener is told, and everything goes on at the next one without a new start.
@@ -150,11 +200,7 @@ mod tests {
         lab.kill(&killed, Part::All).await.unwrap();
         let told = tokio::time::timeout(Duration::from_secs(20), ear.next()).await;
         assert_eq!(told.unwrap(), None);
-        let began = Instant::now();
-        while let Err(error) = live.hold("log", "x", Duration::from_secs(60)).await {
-            assert!(began.elapsed() < Duration::from_secs(30), "{error:?}");
-            tokio::time::sleep(Duration::from_millis(50)).await;
-        }
+        assert!(live.hold("log", "x", Duration::from_secs(60)).await.unwrap());
         let mut ear = live.listen("a").await.unwrap();
         live.publish("a", "again").await.unwrap();
         assert_eq!(ear.next().await.as_deref(), Some("again"));
@@ -181,11 +227,7 @@ mod tests {
         lab.live_whole(Duration::from_secs(60)).await.unwrap();
         let master = lab.redis_master().await.unwrap();
         lab.signal(&master, Part::All, "STOP").unwrap();
-        let began = Instant::now();
-        while let Err(error) = live.publish("a", "still").await {
-            assert!(began.elapsed() < Duration::from_secs(30), "{error:?}");
-            tokio::time::sleep(Duration::from_millis(50)).await;
-        }
+        live.publish("a", "still").await.unwrap();
         lab.signal(&master, Part::All, "CONT").unwrap();
     }
 }

@@ -4,7 +4,8 @@ use std::time::Duration;
 
 use super::{Appended, Batch, Entry, Live, Page};
 
-const TERM: Duration = Duration::from_millis(400);
+const SHORT: Duration = Duration::from_millis(400);
+const LONG: Duration = Duration::from_secs(60);
 
 fn batch<'a>(holder: &'a str, from: i64, entries: &[(&str, i64)]) -> Batch<'a> {
     let entry = |(stream, place): &(&str, i64)| Entry {
@@ -42,18 +43,17 @@ pub async fn conforms(live: &dyn Live) {
     }
 
     // A lease has one holder, until it is given up or its term ends.
-    let hold = async |holder| live.hold("log", holder, TERM).await.unwrap();
-    assert!(hold("x").await && hold("x").await && !hold("y").await);
+    let hold = async |holder, term| live.hold("log", holder, term).await.unwrap();
+    assert!(hold("x", LONG).await && hold("x", LONG).await && !hold("y", LONG).await);
     live.release("log", "y").await.unwrap();
-    assert!(!hold("y").await);
+    assert!(!hold("y", LONG).await);
     live.release("log", "x").await.unwrap();
-    assert!(hold("y").await);
-    tokio::time::sleep(TERM * 2).await;
-    assert!(hold("x").await);
+    assert!(hold("y", SHORT).await);
+    tokio::time::sleep(SHORT * 2).await;
+    assert!(hold("x", LONG).await);
 
     // Only the holder appends, and only where the log stands.
     let far = (1_i64 << 53) + 1; // beyond what a double tells apart
-    assert!(live.hold("log", "x", Duration::from_secs(60)).await.unwrap());
     let append = async |batch: Batch<'_>| live.append(&batch).await.unwrap();
     assert_eq!(append(batch("x", far, &[("s", far + 1)])).await, Appended::At(None));
     assert_eq!(live.begin("log", far).await.unwrap(), far);
