@@ -9,9 +9,10 @@ use aeterna_memory::store::code::Code;
 use aeterna_memory::store::flat::rotation::Rotation;
 use aeterna_memory::store::flat::{FlatIndex, Layout, Opened};
 use aeterna_memory::store::sqlite::SqliteStore;
-use aeterna_memory::store::{Among, Entry, Relational as _, Rescoring, VectorIndex as _};
+use aeterna_memory::store::{Among, Entry, Relational as _, Rescoring};
 use aeterna_storage::SqliteOptions;
 use aeterna_storage::rusqlite::{Connection, params};
+use aeterna_types::TenantId;
 use anyhow::Context as _;
 
 use super::data::{Data, nearest};
@@ -196,6 +197,7 @@ fn fill(data: &Data, path: &Path, index: &FlatIndex) -> anyhow::Result<()> {
         transaction.commit()?;
         let entry = |(number, code): (usize, Code)| Entry {
             key: Key(number as i64 + 1),
+            tenant: TenantId::local(),
             scope: ScopeKey((number % SCOPES) as i64),
             code,
         };
@@ -230,6 +232,7 @@ impl Engine for Funnel {
     async fn search(&self, query: &[f32], scopes: usize) -> anyhow::Result<Vec<usize>> {
         let code = Code::encode(query).context("the query can be encoded")?;
         let among = Among {
+            tenant: TenantId::local(),
             scopes: (0..scopes).map(|scope| ScopeKey(scope as i64)).collect(),
             only: None,
             exclude: HashSet::new(),
@@ -241,10 +244,7 @@ impl Engine for Funnel {
             keys,
             vector: query.to_vec(),
         };
-        let mut scored = self
-            .store
-            .cosines(&aeterna_types::TenantId::local(), &rescoring)
-            .await?;
+        let mut scored = self.store.cosines(&TenantId::local(), &rescoring).await?;
         scored.sort_unstable_by(|a, b| b.1.total_cmp(&a.1));
         Ok(scored.into_iter().take(K).map(|(key, _)| key.0 as usize - 1).collect())
     }

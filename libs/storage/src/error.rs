@@ -104,6 +104,15 @@ impl From<rusqlite::Error> for StorageError {
     }
 }
 
+impl From<std::io::Error> for StorageError {
+    fn from(error: std::io::Error) -> Self {
+        match error.kind() {
+            std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => Self::Full(Box::new(error)),
+            _ => Self::Broken(Box::new(error)),
+        }
+    }
+}
+
 impl From<StorageError> for Error {
     fn from(error: StorageError) -> Self {
         let full = "the disk is full; free space and repeat the call, nothing of it was kept";

@@ -15,6 +15,7 @@ mod transfer;
 mod update;
 mod watch;
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
@@ -23,6 +24,7 @@ use aeterna_proto::embedding::v1 as embedding;
 use aeterna_proto::embedding::v1::embedding_service_client::EmbeddingServiceClient;
 use aeterna_rpc::{AnyChannel, Breaker, Credentials, RequestContext};
 use aeterna_types::{Clock, TenantId};
+use async_trait::async_trait;
 use tokio::sync::watch::{Receiver, Sender};
 use tokio::sync::{Notify, broadcast};
 use tokio_util::sync::CancellationToken;
@@ -45,7 +47,7 @@ pub use watch::{News, RING, WatchQuery};
 use crate::domain::{Change, Sequence, Writer};
 use crate::metrics::Metrics;
 use crate::store::code::Code;
-use crate::store::{Relational, StoredVector, VectorIndex};
+use crate::store::{Relational, StorageError, StoredVector, VectorIndex};
 
 /// The model that this service keeps vectors of.
 #[derive(Clone, Debug)]
@@ -69,50 +71,55 @@ pub struct Serving {
 }
 
 /// Opens and removes indexes, each of one model.
+#[async_trait]
 pub trait Indexes: Send + Sync {
-    /// The index of a model, with the reason when it was begun anew; `end` is the last change that the store has.
+    /// The index of a model, with the reason when it was begun anew and must be filled before it answers anything; `end` is the
+    /// last change that the store has.
     ///
     /// # Errors
     /// When the disk can't be used.
-    fn open(&self, model: &Model, end: Sequence) -> std::io::Result<(Arc<dyn VectorIndex>, Option<String>)>;
+    async fn open(&self, model: &Model, end: Sequence) -> Result<(Arc<dyn VectorIndex>, Option<String>), StorageError>;
 
     /// A rotation of this model's vectors may be learned: it was not trained for being cut short, and that would save something.
-    fn learns(&self, model: &Model) -> bool;
+    fn learns(&self, _model: &Model) -> bool {
+        false
+    }
 
-    /// Begins an index whose first pass works with a rotation learned from some of the `count` vectors of a model; `None` when
-    /// that would find less, or when it is told to stop.
+    /// Begins an index that serves better than the one before: its first pass works with a rotation learned from some of the
+    /// `count` vectors of a model, or with none where the one before finds less by now. `None`: the one before is as good, or it
+    /// was told to stop.
     ///
     /// # Errors
     /// When the disk can't be used.
-    fn learn(
+    async fn learn(
         &self,
-        model: &Model,
-        vectors: &[Vec<f32>],
-        count: usize,
-        stop: &CancellationToken,
-    ) -> std::io::Result<Option<Arc<dyn VectorIndex>>>;
-
-    /// Begins an index without a rotation beside one that has one.
-    ///
-    /// # Errors
-    /// When the disk can't be used.
-    fn plain(&self, model: &Model) -> std::io::Result<Arc<dyn VectorIndex>>;
+        _before: &Serving,
+        _vectors: Vec<Vec<f32>>,
+        _count: usize,
+        _stop: &CancellationToken,
+    ) -> Result<Option<Arc<dyn VectorIndex>>, StorageError> {
+        Ok(None)
+    }
 
     /// Removes the other indexes of a model than the one that serves.
     ///
     /// # Errors
     /// When the disk refuses.
-    fn settle(&self, serving: &Serving) -> std::io::Result<()>;
+    async fn settle(&self, _serving: &Serving) -> Result<(), StorageError> {
+        Ok(())
+    }
 
     /// Removes the index of a model that is of no use any more.
     ///
     /// # Errors
-    /// When the disk refuses.
-    fn remove(&self, identity: &str) -> std::io::Result<()>;
+    /// When the index is away or the disk refuses.
+    async fn remove(&self, identity: &str) -> Result<(), StorageError>;
 }
 
 /// How long a call waits for the index to follow: whatever is away, a search is answered within two seconds.
 const INDEX_PATIENCE: Duration = Duration::from_millis(1500);
+/// The same while the index is known not to follow.
+const AWAY_PATIENCE: Duration = Duration::from_millis(50);
 /// How long a call waits for vectors, and for each text more: a model that hangs must not use up the time in which the call
 /// can be answered without it.
 const MODEL_PATIENCE: (Duration, Duration) = (Duration::from_secs(5), Duration::from_millis(20));
@@ -176,6 +183,8 @@ pub struct App {
     pub(crate) stop: CancellationToken,
     /// The change up to which the index has everything.
     pub(crate) indexed: Sender<Sequence>,
+    /// The index did not take what was last brought to it.
+    pub(crate) index_away: AtomicBool,
 }
 
 impl App {
@@ -330,7 +339,11 @@ impl App {
         self.committed.somewhere();
         let mut indexed = self.indexed.subscribe();
         let reached = indexed.wait_for(|watermark| *watermark >= sequence);
-        tokio::time::timeout(INDEX_PATIENCE, reached).await.is_ok()
+        let patience = match self.index_away.load(Ordering::SeqCst) {
+            true => AWAY_PATIENCE,
+            false => INDEX_PATIENCE,
+        };
+        tokio::time::timeout(patience, reached).await.is_ok()
     }
 
     /// Bytes after which a page ends: what a client takes that nobody told a limit, and what a message may have.

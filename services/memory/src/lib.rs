@@ -12,7 +12,9 @@ mod migrate;
 mod models;
 pub mod store;
 
+use std::fmt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, RwLock};
 use std::time::Duration;
 
@@ -30,12 +32,13 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
 
-use app::{App, Background, Indexes as _, LiveWork, Serving};
-use indexes::FlatIndexes;
+use app::{App, Background, Indexes, LiveWork, Serving};
+use indexes::{FlatIndexes, QdrantIndexes};
 pub use migrate::{Moved, Stage};
-use store::Relational;
 use store::postgres::PostgresStore;
+use store::qdrant::QdrantOptions;
 use store::sqlite::SqliteStore;
+use store::{Relational, StorageError};
 
 /// The service's name in its contract.
 pub const SERVICE: &str = "aeterna.memory.v1.MemoryService";
@@ -96,7 +99,14 @@ pub const SETTINGS: &[Setting] = &[
     Setting::new(
         "memory.index",
         "flat:vectors",
-        "The vector index: `flat:DIRECTORY`, relative to the data directory.",
+        "The vector index: `flat:DIRECTORY`, relative to the data directory, or `qdrant://host1:6334,host2,host3/PREFIX`, where the \
+         names of its collections begin with the prefix (`aeterna`). With `?shards=6&replicas=2&consistency=1`, how collections are \
+         made: how many replicas have each shard, and how many of them must have a change before it counts; with `&tls=true`, TLS.",
+    ),
+    Setting::secret(
+        "memory.index_key",
+        "memory.index_key_file",
+        "The API key of the nodes in `memory.index`.",
     ),
     Setting::new(
         "memory.embedding",
@@ -141,7 +151,7 @@ pub const SETTINGS: &[Setting] = &[
 #[derive(Clone, Debug)]
 pub struct Config {
     store: Store,
-    index: PathBuf,
+    index: Index,
     /// `local` or a URL.
     pub embedding: String,
     busy_timeout: Duration,
@@ -228,7 +238,7 @@ impl Config {
     /// Reads the settings; `None` after noting problems.
     pub fn read(reader: &mut Reader<'_>) -> Option<Self> {
         let store = Store::read(reader);
-        let index = port(reader, "memory.index", "flat");
+        let index = Index::read(reader);
         let embedding = reader.text("memory.embedding");
         let busy_timeout = reader.duration("memory.busy_timeout");
         let readers = reader.within("memory.readers", 0..=64);
@@ -264,13 +274,49 @@ fn live(reader: &mut Reader<'_>) -> Option<Option<RedisOptions>> {
     }
 }
 
-fn port(reader: &mut Reader<'_>, key: &str, scheme: &str) -> Option<PathBuf> {
-    let uri: StoreUri = reader.get(key)?;
-    if uri.scheme != scheme || uri.rest.is_empty() {
-        reader.problem(key, format!("this version knows `{scheme}:PATH`"));
-        return None;
+/// Where vectors are searched.
+#[derive(Clone, Debug)]
+enum Index {
+    /// Files in a directory, relative to the data directory.
+    Flat(PathBuf),
+    /// A cluster.
+    Qdrant(QdrantOptions),
+}
+
+impl Index {
+    fn read(reader: &mut Reader<'_>) -> Option<Self> {
+        const KEY: &str = "memory.index";
+        let key = reader.secret("memory.index_key").flatten();
+        let uri: StoreUri = reader.get(KEY)?;
+        let parsed = match uri.scheme.as_str() {
+            "flat" if !uri.rest.is_empty() => Ok(Self::Flat(uri.rest.into())),
+            "qdrant" => QdrantOptions::parse(&uri.rest)
+                .map(|options| Self::Qdrant(options.with_key(key.map(|key| key.expose().to_owned())))),
+            _ => Err("this version knows `flat:PATH` and `qdrant://host1,host2,host3/PREFIX`".into()),
+        };
+        parsed.map_err(|why| reader.problem(KEY, why)).ok()
     }
-    Some(uri.rest.into())
+
+    /// The indexes of what a relational store holds.
+    async fn open(self, config: &Config, data_dir: &Path, store: &dyn Relational) -> Result<Arc<dyn Indexes>, Error> {
+        let identity = store.identity().await?;
+        Ok(match self {
+            Self::Flat(directory) => {
+                let directory = data_dir.join(directory);
+                Arc::new(FlatIndexes::new(directory, identity, config.rotation))
+            }
+            Self::Qdrant(options) => Arc::new(QdrantIndexes::new(options, identity)?),
+        })
+    }
+}
+
+impl fmt::Display for Index {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Flat(directory) => write!(f, "{}", directory.display()),
+            Self::Qdrant(options) => write!(f, "{options:?}"),
+        }
+    }
 }
 
 /// What the service needs from the process it runs in.
@@ -335,23 +381,22 @@ pub async fn build(config: Config, deps: Deps) -> Result<Service, Error> {
     }
 
     let (wanted, first) = models::choose(deps.embedder.clone(), &deps.credentials, store.as_ref()).await?;
-    let indexes = FlatIndexes::new(
-        deps.data_dir.join(&config.index),
-        store.identity().await?,
-        config.rotation,
-    );
-    let unusable = |error: std::io::Error| {
-        let shown = config.index.display();
-        Error::new(
-            Reason::NotConfigured,
-            format!("the vector index `{shown}` can't be used: {error}"),
-        )
+    let indexes = config
+        .index
+        .clone()
+        .open(&config, &deps.data_dir, store.as_ref())
+        .await?;
+    let unusable = |error: StorageError| {
+        let message = format!("the vector index `{}` can't be used: {error}", config.index);
+        Error::new(Reason::NotConfigured, message)
     };
-    let (index, fresh) = indexes.open(&first, store.last_sequence().await?).map_err(unusable)?;
+    let opened = indexes.open(&first, store.last_sequence().await?).await;
+    let (index, fresh) = opened.map_err(unusable)?;
     let app = Arc::new(App {
-        indexed: watch::Sender::new(index.watermark()),
+        indexed: watch::Sender::new(index.watermark().unwrap_or_default()),
+        index_away: AtomicBool::new(false),
         store,
-        indexes: Arc::new(indexes),
+        indexes,
         serving: RwLock::new(Arc::new(Serving { model: first, index })),
         wanted,
         embedder: deps.embedder,

@@ -127,6 +127,7 @@ impl App {
         };
         let vector = code.decode();
         let among = Among {
+            tenant: tenant.clone(),
             scopes: [own.scope].into(),
             only: None,
             exclude: [own.key].into(),

@@ -6,7 +6,7 @@ mod learn;
 
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use aeterna_error::{Error, Reason};
@@ -14,10 +14,10 @@ use aeterna_rpc::{Dependency, Health};
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
-use super::{App, Indexes, Model, Serving};
+use super::{App, Model, Serving};
 use crate::domain::{Key, Sequence};
 use crate::store::code::Code;
-use crate::store::{Condition, Entry, IndexState};
+use crate::store::{Care, Changes, Condition, Entry, IndexState};
 
 /// Changes applied at a time.
 const BATCH: usize = 500;
@@ -29,8 +29,10 @@ const REAPED: usize = 500;
 const PAUSE: Duration = Duration::from_secs(1);
 /// The longest pause before a model that refuses too much is tried again.
 const LONGEST: Duration = Duration::from_secs(60);
-/// How long changes of the index may wait to survive a loss of power; the outbox still has them.
+/// How often the index is looked after. So long may changes of it wait to survive a loss of power; the outbox still has them.
 const FLUSH: Duration = Duration::from_secs(5);
+/// How many pauses a node of the store may lag.
+const LAGS: u32 = 10;
 /// How often progress is told.
 const TOLD: Duration = Duration::from_secs(10);
 /// How often policies are asked about what was deleted.
@@ -57,6 +59,8 @@ struct Pending {
     switch: AtomicBool,
     /// An index that is to take over from the one of the same model; it has everything up to its watermark.
     ready: Mutex<Option<Serving>>,
+    /// Why the index that serves can't follow.
+    behind: Mutex<Option<String>>,
     /// There may be files of an index that serves no longer.
     unsettled: AtomicBool,
 }
@@ -65,23 +69,8 @@ impl App {
     /// Removes the vectors and the index of a model that nothing is answered by.
     pub(crate) async fn forget_model(&self, identity: &str) -> Result<(), Error> {
         self.store.forget_model(identity).await?;
-        let identity = identity.to_owned();
-        self.on_disk("an old index can't be removed", move |indexes| {
-            indexes.remove(&identity)
-        })
-        .await
-    }
-
-    /// Works with the files of indexes, off the async threads; `failed` is said when the disk refuses.
-    async fn on_disk<T: Send + 'static>(
-        &self,
-        failed: &'static str,
-        work: impl FnOnce(&dyn Indexes) -> std::io::Result<T> + Send + 'static,
-    ) -> Result<T, Error> {
-        let indexes = Arc::clone(&self.indexes);
-        let done = tokio::task::spawn_blocking(move || work(indexes.as_ref())).await;
-        done.map_err(Error::internal)?
-            .map_err(|error| Error::unavailable(failed).caused_by(error))
+        let removed = self.indexes.remove(identity).await;
+        removed.map_err(|error| Error::unavailable("an old index can't be removed").caused_by(error))
     }
 }
 
@@ -93,6 +82,7 @@ impl Background {
             some: Notify::new(),
             switch: AtomicBool::new(false),
             ready: Mutex::new(None),
+            behind: Mutex::new(None),
             unsettled: AtomicBool::new(true),
         });
         Self {
@@ -106,27 +96,67 @@ impl Background {
     /// Fills an empty index from the stored vectors; no model is called.
     ///
     /// # Errors
-    /// When the store or the disk fails.
+    /// When the store or the index fails.
     pub async fn rebuild(&self, serving: &Serving) -> Result<usize, Error> {
         let count = self.fill(serving, &CancellationToken::new()).await?;
-        flush(serving).await?;
+        tend(serving).await?;
         Ok(count)
+    }
+
+    /// Finds out up to which change an index has everything, and fills one that has nothing.
+    async fn complete(&self, serving: &Serving, stop: &CancellationToken) -> Result<(), Error> {
+        if serving.index.watermark().is_some() {
+            return Ok(());
+        }
+        tend(serving).await?;
+        if let Some(watermark) = serving.index.watermark()
+            && self.is_ahead(watermark, stop).await?
+        {
+            tracing::warn!(
+                "the vector index is ahead of the store, which was put back to an earlier time; it is filled anew"
+            );
+            let cleared = serving.index.clear().await;
+            cleared.map_err(|error| Error::unavailable("the vector index can't be cleared").caused_by(error))?;
+            tend(serving).await?;
+        }
+        if serving.index.watermark().is_none() {
+            let count = self.fill(serving, stop).await?;
+            tracing::info!(vectors = count, "filled the vector index from the relational store");
+        }
+        Ok(())
+    }
+
+    /// Whether an index has a change that the store does not have. A node of the store that lags knows less than there is.
+    async fn is_ahead(&self, watermark: Sequence, stop: &CancellationToken) -> Result<bool, Error> {
+        for _ in 0..LAGS {
+            if self.app.store.last_sequence().await? >= watermark || stop.is_cancelled() {
+                return Ok(false);
+            }
+            tokio::time::sleep(PAUSE).await;
+        }
+        Ok(true)
     }
 
     /// Puts the stored vectors into an index, until it is told to stop; how many there were.
     async fn fill(&self, serving: &Serving, stop: &CancellationToken) -> Result<usize, Error> {
         let app = &self.app;
         let end = app.store.last_sequence().await?;
-        let (mut after, mut count) = (Key(0), 0);
+        let (mut after, mut count, mut told) = (Key(0), 0, Instant::now());
         while !stop.is_cancelled() {
             let states = app.store.scan(&serving.model.identity, after, 2000, false).await?;
             let Some(last) = states.last() else { break };
             after = last.key;
             let entries: Vec<Entry> = states.iter().filter_map(entry).collect();
             count += entries.len();
-            apply(serving, entries, Vec::new(), Sequence::default()).await?;
+            apply(serving, entries, Vec::new(), end).await?;
+            if told.elapsed() > TOLD {
+                tracing::info!(vectors = count, "filling the vector index");
+                told = Instant::now();
+            }
         }
-        apply(serving, Vec::new(), Vec::new(), end).await?;
+        if !stop.is_cancelled() {
+            serving.index.advance(end);
+        }
         Ok(count)
     }
 
@@ -134,6 +164,7 @@ impl Background {
     pub async fn run(self, stop: CancellationToken) {
         tokio::join!(
             self.follow(&stop),
+            self.look_after(&stop),
             self.make_up(&stop),
             self.embed_anew(&stop),
             self.learn(&stop),
@@ -163,32 +194,27 @@ impl Background {
 
     /// Follows the outbox.
     async fn follow(&self, stop: &CancellationToken) {
-        let mut committed = self.app.committed.subscribe();
-        let mut flushed = Instant::now();
-        let mut dirty = false;
+        let app = &self.app;
+        let mut committed = app.committed.subscribe();
         loop {
             if self.pending.switch.load(Ordering::SeqCst)
-                && let Err(error) = self.switch().await
+                && let Err(error) = self.switch(stop).await
             {
                 tracing::warn!(error = %error.chain(), "the new model can't serve yet; trying again");
             }
             if let Err(error) = self.hand_over().await {
                 tracing::warn!(error = %error.chain(), "another index can't take over yet; trying again");
             }
-            match self.catch_up(&self.app.serving()).await {
-                Ok(changed) => {
-                    dirty |= changed;
-                    self.report("index", Dependency::Up).await;
-                }
-                Err(error) => {
-                    tracing::warn!(error = %error.chain(), "the index can't follow; trying again");
-                    self.report("index", Dependency::Degraded(error.to_string())).await;
-                }
+            let serving = app.serving();
+            let followed = match self.complete(&serving, stop).await {
+                Ok(()) => self.catch_up(&serving).await,
+                Err(error) => Err(error),
+            };
+            app.index_away.store(followed.is_err(), Ordering::SeqCst);
+            if let Err(error) = &followed {
+                tracing::warn!(error = %error.chain(), "the index can't follow; trying again");
             }
-            if dirty && flushed.elapsed() > FLUSH {
-                dirty = self.try_flush().await.is_err();
-                flushed = Instant::now();
-            }
+            *lock(&self.pending.behind) = followed.err().map(|error| error.to_string());
             tokio::select! {
                 () = stop.cancelled() => break,
                 _ = committed.changed() => {}
@@ -196,10 +222,71 @@ impl Background {
             }
         }
         // What was written until the last call was answered.
-        if let Err(error) = self.catch_up(&self.app.serving()).await {
+        let serving = app.serving();
+        let mut left = self.catch_up(&serving).await;
+        if left.is_ok() {
+            left = tend(&serving).await.map(drop);
+        }
+        if let Err(error) = left {
             tracing::warn!(error = %error.chain(), "the index is left behind; it catches up at the next start");
         }
-        let _ = self.try_flush().await;
+    }
+
+    /// Looks after the index that serves, says how it is, and applies once more what a part of it may have missed.
+    async fn look_after(&self, stop: &CancellationToken) {
+        let (mut tended, mut condition) = (None::<Instant>, Condition::Well);
+        while !stop.is_cancelled() {
+            if tended.is_none_or(|at| at.elapsed() > FLUSH) {
+                let serving = self.app.serving();
+                let cared = match tend(&serving).await {
+                    Ok(care) => {
+                        condition = care.condition;
+                        self.repair(&serving, care.again, stop).await
+                    }
+                    Err(error) => Err(error),
+                };
+                if let Err(error) = cared {
+                    tracing::warn!(error = %error.chain(), "the index can't be looked after; trying again");
+                    condition = Condition::Weak(error.to_string());
+                }
+                tended = Some(Instant::now());
+            }
+            let behind = lock(&self.pending.behind).clone();
+            let state = match (&behind, &condition) {
+                (Some(what), _) | (None, Condition::Weak(what) | Condition::Away(what)) => {
+                    Dependency::Degraded(what.clone())
+                }
+                (None, Condition::Well) => Dependency::Up,
+            };
+            self.report("index", state).await;
+            tokio::select! {
+                () = stop.cancelled() => {}
+                () = tokio::time::sleep(PAUSE) => {}
+            }
+        }
+    }
+
+    /// Applies the changes after one once more, up to where the index is.
+    async fn repair(&self, serving: &Serving, again: Option<Sequence>, stop: &CancellationToken) -> Result<(), Error> {
+        let (Some(mut after), Some(upto)) = (again, serving.index.watermark()) else {
+            return Ok(());
+        };
+        tracing::info!(
+            from = after.0,
+            upto = upto.0,
+            "applying to the index once more what a part of it may have missed"
+        );
+        while after < upto && !stop.is_cancelled() {
+            match self.apply_after(serving, after).await? {
+                Some(last) => after = last,
+                None => break,
+            }
+        }
+        if !stop.is_cancelled() {
+            serving.index.repaired(upto);
+            tracing::info!(upto = upto.0, "the index has everything again");
+        }
+        Ok(())
     }
 
     async fn report(&self, dependency: &'static str, state: Dependency) {
@@ -207,41 +294,52 @@ impl Background {
     }
 
     /// Applies what is new in the outbox to the index that serves.
-    async fn catch_up(&self, serving: &Serving) -> Result<bool, Error> {
+    async fn catch_up(&self, serving: &Serving) -> Result<(), Error> {
         let app = &self.app;
         let indexed = |watermark| {
             app.indexed.send_replace(watermark);
         };
-        let changed = self.apply_new(serving, indexed).await?;
+        if let Some(watermark) = serving.index.watermark() {
+            indexed(watermark);
+        }
+        self.apply_new(serving, indexed).await?;
         let end = app.store.last_sequence().await?;
-        let lag = u64::try_from(end.0 - serving.index.watermark().0).unwrap_or(0);
+        let watermark = serving.index.watermark().unwrap_or_default();
+        let lag = u64::try_from(end.0 - watermark.0).unwrap_or(0);
         app.metrics.index_lag.record(lag, &[]);
-        Ok(changed)
+        Ok(())
     }
 
-    /// Applies what is new in the outbox to an index, and tells how far it is; true when there was something.
-    async fn apply_new(&self, serving: &Serving, applied: impl Fn(Sequence)) -> Result<bool, Error> {
-        let app = &self.app;
-        let mut changed = false;
+    /// Applies what is new in the outbox to an index, and tells how far it is.
+    async fn apply_new(&self, serving: &Serving, applied: impl Fn(Sequence)) -> Result<(), Error> {
         loop {
-            let events = app.store.events(serving.index.watermark(), BATCH).await?;
-            let Some(last) = events.last() else { break };
-            let keys: HashSet<Key> = events.iter().map(|event| event.key).collect();
-            let keys: Vec<Key> = keys.into_iter().collect();
-            let states = app.store.states(&serving.model.identity, &keys).await?;
-            let entries: Vec<Entry> = states.iter().filter_map(entry).collect();
-            let present: HashSet<Key> = entries.iter().map(|entry| entry.key).collect();
-            let gone = keys.into_iter().filter(|key| !present.contains(key)).collect();
-            let pending = states.iter().filter(|state| state.code.is_none());
-            if let Some(first) = pending.map(|state| state.key.0).min() {
-                self.pending.from.fetch_min(first, Ordering::SeqCst);
-                self.pending.some.notify_one();
-            }
-            apply(serving, entries, gone, last.sequence).await?;
-            applied(serving.index.watermark());
-            changed = true;
+            let watermark = serving.index.watermark().unwrap_or_default();
+            let Some(last) = self.apply_after(serving, watermark).await? else {
+                return Ok(());
+            };
+            serving.index.advance(last);
+            applied(last);
         }
-        Ok(changed)
+    }
+
+    /// Applies the next changes after one to an index; the last of them, `None` when there is none.
+    async fn apply_after(&self, serving: &Serving, after: Sequence) -> Result<Option<Sequence>, Error> {
+        let app = &self.app;
+        let events = app.store.events(after, BATCH).await?;
+        let Some(last) = events.last() else { return Ok(None) };
+        let keys: HashSet<Key> = events.iter().map(|event| event.key).collect();
+        let keys: Vec<Key> = keys.into_iter().collect();
+        let states = app.store.states(&serving.model.identity, &keys).await?;
+        let entries: Vec<Entry> = states.iter().filter_map(entry).collect();
+        let present: HashSet<Key> = entries.iter().map(|entry| entry.key).collect();
+        let gone = keys.into_iter().filter(|key| !present.contains(key)).collect();
+        let pending = states.iter().filter(|state| state.code.is_none());
+        if let Some(first) = pending.map(|state| state.key.0).min() {
+            self.pending.from.fetch_min(first, Ordering::SeqCst);
+            self.pending.some.notify_one();
+        }
+        apply(serving, entries, gone, last.sequence).await?;
+        Ok(Some(last.sequence))
     }
 
     /// Embeds memories whose vectors are pending, since the embedding service was away or the model is another one now.
@@ -417,19 +515,17 @@ impl Background {
     }
 
     /// Answers searches by the next model from now on. Called by the writer of the index, so that no change is missed.
-    async fn switch(&self) -> Result<(), Error> {
+    async fn switch(&self, stop: &CancellationToken) -> Result<(), Error> {
         let app = &self.app;
         let next = app.wanted.clone();
-        let (model, end) = (next.clone(), app.store.last_sequence().await?);
-        let (index, fresh) = app
-            .on_disk("the next index can't be opened", move |indexes| {
-                indexes.open(&model, end)
-            })
-            .await?;
+        let opened = app.indexes.open(&next, app.store.last_sequence().await?).await;
+        let (index, fresh) =
+            opened.map_err(|error| Error::unavailable("the next index can't be opened").caused_by(error))?;
         let serving = Serving { model: next, index };
         if fresh.is_some() {
             self.rebuild(&serving).await?;
         }
+        self.complete(&serving, stop).await?;
         self.apply_new(&serving, |_| ()).await?;
         let before = app.serving().model.identity.clone();
         tracing::info!(model = serving.model.name, "searches are answered by the new model");
@@ -496,33 +592,28 @@ impl Background {
             }
         }
     }
-
-    async fn try_flush(&self) -> Result<(), Error> {
-        let flushed = flush(&self.app.serving()).await;
-        flushed.inspect_err(|error| tracing::warn!(error = %error.chain(), "can't flush the index"))
-    }
 }
 
-async fn apply(serving: &Serving, upserts: Vec<Entry>, removals: Vec<Key>, watermark: Sequence) -> Result<(), Error> {
-    let index = Arc::clone(&serving.index);
-    let applied = tokio::task::spawn_blocking(move || index.apply(&upserts, &removals, watermark)).await;
-    applied
-        .map_err(Error::internal)?
-        .map_err(|error| Error::unavailable("the index can't be written").caused_by(error))
+fn lock<T>(what: &Mutex<T>) -> MutexGuard<'_, T> {
+    what.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-async fn flush(serving: &Serving) -> Result<(), Error> {
-    let index = Arc::clone(&serving.index);
-    let flushed = tokio::task::spawn_blocking(move || index.flush()).await;
-    flushed
-        .map_err(Error::internal)?
-        .map_err(|error| Error::unavailable("the index can't be flushed").caused_by(error))
+async fn apply(serving: &Serving, upserts: Vec<Entry>, removals: Vec<Key>, at: Sequence) -> Result<(), Error> {
+    let changes = Changes { upserts, removals, at };
+    let applied = serving.index.apply(changes).await;
+    applied.map_err(|error| Error::unavailable("the vector index can't be written").caused_by(error))
+}
+
+async fn tend(serving: &Serving) -> Result<Care, Error> {
+    let tended = serving.index.tend().await;
+    tended.map_err(|error| Error::unavailable("the vector index can't be looked after").caused_by(error))
 }
 
 fn entry(state: &IndexState) -> Option<Entry> {
     let code = state.code.clone()?;
     Some(Entry {
         key: state.key,
+        tenant: state.tenant.clone(),
         scope: state.scope,
         code,
     })

@@ -164,6 +164,7 @@ impl App {
         }
         let matching = matching.map(|matching| matching.into_iter().collect());
         let among = Arc::new(Among {
+            tenant: tenant.clone(),
             scopes: scopes.iter().copied().collect(),
             only: past.as_ref().map(|past| past.unchanged.clone()).or(matching),
             exclude: hidden.into_iter().collect(),
@@ -175,6 +176,9 @@ impl App {
         };
         let serving = self.serving();
         let mut nearest = None;
+        if query.arms != Arms::Lexical && serving.index.watermark().is_none() {
+            degraded.push("the vector index does not have everything yet".to_owned());
+        }
         if query.arms != Arms::Lexical {
             match self.nearest(context, &query, &serving, &among, depth, &mut stats).await {
                 Ok(found) => nearest = Some(found),
@@ -325,13 +329,11 @@ impl App {
         among: Arc<Among>,
         limit: usize,
     ) -> Result<Vec<Key>, Error> {
-        let index = Arc::clone(&serving.index);
-        let found = tokio::task::spawn_blocking(move || index.search(&code, &among, limit)).await;
-        Ok(found
-            .map_err(Error::internal)?
-            .into_iter()
-            .map(|(key, _)| key)
-            .collect())
+        let found = serving.index.search(code, among, limit).await.map_err(|error| {
+            let message = "the vector index is away";
+            Error::unavailable(message).caused_by(error)
+        })?;
+        Ok(found.into_iter().map(|(key, _)| key).collect())
     }
 
     /// Reads the candidates, adds what depends on the memory itself, and orders them; those that can't reach the top are left

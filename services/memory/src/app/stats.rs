@@ -45,7 +45,7 @@ impl App {
             counts,
             model: serving.model.name.clone(),
             reembedding,
-            index_lag: (end.0 - serving.index.watermark().0).max(0),
+            index_lag: (end.0 - serving.index.watermark().unwrap_or_default().0).max(0),
             index_bytes: serving.index.bytes(),
         })
     }

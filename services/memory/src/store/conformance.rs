@@ -11,7 +11,7 @@ use std::sync::Arc;
 use aeterna_types::{Layer, MemoryId, Scope, TenantId, Timestamp};
 
 use super::code::Code;
-use super::{Addition, Among, Change, ChangeItem, Entry, Listing, Relational, StoredVector, VectorIndex};
+use super::{Addition, Among, Change, ChangeItem, Changes, Entry, Listing, Relational, StoredVector, VectorIndex};
 use crate::domain::{Body, Idempotency, Key, Kind, Outcome, ScopeKey, Sequence, Source, Subject, View, Writer};
 use crate::error::MemoryError;
 use crate::filter::Filter;
@@ -636,56 +636,70 @@ async fn no_tenant_counts_in_anothers_scores(store: &dyn Relational) {
     assert_eq!(scores("t9").await, before);
 }
 
-/// The vector index port; it takes vectors of 128 dimensions.
-pub fn vector_index(index: &dyn VectorIndex) {
+/// The vector index port; on an empty index, which takes vectors of 128 dimensions.
+pub async fn vector_index(index: &dyn VectorIndex) {
+    let tenant = |name: &str| name.parse::<TenantId>().unwrap();
     let entry = |key: i64, scope: i64| Entry {
         key: Key(key),
+        tenant: tenant("one"),
         scope: ScopeKey(scope),
         code: code(key as u32),
     };
-    let entries: Vec<Entry> = (1..=300).map(|key| entry(key, key % 3)).collect();
-    index.apply(&entries, &[], Sequence(5)).unwrap();
-    assert_eq!((index.len(), index.watermark()), (300, Sequence(5)));
-    let some: HashSet<Key> = index.some(20).into_iter().collect();
-    assert!((10..=20).contains(&some.len()) && some.iter().any(|key| key.0 < 50) && some.iter().any(|key| key.0 > 250));
-    let scopes = |keys: &[i64]| keys.iter().map(|key| ScopeKey(*key)).collect::<HashSet<_>>();
-    let search = |query: u32, places: &[i64], exclude: &[i64], limit: usize| {
+    let apply = async |upserts: Vec<Entry>, removals: &[i64], at: i64| {
+        let changes = Changes {
+            upserts,
+            removals: removals.iter().map(|key| Key(*key)).collect(),
+            at: Sequence(at),
+        };
+        index.apply(changes).await.unwrap();
+        index.advance(Sequence(at));
+    };
+    let counted = async || {
+        index.tend().await.unwrap();
+        (index.len(), index.watermark())
+    };
+    apply((1..=300).map(|key| entry(key, key % 3)).collect(), &[], 5).await;
+    assert_eq!(counted().await, (300, Some(Sequence(5))));
+    let search = async |query: u32, places: &[i64], exclude: &[i64], limit: usize| {
         let among = Among {
-            scopes: scopes(places),
+            tenant: tenant("one"),
+            scopes: places.iter().map(|key| ScopeKey(*key)).collect(),
             only: None,
             exclude: exclude.iter().map(|key| Key(*key)).collect(),
         };
-        let found = index.search(&code(query), &among, limit);
+        let found = index.search(code(query), among.into(), limit).await.unwrap();
         assert!(found.is_sorted_by(|a, b| a.1 >= b.1), "best first");
         found.into_iter().map(|(key, _)| key.0).collect::<Vec<_>>()
     };
-    assert_eq!(search(42, &[0, 1, 2], &[], 1), [42], "a vector is nearest to itself");
-    assert!(!search(42, &[1, 2], &[], 300).contains(&42), "not in its scope");
-    assert_eq!(search(42, &[0], &[], 300).len(), 100, "filters are exact");
-    assert!(!search(42, &[0], &[42], 300).contains(&42), "left out");
-    assert!(search(42, &[], &[], 10).is_empty() && search(42, &[9], &[], 10).is_empty());
+    assert_eq!(
+        search(42, &[0, 1, 2], &[], 1).await,
+        [42],
+        "a vector is nearest to itself"
+    );
+    assert!(!search(42, &[1, 2], &[], 300).await.contains(&42), "not in its scope");
+    assert_eq!(search(42, &[0], &[], 300).await.len(), 100, "filters are exact");
+    assert!(!search(42, &[0], &[42], 300).await.contains(&42), "left out");
+    assert!(search(42, &[], &[], 10).await.is_empty() && search(42, &[9], &[], 10).await.is_empty());
 
     let among = Among {
-        scopes: scopes(&[0, 1, 2]),
+        tenant: tenant("one"),
+        scopes: [0, 1, 2].map(ScopeKey).into(),
         only: Some([Key(7), Key(42), Key(5000)].into()),
         exclude: HashSet::new(),
     };
-    let found = index.search(&code(42), &among, 10);
-    assert_eq!(
-        found.iter().map(|(key, _)| key.0).collect::<Vec<_>>(),
-        [42, 7],
-        "only the chosen ones"
-    );
+    let found = index.search(code(42), among.into(), 10).await.unwrap();
+    let found: Vec<i64> = found.iter().map(|(key, _)| key.0).collect();
+    assert_eq!(found, [42, 7], "only the chosen ones");
 
     // An upsert replaces, a removal removes, and an older watermark does not turn time back.
-    index.apply(&[entry(42, 1)], &[Key(41), Key(999)], Sequence(4)).unwrap();
-    assert_eq!((index.len(), index.watermark()), (299, Sequence(5)));
-    assert_eq!(search(42, &[1], &[], 1), [42]);
-    assert!(!search(41, &[0, 1, 2], &[], 300).contains(&41));
-    // The place of what was removed is taken again, and repeating changes nothing.
+    apply(vec![entry(42, 1)], &[41, 999], 6).await;
+    index.advance(Sequence(4));
+    assert_eq!(counted().await, (299, Some(Sequence(6))));
+    assert_eq!(search(42, &[1], &[], 1).await, [42]);
+    assert!(!search(41, &[0, 1, 2], &[], 300).await.contains(&41));
+    // What was removed may come again, and repeating changes nothing.
     for _ in 0..2 {
-        index.apply(&[entry(41, 2), entry(301, 0)], &[], Sequence(6)).unwrap();
+        apply(vec![entry(41, 2), entry(301, 0)], &[], 7).await;
     }
-    assert_eq!((index.len(), index.watermark()), (300 + 1, Sequence(6)));
-    index.flush().unwrap();
+    assert_eq!(counted().await, (300 + 1, Some(Sequence(7))));
 }

@@ -15,12 +15,13 @@ use std::borrow::Cow;
 use std::collections::{HashMap, HashSet};
 use std::io;
 use std::path::Path;
-use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
+use async_trait::async_trait;
 use rayon::prelude::*;
 
 use super::code::{BLOCK, Code, SCALE};
-use super::{Among, Entry, VectorIndex};
+use super::{Among, Care, Changes, Condition, Entry, StorageError, VectorIndex};
 use crate::domain::{Key, ScopeKey, Sequence};
 pub use file::Layout;
 use file::{Files, Head};
@@ -54,6 +55,8 @@ struct Inner {
     members: Vec<Vec<u32>>,
     free: Vec<usize>,
     signs: Signs,
+    /// Something was applied since it was flushed; a new one has files to write.
+    dirty: bool,
 }
 
 /// The owner of a slot without a vector.
@@ -168,6 +171,7 @@ impl Inner {
             members: Vec::new(),
             free: Vec::new(),
             signs: Signs::new(prefix),
+            dirty: true,
         }
     }
 
@@ -293,8 +297,12 @@ impl Inner {
     }
 }
 
-impl VectorIndex for FlatIndex {
-    fn apply(&self, upserts: &[Entry], removals: &[Key], watermark: Sequence) -> io::Result<()> {
+impl FlatIndex {
+    /// Applies changes and remembers that everything up to `watermark` is in.
+    ///
+    /// # Errors
+    /// When the index can't be written; it is then rebuilt on the next start.
+    pub fn apply(&self, upserts: &[Entry], removals: &[Key], watermark: Sequence) -> io::Result<()> {
         if upserts.iter().any(|entry| entry.code.dimension() != self.dimension) {
             let why = "a vector has another size than the index";
             return Err(io::Error::new(io::ErrorKind::InvalidInput, why));
@@ -302,6 +310,7 @@ impl VectorIndex for FlatIndex {
         // Before searches have to wait.
         let codes: Vec<Cow<'_, Code>> = upserts.par_iter().map(|entry| self.shorten(&entry.code)).collect();
         let mut inner = self.write();
+        inner.dirty = true;
         removals.iter().for_each(|key| inner.remove(*key));
         for (entry, code) in upserts.iter().zip(codes) {
             inner.upsert(entry.key, entry.scope, &code, self.prefix)?;
@@ -310,11 +319,13 @@ impl VectorIndex for FlatIndex {
         Ok(())
     }
 
-    fn watermark(&self) -> Sequence {
+    /// The change up to which everything is in.
+    pub fn watermark(&self) -> Sequence {
         self.read().watermark
     }
 
-    fn search(&self, query: &Code, among: &Among, limit: usize) -> Vec<(Key, f32)> {
+    /// The nearest vectors by the quantized prefix, best first.
+    pub fn search(&self, query: &Code, among: &Among, limit: usize) -> Vec<(Key, f32)> {
         if query.dimension() != self.dimension || limit == 0 {
             return Vec::new();
         }
@@ -328,8 +339,14 @@ impl VectorIndex for FlatIndex {
             .collect()
     }
 
-    fn len(&self) -> usize {
+    /// Vectors in it.
+    pub fn len(&self) -> usize {
         self.read().by_key.len()
+    }
+
+    /// True when there is no vector.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
     }
 
     fn some(&self, count: usize) -> Vec<Key> {
@@ -340,18 +357,83 @@ impl VectorIndex for FlatIndex {
         slots.into_iter().step_by(step).map(|slot| inner.keys[slot]).collect()
     }
 
+    /// Bytes on disk.
+    pub fn bytes(&self) -> u64 {
+        self.read().files.bytes() + self.rotation.as_ref().map_or(0, Rotation::bytes)
+    }
+
+    /// Makes everything applied so far survive a loss of power.
+    ///
+    /// # Errors
+    /// When the disk refuses.
+    pub fn flush(&self) -> io::Result<()> {
+        let mut inner = self.write();
+        let watermark = inner.watermark;
+        if inner.dirty {
+            inner.files.flush(watermark)?;
+            inner.dirty = false;
+        }
+        Ok(())
+    }
+}
+
+/// Works off the async threads.
+///
+/// # Errors
+/// What the work says.
+pub async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> io::Result<T> + Send + 'static,
+) -> Result<T, StorageError> {
+    let done = tokio::task::spawn_blocking(work).await;
+    Ok(done.map_err(|error| StorageError::Other(Box::new(error)))??)
+}
+
+#[async_trait]
+impl VectorIndex for Arc<FlatIndex> {
+    async fn apply(&self, changes: Changes) -> Result<(), StorageError> {
+        let index = Self::clone(self);
+        let none = Sequence::default();
+        blocking(move || FlatIndex::apply(&index, &changes.upserts, &changes.removals, none)).await
+    }
+
+    fn advance(&self, watermark: Sequence) {
+        let mut inner = self.write();
+        inner.dirty |= watermark > inner.watermark;
+        inner.watermark = inner.watermark.max(watermark);
+    }
+
+    fn watermark(&self) -> Option<Sequence> {
+        Some(FlatIndex::watermark(self))
+    }
+
+    async fn search(&self, query: Code, among: Arc<Among>, limit: usize) -> Result<Vec<(Key, f32)>, StorageError> {
+        let index = Self::clone(self);
+        blocking(move || Ok(FlatIndex::search(&index, &query, &among, limit))).await
+    }
+
+    fn len(&self) -> usize {
+        FlatIndex::len(self)
+    }
+
+    fn some(&self, count: usize) -> Vec<Key> {
+        FlatIndex::some(self, count)
+    }
+
     fn learned(&self) -> usize {
         self.learned
     }
 
     fn bytes(&self) -> u64 {
-        self.read().files.bytes() + self.rotation.as_ref().map_or(0, Rotation::bytes)
+        FlatIndex::bytes(self)
     }
 
-    fn flush(&self) -> io::Result<()> {
-        let mut inner = self.write();
-        let watermark = inner.watermark;
-        inner.files.flush(watermark)
+    async fn tend(&self) -> Result<Care, StorageError> {
+        let index = Self::clone(self);
+        blocking(move || index.flush()).await?;
+        Ok(Care {
+            condition: Condition::Well,
+            again: None,
+        })
     }
 }
 
@@ -362,6 +444,8 @@ fn row_size(prefix: usize) -> usize {
 
 #[cfg(test)]
 mod tests {
+    use aeterna_types::TenantId;
+
     use super::*;
 
     fn layout(store: &str, model: &str) -> Layout {
@@ -374,8 +458,8 @@ mod tests {
         }
     }
 
-    #[test]
-    fn conforms_and_is_the_same_when_it_is_opened_again() {
+    #[tokio::test]
+    async fn conforms_and_is_the_same_when_it_is_opened_again() {
         let dir = tempfile::tempdir().unwrap();
         let open = |store: &str, model: &str, end: i64| {
             FlatIndex::open(dir.path(), layout(store, model), Sequence(end)).unwrap()
@@ -383,15 +467,19 @@ mod tests {
         let Opened::Fresh(index, _) = open("s", "m@1", 0) else {
             panic!("an empty directory has no index")
         };
-        super::super::conformance::vector_index(&index);
+        let index = Arc::new(index);
+        super::super::conformance::vector_index(&index).await;
+        let some: HashSet<Key> = index.some(20).into_iter().collect();
+        let has = |wanted: fn(&Key) -> bool| some.iter().any(wanted);
+        assert!((10..=20).contains(&some.len()) && has(|key| key.0 < 50) && has(|key| key.0 > 250));
         drop(index);
-        let Opened::Intact(index) = open("s", "m@1", 6) else {
+        let Opened::Intact(index) = open("s", "m@1", 7) else {
             panic!("it was flushed")
         };
-        assert_eq!((index.len(), index.watermark()), (301, Sequence(6)));
+        assert_eq!((index.len(), index.watermark()), (301, Sequence(7)));
         drop(index);
         for (store, model, end, word) in [
-            ("s", "m@1", 5, "ahead"),
+            ("s", "m@1", 6, "ahead"),
             ("other", "m@1", 9, "another store"),
             ("s", "n@1", 9, "m@1"),
         ] {
@@ -399,12 +487,12 @@ mod tests {
             let Opened::Fresh(index, why) = open(store, model, end) else {
                 panic!("{word}: such an index is of no use")
             };
-            assert!(index.len() == 0 && why.contains(word), "{why}");
+            assert!(index.is_empty() && why.contains(word), "{why}");
             drop(index);
             let Opened::Fresh(index, _) = open("s", "m@1", 0) else {
                 panic!("it was not flushed")
             };
-            super::super::conformance::vector_index(&index);
+            super::super::conformance::vector_index(&Arc::new(index)).await;
         }
     }
 
@@ -451,14 +539,17 @@ mod tests {
         };
         let entry = |n: u32| Entry {
             key: Key(i64::from(n)),
+            tenant: TenantId::local(),
             scope: ScopeKey(1),
             code: near(n % 400, 1_000_000 + n),
         };
         let entries: Vec<Entry> = (0..20_000).map(entry).collect();
         index.apply(&entries, &[], Sequence(1)).unwrap();
         let among = Among {
+            tenant: TenantId::local(),
             scopes: [ScopeKey(1)].into(),
-            ..Among::default()
+            only: None,
+            exclude: HashSet::new(),
         };
         let mut found = 0;
         for n in 0..50u32 {

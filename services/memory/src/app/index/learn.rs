@@ -1,13 +1,14 @@
 //! Learning a rotation for the index that serves, and handing over to an index that has it.
 
+use std::sync::MutexGuard;
 use std::sync::atomic::Ordering;
-use std::sync::{MutexGuard, PoisonError};
 
 use aeterna_error::Error;
 use tokio_util::sync::CancellationToken;
 
-use super::{Background, LONGEST, PAUSE, flush};
+use super::{Background, LONGEST, PAUSE, lock, tend};
 use crate::app::Serving;
+use crate::store::StorageError;
 
 /// Vectors from which on a rotation is learned.
 const FIRST: usize = 2_000;
@@ -18,7 +19,9 @@ const SAMPLE: usize = 8_192;
 const NUMBERS: usize = 6 << 20;
 
 /// What is said when the disk refuses.
-const UNCHANGED: &str = "the files of an index can't be changed";
+fn unchanged(error: StorageError) -> Error {
+    Error::unavailable("the files of an index can't be changed").caused_by(error)
+}
 
 /// Of which model, and among how many vectors, a rotation was looked for the last time.
 type Tried = (String, usize);
@@ -63,30 +66,12 @@ impl Background {
         let sample = serving.index.some((NUMBERS / model.dimension).clamp(FIRST, SAMPLE));
         let vectors = app.store.vectors(None, &model.identity, &sample).await?;
         let vectors: Vec<Vec<f32>> = vectors.into_iter().map(|(_, vector)| vector).collect();
-        let (of, token) = (model.clone(), stop.clone());
-        let learned = app
-            .on_disk(UNCHANGED, move |indexes| indexes.learn(&of, &vectors, count, &token))
-            .await?;
-        let index = match learned {
-            Some(index) => index,
-            None if stop.is_cancelled() => return Ok(()),
-            None if serving.index.learned() > 0 => {
-                tracing::info!(
-                    model = model.name,
-                    "the rotation serves no longer: all dimensions are scanned again"
-                );
-                let of = model.clone();
-                app.on_disk(UNCHANGED, move |indexes| indexes.plain(&of)).await?
-            }
-            None => {
-                tracing::info!(
-                    model = model.name,
-                    vectors = count,
-                    "no rotation serves: all dimensions are scanned"
-                );
+        let learned = app.indexes.learn(&serving, vectors, count, stop).await;
+        let Some(index) = learned.map_err(unchanged)? else {
+            if !stop.is_cancelled() {
                 *tried = (model.identity.clone(), count);
-                return Ok(());
             }
+            return Ok(());
         };
         let next = Serving {
             model: model.clone(),
@@ -105,7 +90,7 @@ impl Background {
     }
 
     fn ready(&self) -> MutexGuard<'_, Option<Serving>> {
-        self.pending.ready.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.pending.ready)
     }
 
     /// Answers searches by the index that is ready, if one is. Called by the writer of the index, so that no change is missed.
@@ -115,12 +100,11 @@ impl Background {
             return Ok(());
         };
         if next.model.identity != app.serving().model.identity {
-            let identity = next.model.identity.clone();
-            return app.on_disk(UNCHANGED, move |indexes| indexes.remove(&identity)).await;
+            return app.indexes.remove(&next.model.identity).await.map_err(unchanged);
         }
         let complete = match self.apply_new(&next, |_| ()).await {
             // From here on it is the one that the next start opens.
-            Ok(_) => flush(&next).await,
+            Ok(()) => tend(&next).await,
             Err(error) => Err(error),
         };
         if let Err(error) = complete {
@@ -129,7 +113,8 @@ impl Background {
         }
         let (model, learned) = (next.model.name.clone(), next.index.learned());
         app.serve(next);
-        app.indexed.send_replace(app.serving().index.watermark());
+        app.indexed
+            .send_replace(app.serving().index.watermark().unwrap_or_default());
         self.pending.unsettled.store(true, Ordering::SeqCst);
         tracing::info!(model, learned, "searches are answered by another index of the model");
         Ok(())
@@ -142,8 +127,6 @@ impl Background {
             return Ok(());
         }
         let serving = self.app.serving();
-        self.app
-            .on_disk(UNCHANGED, move |indexes| indexes.settle(&serving))
-            .await
+        self.app.indexes.settle(&serving).await.map_err(unchanged)
     }
 }

@@ -1,0 +1,193 @@
+//! The flat indexes on disk: one a model, and one beside it while a rotation is learned.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use tokio_util::sync::CancellationToken;
+
+use crate::app::{Indexes, Model, Serving};
+use crate::domain::Sequence;
+use crate::store::flat::rotation::{self, Rotation};
+use crate::store::flat::{FlatIndex, Layout, Opened, blocking};
+use crate::store::{StorageError, VectorIndex};
+
+/// How the directories of indexes with a learned rotation are called, before the number of vectors.
+const LEARNED: &str = "learned-";
+
+/// Flat indexes in a directory, each in one of its own.
+#[derive(Clone)]
+pub struct FlatIndexes {
+    root: PathBuf,
+    /// The relational store that they follow.
+    store: String,
+    /// Indexes may have a learned rotation.
+    learn: bool,
+}
+
+impl FlatIndexes {
+    /// In a directory, of what the relational store with this identity holds; with learned rotations or without.
+    pub fn new(root: PathBuf, store: String, learn: bool) -> Self {
+        Self { root, store, learn }
+    }
+
+    fn directory(&self, identity: &str) -> PathBuf {
+        self.root.join(file_name(identity))
+    }
+
+    /// How the vectors of a model are laid out, with a rotation that was learned of so many vectors.
+    fn layout(&self, model: &Model, learned: usize) -> Layout {
+        let kept = rotation::kept(model.dimension).filter(|_| learned > 0);
+        Layout {
+            store: self.store.clone(),
+            model: model.identity.clone(),
+            dimension: model.dimension,
+            prefix: kept.unwrap_or(model.prefix),
+            learned,
+        }
+    }
+
+    /// The indexes of a model whose rotation was learned, the one of most vectors first.
+    fn learned(&self, identity: &str) -> std::io::Result<Vec<(usize, PathBuf)>> {
+        let entries = match std::fs::read_dir(self.directory(identity)) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+            entries => entries?,
+        };
+        let mut found = Vec::new();
+        for entry in entries {
+            let entry = entry?;
+            let name = entry.file_name();
+            let learned = name.to_str().and_then(|name| name.strip_prefix(LEARNED)?.parse().ok());
+            found.extend(learned.map(|learned| (learned, entry.path())));
+        }
+        found.sort_unstable();
+        found.reverse();
+        Ok(found)
+    }
+}
+
+#[async_trait]
+impl Indexes for FlatIndexes {
+    async fn open(&self, model: &Model, end: Sequence) -> Result<(Arc<dyn VectorIndex>, Option<String>), StorageError> {
+        let (files, model) = (self.clone(), model.clone());
+        let (index, why) = blocking(move || files.open(&model, end)).await?;
+        Ok((Arc::new(index), why))
+    }
+
+    fn learns(&self, model: &Model) -> bool {
+        self.learn && model.prefix == model.dimension && rotation::kept(model.dimension).is_some()
+    }
+
+    async fn learn(
+        &self,
+        before: &Serving,
+        vectors: Vec<Vec<f32>>,
+        count: usize,
+        stop: &CancellationToken,
+    ) -> Result<Option<Arc<dyn VectorIndex>>, StorageError> {
+        let (files, model, stop) = (self.clone(), before.model.clone(), stop.clone());
+        let rotated = before.index.learned() > 0;
+        let next = blocking(move || files.learn(&model, rotated, &vectors, count, &stop)).await?;
+        Ok(next.map(|index| Arc::new(index) as Arc<dyn VectorIndex>))
+    }
+
+    async fn settle(&self, serving: &Serving) -> Result<(), StorageError> {
+        let (files, identity) = (self.clone(), serving.model.identity.clone());
+        let own = serving.index.learned();
+        blocking(move || files.settle(&identity, own)).await
+    }
+
+    async fn remove(&self, identity: &str) -> Result<(), StorageError> {
+        let directory = self.directory(identity);
+        blocking(move || match std::fs::remove_dir_all(directory) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+            removed => removed,
+        })
+        .await
+    }
+}
+
+impl FlatIndexes {
+    fn open(&self, model: &Model, end: Sequence) -> std::io::Result<(Arc<FlatIndex>, Option<String>)> {
+        let plain = self.directory(&model.identity);
+        let newest = FlatIndex::watermark_in(&plain);
+        let mut unusable = None;
+        for (learned, directory) in self.learned(&model.identity)? {
+            // One without a manifest was being made when the process ended; of two the one that served last has more.
+            let watermark = FlatIndex::watermark_in(&directory).filter(|_| self.learn);
+            if watermark.is_some() && watermark >= newest {
+                match FlatIndex::open_learned(&directory, &self.layout(model, learned), end) {
+                    Ok(index) => return Ok((Arc::new(index), None)),
+                    Err(why) => unusable = Some(why),
+                }
+            }
+            std::fs::remove_dir_all(directory)?;
+        }
+        Ok(match FlatIndex::open(&plain, self.layout(model, 0), end)? {
+            Opened::Intact(index) => (Arc::new(index), None),
+            Opened::Fresh(index, why) => (Arc::new(index), Some(unusable.unwrap_or(why))),
+        })
+    }
+
+    fn learn(
+        &self,
+        model: &Model,
+        rotated: bool,
+        vectors: &[Vec<f32>],
+        count: usize,
+        stop: &CancellationToken,
+    ) -> std::io::Result<Option<Arc<FlatIndex>>> {
+        // Threads of its own, and half as many: searches and writes use the common ones meanwhile.
+        let threads = std::thread::available_parallelism().map_or(1, |cores| cores.get().div_ceil(2));
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
+        let pool = pool.map_err(std::io::Error::other)?;
+        let learned = pool.install(|| Rotation::learn(vectors, &|| stop.is_cancelled()));
+        if stop.is_cancelled() {
+            return Ok(None);
+        }
+        let (directory, model_name) = (self.directory(&model.identity), &model.name);
+        if let Some((rotation, share)) = learned {
+            tracing::info!(model = model_name, vectors = vectors.len(), share, "learned a rotation");
+            let directory = directory.join(format!("{LEARNED}{count}"));
+            let index = FlatIndex::create_learned(&directory, &self.layout(model, count), rotation)?;
+            return Ok(Some(Arc::new(index)));
+        }
+        tracing::info!(
+            model = model_name,
+            vectors = count,
+            "no rotation serves: all dimensions are scanned"
+        );
+        if rotated {
+            let index = FlatIndex::create(&directory, &self.layout(model, 0))?;
+            return Ok(Some(Arc::new(index)));
+        }
+        Ok(None)
+    }
+
+    /// Removes the other indexes of a model than the one with a rotation of so many vectors; 0: without one.
+    fn settle(&self, identity: &str, own: usize) -> std::io::Result<()> {
+        for (learned, directory) in self.learned(identity)? {
+            if learned != own {
+                std::fs::remove_dir_all(directory)?;
+            }
+        }
+        if own > 0 {
+            FlatIndex::remove(&self.directory(identity))?;
+        }
+        Ok(())
+    }
+}
+
+/// A name for a directory.
+fn file_name(identity: &str) -> String {
+    identity
+        .chars()
+        .map(|c| {
+            if c.is_ascii_alphanumeric() || "-@.".contains(c) {
+                c
+            } else {
+                '_'
+            }
+        })
+        .collect()
+}

@@ -1,0 +1,419 @@
+//! The vector index in a Qdrant cluster, one collection a model.
+//!
+//! All copies of the service write it, each what the outbox tells, and points carry the change that they were written with, so
+//! it does not matter who comes first (`requests`). With two replicas a change counts once one of them has it: a node that is
+//! away stops nobody. Up to which change everything is in is remembered only while every replica is well, and when one was not,
+//! all changes since then are applied once more after it is back (`VectorIndex::tend`).
+
+mod nodes;
+mod options;
+mod requests;
+#[cfg(test)]
+mod tests;
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use async_trait::async_trait;
+use qdrant_client::qdrant::{ReplicaState, point_id::PointIdOptions, vectors_config};
+
+use super::{Among, Care, Changes, Condition, StorageError, VectorIndex};
+use crate::domain::{Key, Sequence};
+use crate::store::code::Code;
+use nodes::{Failed, Nodes};
+pub use options::QdrantOptions;
+
+/// How long a search may take.
+const SEARCH: Duration = Duration::from_millis(1500);
+/// How long a write, or a question about the collection, may take.
+const WRITE: Duration = Duration::from_secs(10);
+/// How long making a collection may take.
+const CREATE: Duration = Duration::from_secs(60);
+/// Points in one request.
+const POINTS: usize = 500;
+/// The oldest server that has what is used here: upserts with a filter.
+const OLDEST: (u32, u32) = (1, 16);
+/// How long a point is remembered that lost its vector: longer than any writer may be delayed.
+const BURIED: Duration = Duration::from_secs(3600);
+/// How often such points are looked for.
+const BURY: Duration = Duration::from_secs(60);
+
+/// The collections of one relational store in a cluster.
+#[derive(Debug)]
+pub struct Cluster {
+    nodes: Nodes,
+    options: QdrantOptions,
+    /// The relational store that they follow.
+    store: String,
+}
+
+impl Cluster {
+    /// Nothing is connected before it is used.
+    ///
+    /// # Errors
+    /// What is wrong with an endpoint.
+    pub fn new(options: QdrantOptions, store: String) -> Result<Self, StorageError> {
+        Ok(Self {
+            nodes: Nodes::new(&options)?,
+            options,
+            store,
+        })
+    }
+
+    /// What the collection of a model's vectors is called.
+    fn name(&self, identity: &str) -> String {
+        let plain = |c: char| {
+            if c.is_ascii_alphanumeric() || "-@.".contains(c) {
+                c
+            } else {
+                '_'
+            }
+        };
+        let store: String = self
+            .store
+            .chars()
+            .filter(char::is_ascii_alphanumeric)
+            .take(12)
+            .collect();
+        let model: String = identity.chars().map(plain).take(120).collect();
+        // What was cut or replaced must not make two models one.
+        let digest = &blake3::hash(identity.as_bytes()).to_hex()[..8];
+        format!("{}-{store}-{model}-{digest}", self.options.prefix)
+    }
+
+    /// The index of a model, whose first pass compares so many dimensions; nothing is asked yet.
+    pub fn index(self: &Arc<Self>, identity: &str, prefix: usize) -> QdrantIndex {
+        QdrantIndex {
+            name: self.name(identity),
+            cluster: Arc::clone(self),
+            prefix,
+            state: Mutex::new(State::default()),
+            count: AtomicU64::new(0),
+        }
+    }
+
+    /// Removes the index of a model.
+    ///
+    /// # Errors
+    /// When the cluster is away.
+    pub async fn remove(&self, identity: &str) -> Result<(), StorageError> {
+        self.delete(&self.name(identity)).await
+    }
+
+    async fn delete(&self, name: &str) -> Result<(), StorageError> {
+        let removed = self.nodes.call(CREATE, async |node| node.delete_collection(name).await);
+        match removed.await {
+            Ok(_) | Err(Failed::Missing) => Ok(()),
+            Err(failed) => Err(failed.into()),
+        }
+    }
+}
+
+/// The index of one model.
+#[derive(Debug)]
+pub struct QdrantIndex {
+    cluster: Arc<Cluster>,
+    name: String,
+    /// Dimensions of its vectors.
+    prefix: usize,
+    state: Mutex<State>,
+    /// Vectors, as counted last.
+    count: AtomicU64,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// The collection is there and as it should be.
+    ready: bool,
+    /// Everything up to this change is in.
+    watermark: Option<Sequence>,
+    /// The same at a time when every replica was well; changes after it are applied once more when `missed`.
+    safe: Sequence,
+    /// What the collection remembers.
+    marked: Sequence,
+    /// A replica was not well since `safe`.
+    missed: bool,
+    /// When points without a vector were looked for.
+    buried: Option<Instant>,
+}
+
+impl QdrantIndex {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The collection is not there any more: it is made anew, and filled.
+    fn failed(&self, failed: Failed) -> StorageError {
+        if matches!(failed, Failed::Missing) {
+            let mut state = self.state();
+            if std::mem::take(&mut *state).ready {
+                tracing::warn!(collection = self.name, "the collection is gone; it is made anew");
+            }
+        }
+        failed.into()
+    }
+
+    /// Makes the collection when it is not there, looks whether it is as the settings say, and finds out how far it is.
+    async fn prepare(&self) -> Result<(), StorageError> {
+        if self.state().ready {
+            return Ok(());
+        }
+        let Cluster { nodes, options, .. } = &*self.cluster;
+        let name = self.name.as_str();
+        match nodes.call(WRITE, async |node| node.collection_info(name).await).await {
+            Ok(info) => {
+                let params = info
+                    .result
+                    .and_then(|info| info.config)
+                    .and_then(|config| config.params);
+                self.compare(params.unwrap_or_default())?;
+            }
+            Err(Failed::Missing) => {
+                let collection = requests::collection(name, self.prefix, options);
+                let created = nodes.call(CREATE, async |node| node.create_collection(collection.clone()).await);
+                match created.await {
+                    Ok(_) => tracing::info!(collection = name, "made a collection"),
+                    Err(Failed::Exists) => {}
+                    // Another copy was faster, says a server that calls it an invalid argument; or it is refused, and missing.
+                    Err(failed) => {
+                        let there = nodes.call(WRITE, async |node| node.collection_exists(name).await);
+                        if !there.await.unwrap_or(false) {
+                            return Err(failed.into());
+                        }
+                    }
+                }
+            }
+            Err(failed) => return Err(failed.into()),
+        }
+        for field in requests::fields(name) {
+            let made = nodes.call(CREATE, async |node| node.create_field_index(field.clone()).await);
+            made.await.map_err(|failed| self.failed(failed))?;
+        }
+        let marked = nodes.call(WRITE, async |node| node.get_points(requests::marked(name)).await);
+        let marked = marked.await.map_err(|failed| self.failed(failed))?.result;
+        let watermark = marked.first().and_then(|point| requests::watermark(&point.payload));
+        let mut state = self.state();
+        *state = State {
+            ready: true,
+            watermark,
+            safe: watermark.unwrap_or_default(),
+            marked: watermark.unwrap_or_default(),
+            ..State::default()
+        };
+        Ok(())
+    }
+
+    /// Says how a collection differs from the settings.
+    fn compare(&self, params: qdrant_client::qdrant::CollectionParams) -> Result<(), StorageError> {
+        let (name, options) = (&self.name, &self.cluster.options);
+        let dense = match params.vectors_config.and_then(|vectors| vectors.config) {
+            Some(vectors_config::Config::ParamsMap(mut named)) => named.map.remove(requests::DENSE),
+            _ => None,
+        };
+        let size = dense.map_or(0, |dense| dense.size);
+        if size != self.prefix as u64 {
+            let message = format!(
+                "the collection `{name}` has vectors of {size} dimensions and not {}; delete it, and it is made and filled anew",
+                self.prefix
+            );
+            return Err(StorageError::Broken(message.into()));
+        }
+        for (what, found, wanted) in [
+            ("shards", Some(params.shard_number), options.shards),
+            ("replicas", params.replication_factor, options.replicas),
+            ("consistency", params.write_consistency_factor, options.consistency),
+        ] {
+            let found = found.unwrap_or(1);
+            if found != wanted {
+                tracing::warn!(
+                    collection = name,
+                    found,
+                    wanted,
+                    "`{what}` in `memory.index` is not what the collection was made with, which stays; delete the collection, and \
+                     it is made and filled anew"
+                );
+            }
+        }
+        Ok(())
+    }
+
+    /// What is wrong with the replicas.
+    async fn unwell(&self) -> Result<Option<String>, StorageError> {
+        let name = self.name.as_str();
+        let info = self
+            .cluster
+            .nodes
+            .call(WRITE, async |node| node.collection_cluster_info(name).await);
+        let info = info.await.map_err(|failed| self.failed(failed))?;
+        let local = info.local_shards.iter().map(|shard| shard.state);
+        let remote = info.remote_shards.iter().map(|shard| shard.state);
+        let states: Vec<i32> = local.chain(remote).collect();
+        let unwell = states
+            .iter()
+            .filter(|state| **state != ReplicaState::Active as i32)
+            .count();
+        if unwell > 0 || !info.shard_transfers.is_empty() {
+            let all = states.len();
+            return Ok(Some(format!(
+                "{unwell} of {all} replicas of the vector index are not well"
+            )));
+        }
+        Ok(None)
+    }
+
+    /// Remembers how far the index is when all of it is well.
+    async fn remember(&self, watermark: Option<Sequence>, well: bool) -> Result<Option<Sequence>, StorageError> {
+        let (again, mark) = {
+            let mut state = self.state();
+            state.missed |= !well && state.watermark.is_some();
+            if let Some(watermark) = watermark.filter(|_| !state.missed) {
+                state.safe = state.safe.max(watermark);
+            }
+            let again = (state.missed && well).then_some(state.safe);
+            (again, Some(state.safe).filter(|safe| *safe > state.marked))
+        };
+        if let Some(mark) = mark {
+            let name = self.name.as_str();
+            let put = self
+                .cluster
+                .nodes
+                .call(WRITE, async |node| node.upsert_points(requests::mark(name, mark)).await);
+            put.await.map_err(|failed| self.failed(failed))?;
+            self.state().marked = mark;
+        }
+        Ok(again)
+    }
+
+    /// Counts the vectors, and forgets what lost its vector long ago.
+    async fn tidy(&self) -> Result<(), StorageError> {
+        let (nodes, name) = (&self.cluster.nodes, self.name.as_str());
+        let counted = nodes.call(WRITE, async |node| node.count(requests::count(name)).await);
+        let counted = counted.await.map_err(|failed| self.failed(failed))?;
+        self.count
+            .store(counted.result.map_or(0, |result| result.count), Ordering::Relaxed);
+        if self.state().buried.is_some_and(|at| at.elapsed() < BURY) {
+            return Ok(());
+        }
+        let before = now() - BURIED.as_secs() as i64;
+        let buried = nodes.call(WRITE, async |node| {
+            node.delete_points(requests::bury(name, before)).await
+        });
+        buried.await.map_err(|failed| self.failed(failed))?;
+        self.state().buried = Some(Instant::now());
+        Ok(())
+    }
+}
+
+/// Seconds since 1970.
+fn now() -> i64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    i64::try_from(since.as_secs()).unwrap_or(i64::MAX)
+}
+
+/// The version in `1.18.3`.
+fn version(text: &str) -> Option<(u32, u32)> {
+    let mut parts = text.split('.');
+    Some((parts.next()?.parse().ok()?, parts.next()?.parse().ok()?))
+}
+
+#[async_trait]
+impl VectorIndex for QdrantIndex {
+    async fn apply(&self, changes: Changes) -> Result<(), StorageError> {
+        self.prepare().await?;
+        let Changes { upserts, removals, at } = changes;
+        let now = now();
+        let upserts = upserts.chunks(POINTS).map(|part| (part.to_vec(), Vec::new()));
+        let removals = removals.chunks(POINTS).map(|part| (Vec::new(), part.to_vec()));
+        for (upserts, removals) in upserts.chain(removals) {
+            let part = Changes { upserts, removals, at };
+            let request = requests::upsert(&self.name, self.prefix, &part, now);
+            let applied = self
+                .cluster
+                .nodes
+                .call(WRITE, async |node| node.upsert_points(request.clone()).await);
+            applied.await.map_err(|failed| self.failed(failed))?;
+        }
+        Ok(())
+    }
+
+    fn advance(&self, watermark: Sequence) {
+        let mut state = self.state();
+        // What was applied to a collection that is gone counts no longer.
+        if state.ready {
+            state.watermark = state.watermark.max(Some(watermark));
+        }
+    }
+
+    fn watermark(&self) -> Option<Sequence> {
+        self.state().watermark
+    }
+
+    async fn search(&self, query: Code, among: Arc<Among>, limit: usize) -> Result<Vec<(Key, f32)>, StorageError> {
+        let Some(request) = requests::nearest(&self.name, self.prefix, &query, &among, limit) else {
+            return Ok(Vec::new());
+        };
+        let found = self
+            .cluster
+            .nodes
+            .call(SEARCH, async |node| node.query(request.clone()).await);
+        let found = found.await.map_err(|failed| self.failed(failed))?.result;
+        let key = |point: &qdrant_client::qdrant::ScoredPoint| match point.id.as_ref()?.point_id_options.as_ref()? {
+            PointIdOptions::Num(number) => i64::try_from(*number).ok().map(Key),
+            PointIdOptions::Uuid(_) => None,
+        };
+        Ok(found
+            .iter()
+            .filter_map(|point| Some((key(point)?, point.score)))
+            .collect())
+    }
+
+    fn len(&self) -> usize {
+        usize::try_from(self.count.load(Ordering::Relaxed)).unwrap_or(usize::MAX)
+    }
+
+    /// Not known here.
+    fn bytes(&self) -> u64 {
+        0
+    }
+
+    async fn tend(&self) -> Result<Care, StorageError> {
+        let (versions, away) = self.cluster.nodes.look().await;
+        if versions.is_empty() {
+            return Err(StorageError::Unavailable("no Qdrant node answers".into()));
+        }
+        if let Some(old) = versions
+            .iter()
+            .find(|found| version(found).is_some_and(|found| found < OLDEST))
+        {
+            let message = format!("Qdrant {old} is too old; {}.{} or later is needed", OLDEST.0, OLDEST.1);
+            return Err(StorageError::Broken(message.into()));
+        }
+        self.prepare().await?;
+        // What is applied after this moment may be missing where the replicas were looked at before.
+        let watermark = self.watermark();
+        let mut unwell = self.unwell().await?;
+        if !away.is_empty() {
+            let all = versions.len() + away.len();
+            unwell = Some(format!("{} of {all} Qdrant nodes answer", versions.len()));
+        }
+        let again = self.remember(watermark, unwell.is_none()).await?;
+        self.tidy().await?;
+        Ok(Care {
+            condition: unwell.map_or(Condition::Well, Condition::Weak),
+            again,
+        })
+    }
+
+    fn repaired(&self, upto: Sequence) {
+        let mut state = self.state();
+        state.safe = state.safe.max(upto);
+        state.missed = false;
+    }
+
+    async fn clear(&self) -> Result<(), StorageError> {
+        self.cluster.delete(&self.name).await?;
+        *self.state() = State::default();
+        Ok(())
+    }
+}

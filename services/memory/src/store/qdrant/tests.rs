@@ -1,0 +1,281 @@
+use std::collections::HashSet;
+
+use super::*;
+use crate::domain::ScopeKey;
+use crate::store::{Entry, conformance};
+
+const MODEL: &str = "test-model@1";
+
+/// The cluster that `QDRANT_URL` names; without one there is nothing to test here, and `make test-qdrant` asks for it.
+fn cluster() -> Option<Arc<Cluster>> {
+    let uri = std::env::var("QDRANT_URL").ok()?;
+    let options = QdrantOptions::parse(uri.strip_prefix("qdrant:").unwrap()).unwrap();
+    let store = uuid::Uuid::now_v7().simple().to_string().chars().rev().collect();
+    Some(Arc::new(Cluster::new(options, store).unwrap()))
+}
+
+fn entry(key: i64, tenant: &str, seed: u32) -> Entry {
+    Entry {
+        key: Key(key),
+        tenant: tenant.parse().unwrap(),
+        scope: ScopeKey(1),
+        code: Code::encode(&conformance::vector(seed, 128)).unwrap(),
+    }
+}
+
+fn changes(upserts: Vec<Entry>, removals: &[i64], at: i64) -> Changes {
+    Changes {
+        upserts,
+        removals: removals.iter().copied().map(Key).collect(),
+        at: Sequence(at),
+    }
+}
+
+fn among(tenant: &str) -> Arc<Among> {
+    Arc::new(Among {
+        tenant: tenant.parse().unwrap(),
+        scopes: [ScopeKey(1)].into(),
+        only: None,
+        exclude: HashSet::new(),
+    })
+}
+
+async fn keys(index: &QdrantIndex, tenant: &str, seed: u32) -> Vec<i64> {
+    let query = Code::encode(&conformance::vector(seed, 128)).unwrap();
+    let found = index.search(query, among(tenant), 10).await.unwrap();
+    found.into_iter().map(|(key, _)| key.0).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_conforms() {
+    let Some(cluster) = cluster() else { return };
+    let index = cluster.index(MODEL, 128);
+    assert_eq!(index.watermark(), None);
+    index.tend().await.unwrap();
+    assert_eq!(index.watermark(), None, "it is to be filled");
+    conformance::vector_index(&index).await;
+    // What it remembers is found by whoever comes next.
+    let next = cluster.index(MODEL, 128);
+    next.tend().await.unwrap();
+    assert_eq!((next.len(), next.watermark()), (301, Some(Sequence(7))));
+    let wrong = cluster.index(MODEL, 64).tend().await.unwrap_err();
+    assert!(matches!(wrong, StorageError::Broken(_)), "{wrong:?}");
+
+    // A collection that is lost is made anew.
+    cluster.delete(&cluster.name(MODEL)).await.unwrap();
+    assert!(index.apply(changes(vec![entry(1, "one", 1)], &[], 8)).await.is_err());
+    index.advance(Sequence(8));
+    assert_eq!(index.watermark(), None);
+    index.apply(changes(vec![entry(1, "one", 1)], &[], 8)).await.unwrap();
+    assert_eq!(keys(&index, "one", 1).await, [1]);
+    index.clear().await.unwrap();
+    assert_eq!(index.watermark(), None);
+    cluster.remove(MODEL).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_newer_stays() {
+    let Some(cluster) = cluster() else { return };
+    let index = cluster.index(MODEL, 128);
+    let apply = async |upserts: Vec<Entry>, removals: &[i64], at: i64| {
+        index.apply(changes(upserts, removals, at)).await.unwrap();
+    };
+    // Places in the outbox are large.
+    let base = 7 << 45;
+    apply(
+        vec![entry(1, "one", 10), entry(2, "one", 20), entry(3, "two", 10)],
+        &[],
+        base + 2,
+    )
+    .await;
+    assert_eq!(keys(&index, "one", 10).await, [1, 2]);
+    assert_eq!(
+        keys(&index, "two", 10).await,
+        [3],
+        "no search crosses the wall between tenants"
+    );
+    // A writer that was held up comes late: with another vector, and with one that is removed since.
+    apply(vec![entry(1, "one", 99)], &[], base + 1).await;
+    assert_eq!(keys(&index, "one", 10).await, [1, 2]);
+    apply(Vec::new(), &[1], base + 4).await;
+    apply(vec![entry(1, "one", 10)], &[], base + 3).await;
+    assert_eq!(keys(&index, "one", 10).await, [2], "what is removed stays so");
+    // What is remembered does not go back either.
+    index.advance(Sequence(base + 4));
+    index.tend().await.unwrap();
+    let late = cluster.index(MODEL, 128);
+    late.prepare().await.unwrap();
+    late.state().marked = Sequence::default();
+    late.state().watermark = Some(Sequence(base));
+    late.state().safe = Sequence(base);
+    late.remember(Some(Sequence(base)), true).await.unwrap();
+    let next = cluster.index(MODEL, 128);
+    next.prepare().await.unwrap();
+    assert_eq!(next.watermark(), Some(Sequence(base + 4)));
+    cluster.remove(MODEL).await.unwrap();
+}
+
+fn offline() -> Arc<Cluster> {
+    // Nobody listens on the discard port, and nothing is sent.
+    let options = QdrantOptions::parse("//127.0.0.1:9,127.0.0.1:9,127.0.0.1:9/lab?consistency=2").unwrap();
+    Arc::new(Cluster::new(options, "0123456789abcdef".into()).unwrap())
+}
+
+#[test]
+fn a_collection_has_its_own_name_for_each_store_and_model() {
+    let cluster = offline();
+    let name = cluster.name("hash-en@1 [x]");
+    assert!(name.starts_with("lab-0123456789ab-hash-en@1__x_-"), "{name}");
+    assert_ne!(name, cluster.name("hash-en@1 (x)"));
+    assert!(cluster.name(&"long".repeat(200)).len() < 255);
+}
+
+#[test]
+fn requests_have_their_shape() {
+    let cluster = offline();
+    let made = requests::collection("c", 256, &cluster.options);
+    assert_eq!(
+        (
+            made.shard_number,
+            made.replication_factor,
+            made.write_consistency_factor
+        ),
+        (Some(6), Some(2), Some(2))
+    );
+    let text = format!("{made:?}");
+    for part in [
+        "size: 256",
+        "distance: Cosine",
+        "\"dense\"",
+        "payload_m: Some(16)",
+        "m: Some(0)",
+        "Scalar(",
+    ] {
+        assert!(text.contains(part), "{part}: {text}");
+    }
+    let fields = format!("{:?}", requests::fields("c"));
+    assert!(fields.contains("is_tenant: Some(true)"), "{fields}");
+
+    // Points carry what they are chosen by, and an upsert passes over what is newer.
+    let request = requests::upsert("c", 64, &changes(vec![entry(5, "ann", 5)], &[6], 77), 1_000);
+    assert_eq!(request.wait, Some(true));
+    let filter = format!("{:?}", request.update_filter.unwrap());
+    assert!(
+        filter.contains("\"at\"") && filter.contains("lte: Some(77.0)"),
+        "{filter}"
+    );
+    let [there, gone] = &request.points[..] else {
+        panic!("two points")
+    };
+    let payload = |point: &qdrant_client::qdrant::PointStruct| {
+        let mut fields: Vec<String> = point.payload.keys().cloned().collect();
+        fields.sort();
+        fields.join(" ")
+    };
+    assert_eq!(
+        (payload(there), payload(gone)),
+        ("at scope tenant".into(), "at gone".into())
+    );
+    let vectors = |point: &qdrant_client::qdrant::PointStruct| format!("{:?}", point.vectors);
+    assert!(vectors(there).contains("dense") && !vectors(gone).contains("dense"));
+
+    // Tenant and scopes are always asked for, and what is chosen and left out.
+    let query = Code::encode(&conformance::vector(1, 128)).unwrap();
+    let mut wanted = Among {
+        exclude: [Key(3)].into(),
+        ..(*among("ann")).clone()
+    };
+    let shape = |among: &Among| format!("{:?}", requests::nearest("c", 64, &query, among, 9).unwrap().filter);
+    let text = shape(&wanted);
+    for part in ["Keyword(\"ann\")", "\"scope\"", "must_not: [Condition"] {
+        assert!(text.contains(part), "{part}: {text}");
+    }
+    wanted.only = Some([Key(3), Key(4)].into());
+    let text = shape(&wanted);
+    assert!(text.contains("Num(4)") && !text.contains("Num(3)"), "{text}");
+    wanted.only = Some(HashSet::new());
+    assert!(
+        requests::nearest("c", 64, &query, &wanted, 9).is_none(),
+        "nothing is allowed"
+    );
+}
+
+#[tokio::test]
+async fn another_node_is_asked_when_one_does_not_answer() {
+    use qdrant_client::QdrantError;
+    use tonic::Status;
+    let cluster = offline();
+    let calls = Mutex::new(Vec::new());
+    let asked = |answer: fn(usize) -> Option<Result<u32, Status>>| {
+        let calls = &calls;
+        calls.lock().unwrap().clear();
+        cluster.nodes.call(SEARCH, move |_| {
+            let mut calls = calls.lock().unwrap();
+            calls.push(());
+            let place = calls.len();
+            async move {
+                match answer(place) {
+                    Some(answer) => answer.map_err(QdrantError::from),
+                    None => std::future::pending().await,
+                }
+            }
+        })
+    };
+    // Away, and hanging: the third one answers.
+    let away = asked(|place| match place {
+        1 => Some(Err(Status::unavailable("connection refused"))),
+        2 => None,
+        _ => Some(Ok(7)),
+    });
+    assert_eq!(away.await.unwrap(), 7);
+    assert_eq!(calls.lock().unwrap().len(), 3);
+    // It is asked first from now on.
+    assert_eq!(asked(|_| Some(Ok(8))).await.unwrap(), 8);
+    assert_eq!(calls.lock().unwrap().len(), 1);
+    // All of them hang: half the time for each, and no more than all of it.
+    let began = Instant::now();
+    assert!(matches!(asked(|_| None).await, Err(Failed::Away(_))));
+    assert!(
+        began.elapsed() <= SEARCH + Duration::from_millis(500),
+        "{:?}",
+        began.elapsed()
+    );
+    // What one refuses, all do.
+    let refused = asked(|_| Some(Err(Status::invalid_argument("no")))).await;
+    assert!(matches!(refused, Err(Failed::Refused(_))));
+    assert_eq!(calls.lock().unwrap().len(), 1);
+    assert!(matches!(
+        asked(|_| Some(Err(Status::not_found("c")))).await,
+        Err(Failed::Missing)
+    ));
+}
+
+#[test]
+fn a_loss_is_made_good_from_before_it() {
+    let cluster = offline();
+    let index = cluster.index(MODEL, 128);
+    index.state().ready = true;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap();
+    let at = |at: i64| {
+        index.advance(Sequence(at));
+        index.state().marked = Sequence(1_000);
+        index.watermark()
+    };
+    let tended = |watermark, well| runtime.block_on(index.remember(watermark, well)).unwrap();
+    assert_eq!(tended(at(10), true), None);
+    assert_eq!(tended(at(20), false), None, "not before all of it is back");
+    assert_eq!(tended(at(30), true), Some(Sequence(10)));
+    assert_eq!(tended(at(40), true), Some(Sequence(10)), "until it is done");
+    index.repaired(Sequence(40));
+    assert_eq!(tended(at(50), true), None);
+    assert_eq!(index.state().safe, Sequence(50));
+}
+
+#[test]
+fn versions_are_compared_as_numbers() {
+    assert!(version("1.18.3").unwrap() > OLDEST && version("1.9.7").unwrap() < OLDEST);
+    assert_eq!(version("dev"), None);
+}
