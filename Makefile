@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help run test check fmt lint-proto breaking proto-landed audit tools docs-update bench-retrieval bench-search bench-memory lab-up lab-status lab-down lab-drill lab-programs clean
+.PHONY: help run test test-qdrant check fmt lint-proto breaking proto-landed audit tools docs-update bench-retrieval bench-search bench-memory lab-up lab-status lab-down lab-drill lab-programs clean
 
 CACHE := $(or $(AETERNA_CACHE),$(HOME)/.cache/aeterna)
 BUILD := $(or $(CARGO_TARGET_DIR),target)/release
@@ -17,6 +17,10 @@ run: ## build and start every service in one process (ARGS="--listen 127.0.0.1:7
 	cargo build --release --locked -p aeterna
 	@$(BUILD)/aeterna models fetch $(DATA_DIR) || echo "make run: going on without it: the \`hash\` model compares words only" >&2
 	@exec $(BUILD)/aeterna serve $(ARGS)
+
+test-qdrant: ## run the suite of the vector index on Qdrant (QDRANT_URL=qdrant://host:6334, or QDRANT_BIN=PATH to start three nodes)
+	@test -n "$(QDRANT_URL)$(QDRANT)" || { echo "set QDRANT_URL or QDRANT_BIN" >&2; exit 1; }
+	QDRANT_BIN="$(QDRANT)" cargo test --locked -p aeterna-memory --lib qdrant
 
 test: ## run every test (ARGS="--no-fail-fast" goes to cargo test)
 	@scripts/tools.sh grpcurl pip lab envoy
@@ -84,12 +88,14 @@ bench-memory: ## add and search end to end over gRPC (N=100000, CONCURRENCY=16)
 	@$(BUILD)/aeterna-bench memory --n "$(or $(N),100000)" --concurrency "$(or $(CONCURRENCY),16)" --server $(BUILD)/aeterna
 
 LAB = $(BUILD)/aeterna-lab --directory "$(or $(LAB_DIR),/tmp/aeterna-lab)"
-LAB_UP = --timings "$(or $(TIMINGS),tuned)" --patroni "$(shell scripts/tools.sh --path)/../patroni"
+QDRANT = $(or $(QDRANT_BIN),$(shell command -v qdrant))
+LAB_UP = --timings "$(or $(TIMINGS),tuned)" --patroni "$(shell scripts/tools.sh --path)/../patroni" \
+  --replicas "$(or $(REPLICAS),usual)" $(if $(QDRANT),--qdrant "$(QDRANT)")
 lab-programs: ## build what the lab needs
 	@scripts/tools.sh lab envoy
 	cargo build --release --locked -p aeterna-lab -p aeterna-memory -p aeterna-embedding
 
-lab-up: lab-programs ## start the highly-available stores and two copies of each service on this machine (TIMINGS=tuned|specified, LAB_DIR=/tmp/aeterna-lab)
+lab-up: lab-programs ## start the highly-available stores and two copies of each service on this machine (TIMINGS=tuned|specified, LAB_DIR=/tmp/aeterna-lab; with QDRANT_BIN=PATH: REPLICAS=usual|strict|specified)
 	@$(LAB) up $(LAB_UP)
 
 lab-status: ## show who is who in the lab, lag and health

@@ -67,7 +67,7 @@ pub fn check(operations: &[Operation], stored: &Stored) -> Verdict {
                 verdict.untold += u64::from(operation.value <= before);
             }
             Kind::Hear => {}
-            Kind::Read | Kind::Search => {
+            Kind::Read | Kind::Search | Kind::Near => {
                 if done && operation.value < operation.floor {
                     verdict.went_back += 1;
                 }

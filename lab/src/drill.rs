@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use aeterna_testkit::lab::{Lab, Timings};
+use aeterna_testkit::lab::{Lab, Replicas, Timings};
 use anyhow::Context as _;
 use serde::Serialize;
 
@@ -25,12 +25,16 @@ pub struct Report {
     pub drill: String,
     /// Patroni's timings.
     pub timings: Timings,
+    /// How often Qdrant has each vector; none without Qdrant.
+    pub replicas: Option<Replicas>,
     /// The longest time, from the fault on, in which no write was acknowledged, in seconds.
     pub writes_stopped_s: f64,
     /// The same for reads by holders of a token.
     pub reads_stopped_s: f64,
     /// The same for searches.
     pub searches_stopped_s: f64,
+    /// The same for searches by vectors alone.
+    pub vectors_stopped_s: f64,
     /// The longest time in which no watcher was told of anything.
     pub live_stopped_s: f64,
     /// The longest time from the first attempt of an Add to a watcher's being told.
@@ -49,8 +53,11 @@ pub struct Report {
 /// # Errors
 /// When the lab is not whole, before or after, or a call is refused that should only be delayed.
 pub async fn run(lab: &Lab, drill: Drill, say: impl Fn(&str)) -> anyhow::Result<Report> {
-    lab.whole(WHOLE).await?;
-    lab.live_whole(WHOLE).await?;
+    anyhow::ensure!(
+        !drill.needs_qdrant() || lab.replicas().is_some(),
+        "the lab has no Qdrant: start it with QDRANT_BIN, the path of one"
+    );
+    whole(lab).await?;
     lab.served(WHOLE).await?;
     let name = drill.name();
     let load = Load::start(lab.channel()?, &format!("{name}-{:08x}", rand::random::<u32>())).await?;
@@ -62,8 +69,7 @@ pub async fn run(lab: &Lab, drill: Drill, say: impl Fn(&str)) -> anyhow::Result<
         .carry_out(lab, &load, broken)
         .await
         .with_context(|| format!("the drill {name}"))?;
-    lab.whole(WHOLE).await?;
-    lab.live_whole(WHOLE).await?;
+    whole(lab).await?;
     let (from, instant) = *fault.lock().unwrap_or_else(PoisonError::into_inner);
     let redundant = instant.elapsed();
     say(&format!("{name}: whole again, the history is checked …"));
@@ -75,15 +81,23 @@ pub async fn run(lab: &Lab, drill: Drill, say: impl Fn(&str)) -> anyhow::Result<
     Ok(Report {
         drill: name,
         timings: lab.timings(),
+        replicas: lab.replicas(),
         writes_stopped_s: stopped(&[Kind::Add, Kind::Count]),
         reads_stopped_s: stopped(&[Kind::Read]),
         searches_stopped_s: stopped(&[Kind::Search]),
+        vectors_stopped_s: stopped(&[Kind::Near]),
         live_stopped_s: stopped(&[Kind::Hear]),
         live_slowest_s: seconds(slowest(&operations, from)),
         verdict: check(&operations, &stored),
         errors: errors(&operations),
         redundant_again_s: seconds(redundant),
     })
+}
+
+async fn whole(lab: &Lab) -> anyhow::Result<()> {
+    lab.whole(WHOLE).await?;
+    lab.live_whole(WHOLE).await?;
+    lab.vectors_whole(WHOLE).await
 }
 
 fn slowest(operations: &[Operation], from: Duration) -> Duration {

@@ -39,6 +39,12 @@ pub enum Drill {
     RedisMasterKilled,
     /// kill -9 of two of three Sentinels, back after half a minute; the Redis master dies in between
     SentinelsLost,
+    /// kill -9 of a Qdrant node
+    QdrantNodeKilled,
+    /// A Qdrant node stands still, and goes on later
+    QdrantNodeFrozen,
+    /// All Qdrant nodes are away for half a minute
+    QdrantLost,
     /// kill -9 of one copy of every service
     ServiceKilled,
     /// Everything is restarted, one after the other
@@ -50,6 +56,11 @@ impl Drill {
     pub fn name(self) -> String {
         let value = self.to_possible_value();
         value.map(|value| value.get_name().to_owned()).unwrap_or_default()
+    }
+
+    /// It breaks Qdrant, which a lab may be without.
+    pub fn needs_qdrant(self) -> bool {
+        matches!(self, Self::QdrantNodeKilled | Self::QdrantNodeFrozen | Self::QdrantLost)
     }
 
     /// Breaks something and mends it, while the load runs. `broken` is called at the moment of the fault.
@@ -136,6 +147,30 @@ impl Drill {
                     lab.start(member)?;
                 }
             }
+            Self::QdrantNodeKilled => {
+                broken();
+                die_and_return(lab, load, &["qdrant2"]).await?;
+            }
+            Self::QdrantNodeFrozen => {
+                broken();
+                lab.signal("qdrant2", Part::All, "STOP")?;
+                let goes_on = goes_on(load).await;
+                lab.signal("qdrant2", Part::All, "CONT")?;
+                goes_on?;
+            }
+            Self::QdrantLost => {
+                let nodes = ["qdrant1", "qdrant2", "qdrant3"];
+                broken();
+                for node in nodes {
+                    lab.kill(node, Part::All).await?;
+                }
+                goes_on(load).await?;
+                tokio::time::sleep(Duration::from_secs(30)).await;
+                for node in nodes {
+                    lab.start(node)?;
+                }
+                near_again(load).await?;
+            }
             Self::ServiceKilled => {
                 broken();
                 die_and_return(lab, load, &["memory1", "embedding1"]).await?;
@@ -149,6 +184,11 @@ impl Drill {
         }
         Ok(())
     }
+}
+
+/// Waits until searches have their dense arm.
+async fn near_again(load: &Load) -> anyhow::Result<()> {
+    load.resumed(&[Kind::Near], load.history.now(), RESUME).await
 }
 
 async fn primary(lab: &Lab) -> anyhow::Result<String> {
@@ -197,6 +237,8 @@ async fn rolling_restart(lab: &Lab) -> anyhow::Result<()> {
         if lab.is_service(&member) {
             lab.served(START).await?;
         }
+        // The next one must not go before this one has what it missed.
+        lab.vectors_whole(RESUME).await?;
     }
     Ok(())
 }

@@ -21,6 +21,8 @@ pub enum Kind {
     Hear,
     /// A memory was searched for by a holder of the token of its Add: 1 is found, which `floor` wants.
     Search,
+    /// The same by its vector alone; an answer without the dense arm counts as failed.
+    Near,
 }
 
 /// One attempt.

@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 use aeterna_proto::common::v1::Scope;
 use aeterna_proto::memory::v1::memory_service_client::MemoryServiceClient;
 use aeterna_proto::memory::v1::{
-    AddOutcome, AddRequest, ChangeKind, GetRequest, HistoryRequest, ListRequest, Memory, SearchRequest, UpdateRequest,
-    WatchRequest, WatchResponse,
+    AddOutcome, AddRequest, ChangeKind, GetRequest, HistoryRequest, ListRequest, Memory, SearchMode, SearchRequest,
+    UpdateRequest, WatchRequest, WatchResponse,
 };
 use aeterna_rpc::AnyChannel;
 use anyhow::{Context as _, bail};
@@ -467,26 +467,35 @@ impl Caller {
     }
 
     async fn search(self, heard: watch::Receiver<Told>) -> anyhow::Result<()> {
-        while !self.is_over() {
+        for kind in [Kind::Search, Kind::Near].into_iter().cycle() {
+            if self.is_over() {
+                break;
+            }
             let told = heard.borrow().clone();
             let Some(word) = told.content.rsplit(' ').next().filter(|word| !word.is_empty()) else {
                 tokio::time::sleep(PAUSE).await;
                 continue;
             };
+            let near = kind == Kind::Near;
+            let mode = if near { SearchMode::Dense } else { SearchMode::Hybrid };
             let message = SearchRequest {
                 scope: told.counter.scope.clone(),
-                query: word.into(),
+                query: if near { told.content.clone() } else { word.into() },
+                mode: mode.into(),
                 consistency_token: told.token.clone(),
                 ..Default::default()
             };
             let subject = Subject {
-                kind: Kind::Search,
+                kind,
                 key: &told.content,
                 floor: 1,
             };
             let mut client = self.client.clone();
             let call = client.search(timed(message));
             let found = self.attempt(&subject, call, |found| {
+                if near && found.degraded {
+                    return Ok((0, Outcome::Failed("Degraded".into())));
+                }
                 let mut memories = found.results.iter().filter_map(|result| result.memory.as_ref());
                 Ok((
                     u64::from(memories.any(|memory| memory.content == told.content)),

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use aeterna_lab::{Drill, Report};
-use aeterna_testkit::lab::{Extent, Lab, Timings};
+use aeterna_testkit::lab::{Extent, Lab, Replicas, Setup, Timings};
 use anyhow::{Context as _, bail};
 use clap::{Parser, ValueEnum};
 use comfy_table::Table;
@@ -54,6 +54,12 @@ struct Up {
     /// The gateway's program
     #[arg(long, default_value = "envoy")]
     envoy: PathBuf,
+    /// The Qdrant server; without one, each memory service keeps an index of its own
+    #[arg(long)]
+    qdrant: Option<PathBuf>,
+    /// How often Qdrant has each vector
+    #[arg(long, value_enum, default_value = "usual")]
+    replicas: Replicas,
 }
 
 impl Up {
@@ -82,10 +88,16 @@ impl Up {
             }
             programs.insert(service.into(), path);
         }
-        Lab::up(directory, Extent::All, self.timings, programs, |step| {
-            eprintln!("{step}")
-        })
-        .await
+        if let Some(qdrant) = &self.qdrant {
+            programs.insert("qdrant".into(), qdrant.clone());
+        }
+        let setup = Setup {
+            extent: Extent::All,
+            timings: self.timings,
+            replicas: self.replicas,
+            programs,
+        };
+        Lab::up(directory, setup, |step| eprintln!("{step}")).await
     }
 }
 
@@ -105,7 +117,10 @@ async fn run(Arguments { directory, command }: Arguments) -> anyhow::Result<Exit
         Command::Up(up) => {
             let lab = up.start(&directory).await?;
             show(&lab).await;
-            eprintln!("vectors: each memory service keeps an index of its own, fed by the outbox");
+            match lab.replicas() {
+                Some(_) => eprintln!("vectors: {}", lab.vectors()),
+                None => eprintln!("vectors: each memory service keeps an index of its own, fed by the outbox"),
+            }
             eprintln!("the gateway is {}: `aeterna add --url {0} …`", lab.address());
         }
         Command::Status => show(&Lab::open(&directory)?).await,
@@ -156,6 +171,11 @@ async fn drill(directory: &Path, name: &str, up: &Up) -> anyhow::Result<ExitCode
     } else {
         up.start(directory).await?
     };
+    let mut drills = drills;
+    if name == "all" && lab.replicas().is_none() {
+        drills.retain(|drill| !drill.needs_qdrant());
+        eprintln!("there is no Qdrant (QDRANT_BIN): its drills are left out");
+    }
     let mut reports = Vec::new();
     let mut failure = None;
     for drill in drills {
@@ -192,6 +212,7 @@ fn table(reports: &[Report]) -> Table {
         "writes stopped",
         "reads",
         "searches",
+        "vectors",
         "live",
         "redundant again",
         "acknowledged",
@@ -207,6 +228,7 @@ fn table(reports: &[Report]) -> Table {
             seconds(report.writes_stopped_s),
             seconds(report.reads_stopped_s),
             seconds(report.searches_stopped_s),
+            seconds(report.vectors_stopped_s),
             seconds(report.live_stopped_s),
             seconds(report.redundant_again_s),
             verdict.acknowledged.to_string(),

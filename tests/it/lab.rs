@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use aeterna_lab::Drill;
 use aeterna_proto::memory::v1::memory_service_client::MemoryServiceClient;
-use aeterna_testkit::lab::{Extent, Lab, Scratch, Timings};
+use aeterna_testkit::lab::{Extent, Lab, Replicas, Scratch, Setup, Timings};
 use aeterna_testkit::{Program, built, cache};
 
 use crate::notes::item;
@@ -18,10 +18,13 @@ async fn no_acknowledged_write_is_lost_when_nodes_and_copies_are_killed() {
         ("memory".to_owned(), built("aeterna-memory")),
     ]);
     let place = Scratch::new();
-    let lab = Lab::up(place.path(), Extent::All, Timings::Tuned, programs, |step| {
-        eprintln!("{step}")
-    });
-    let lab = lab.await.unwrap();
+    let setup = Setup {
+        extent: Extent::All,
+        timings: Timings::Tuned,
+        replicas: Replicas::Usual,
+        programs,
+    };
+    let lab = Lab::up(place.path(), setup, |step| eprintln!("{step}")).await.unwrap();
     // One that knows no node, but HAProxy.
     let data = tempfile::tempdir().unwrap();
     let (store, gateway) = (lab.proxied_store(), lab.address());

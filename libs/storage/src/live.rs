@@ -125,7 +125,7 @@ mod tests {
     use std::collections::BTreeMap;
     use std::time::Instant;
 
-    use aeterna_testkit::lab::{Extent, Lab, Part, Scratch, Timings};
+    use aeterna_testkit::lab::{Extent, Lab, Part, Replicas, Scratch, Setup, Timings};
 
     use super::*;
 
@@ -187,8 +187,13 @@ mod tests {
     #[tokio::test(flavor = "multi_thread")]
     async fn redis_conforms_and_follows_its_sentinels() {
         let place = Scratch::new();
-        let lab = Lab::up(place.path(), Extent::Redis, Timings::Tuned, BTreeMap::new(), |_| ());
-        let lab = lab.await.unwrap();
+        let setup = Setup {
+            extent: Extent::Redis,
+            timings: Timings::Tuned,
+            replicas: Replicas::Usual,
+            programs: BTreeMap::new(),
+        };
+        let lab = Lab::up(place.path(), setup, |_| ()).await.unwrap();
         let uri = lab.live();
         let (scheme, rest) = uri.split_once(':').unwrap();
         let live = Patient(RedisLive::new(RedisOptions::parse(scheme, rest).unwrap()).unwrap());

@@ -1,7 +1,8 @@
 //! The highly-available stores and our services as plain processes on loopback, to be broken.
 //!
-//! Three etcd, three PostgreSQL under Patroni, HAProxy, three Redis and three Sentinels, Envoy, and two copies of each service. Everything lies in one directory
-//! with the ports in `lab.json`, so that one program can start a lab and another one look at it, break it and stop it.
+//! Three etcd, three PostgreSQL under Patroni, HAProxy, three Redis and three Sentinels, three Qdrant when there is one to run,
+//! Envoy, and two copies of each service. Everything lies in one directory with the ports in `lab.json`, so that one program can
+//! start a lab and another one look at it, break it and stop it.
 
 mod look;
 mod members;
@@ -21,7 +22,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::postgres::{ACCOUNT, is_root, psql};
 pub use look::{Member, PostgresNode};
-pub use members::Timings;
+pub use members::{Replicas, Timings};
 use process::Place;
 
 /// How long one member may take to start, or the cluster to be whole.
@@ -31,7 +32,9 @@ const LOOK: Duration = Duration::from_millis(100);
 /// The nodes of each store.
 pub(crate) const NODES: [u8; 3] = [1, 2, 3];
 /// Stores, of which there are three each.
-pub(crate) const STORES: [&str; 4] = ["etcd", "pg", "redis", "sentinel"];
+pub(crate) const STORES: [&str; 5] = ["etcd", "pg", "redis", "sentinel", QDRANT];
+/// The nodes of the vector index.
+pub(crate) const QDRANT: &str = "qdrant";
 /// The services, and how many copies each has.
 pub(crate) const SERVICES: [&str; 2] = ["embedding", "memory"];
 pub(crate) const COPIES: [u8; 2] = [1, 2];
@@ -55,16 +58,30 @@ pub enum Extent {
     All,
     /// Redis and its Sentinels.
     Redis,
+    /// Qdrant.
+    Qdrant,
+}
+
+/// How a lab is set up.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Setup {
+    /// What it consists of.
+    pub extent: Extent,
+    /// How soon a silent member is taken for dead.
+    pub timings: Timings,
+    /// How often Qdrant has each vector.
+    pub replicas: Replicas,
+    /// The paths of `envoy`, of the Python directory of `patroni`, of each service's own program, and of `qdrant` when there
+    /// is one; without it each memory service keeps an index of its own.
+    pub programs: BTreeMap<String, PathBuf>,
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
 struct Plan {
-    extent: Extent,
-    timings: Timings,
+    #[serde(flatten)]
+    setup: Setup,
     /// By member, with the use after a point where a member has several.
     ports: BTreeMap<String, u16>,
-    /// Where our programs and Envoy are.
-    programs: BTreeMap<String, PathBuf>,
 }
 
 /// A lab.
@@ -75,18 +92,11 @@ pub struct Lab {
 }
 
 impl Lab {
-    /// Starts one in a directory that is empty or not there; `say` is told of each step. `programs` has the path of `envoy`,
-    /// of the Python directory of `patroni`, and of each service's own program.
+    /// Starts one in a directory that is empty or not there; `say` is told of each step.
     ///
     /// # Errors
     /// When a program is missing or a member does not start; what has been started goes on, for a look at its logs.
-    pub async fn up(
-        directory: &Path,
-        extent: Extent,
-        timings: Timings,
-        programs: BTreeMap<String, PathBuf>,
-        say: impl Fn(&str),
-    ) -> anyhow::Result<Self> {
+    pub async fn up(directory: &Path, setup: Setup, say: impl Fn(&str)) -> anyhow::Result<Self> {
         let there = directory.join("lab.json").exists();
         ensure!(
             !there,
@@ -97,11 +107,10 @@ impl Lab {
         // Others than root have to pass through.
         std::fs::set_permissions(directory, Permissions::from_mode(0o755))?;
         let directory = directory.canonicalize()?;
+        let extent = setup.extent;
         let plan = Plan {
-            extent,
-            timings,
+            setup,
             ports: free_ports()?,
-            programs,
         };
         std::fs::write(directory.join("lab.json"), serde_json::to_string_pretty(&plan)?)?;
         let lab = Self { directory, plan };
@@ -117,6 +126,7 @@ impl Lab {
             .partition(|member| STORES.contains(&Self::kind(member)));
         say("the stores …");
         lab.start_all(&stores).await?;
+        lab.vectors_whole(START).await?;
         if extent == Extent::All {
             lab.whole(START).await?;
             let primary = lab.primary().await.context("there is no primary")?;
@@ -130,13 +140,19 @@ impl Lab {
             lab.start_all(&rest).await?;
             lab.served(START).await?;
         }
-        lab.live_whole(START).await?;
+        if extent != Extent::Qdrant {
+            lab.live_whole(START).await?;
+        }
         Ok(lab)
     }
 
     async fn start_all(&self, members: &[String]) -> anyhow::Result<()> {
         for member in members {
             self.start(member)?;
+            // One after the other: a node joins its cluster by a peer that is there.
+            if member.starts_with(QDRANT) {
+                self.ready(member, START).await?;
+            }
         }
         for member in members {
             self.ready(member, START).await?;
@@ -194,7 +210,13 @@ impl Lab {
 
     /// How long failing over may take.
     pub fn timings(&self) -> Timings {
-        self.plan.timings
+        self.plan.setup.timings
+    }
+
+    /// How often Qdrant has each vector; `None` when there is no Qdrant.
+    pub fn replicas(&self) -> Option<Replicas> {
+        let there = self.plan.setup.programs.contains_key(QDRANT);
+        there.then_some(self.plan.setup.replicas)
     }
 
     /// The names of all members, in the order of a start.
@@ -208,10 +230,12 @@ impl Lab {
             };
             kinds.iter().flat_map(of_kind).collect::<Vec<_>>()
         };
-        match self.plan.extent {
+        match self.plan.setup.extent {
             Extent::Redis => each(&["redis", "sentinel"], &NODES),
+            Extent::Qdrant => each(&[QDRANT], &NODES),
             Extent::All => {
                 let mut members = each(&STORES, &NODES);
+                members.retain(|member| self.replicas().is_some() || !member.starts_with(QDRANT));
                 members.extend(["haproxy".into(), "envoy".into()]);
                 members.extend(each(&SERVICES, &COPIES));
                 members
@@ -251,6 +275,7 @@ impl Lab {
     fn copy_patroni(&self) -> anyhow::Result<()> {
         let from = self
             .plan
+            .setup
             .programs
             .get("patroni")
             .context("the lab was made without `patroni`")?;
@@ -402,6 +427,7 @@ fn free_ports() -> anyhow::Result<BTreeMap<String, u16>> {
         names.extend(["", ".peer"].map(|port| format!("etcd{number}{port}")));
         names.extend(["", ".api"].map(|port| format!("pg{number}{port}")));
         names.extend(["redis", "sentinel"].map(|kind| format!("{kind}{number}")));
+        names.extend(["", ".http", ".peer"].map(|port| format!("{QDRANT}{number}{port}")));
     }
     names.extend(["haproxy", "haproxy.standbys", "envoy", "envoy.admin"].map(String::from));
     for service in SERVICES {

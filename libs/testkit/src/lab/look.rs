@@ -7,7 +7,7 @@ use anyhow::{Context as _, ensure};
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::{LOOK, Lab, NODES, Part, SERVICES, START};
+use super::{LOOK, Lab, NODES, Part, QDRANT, SERVICES, START};
 
 /// How long a member may take to answer.
 const ANSWER: Duration = Duration::from_secs(1);
@@ -75,6 +75,7 @@ impl Lab {
             "etcd" => self.get(member, "/health").await.is_some(),
             "pg" => self.get(&format!("{member}.api"), "/readiness").await.is_some(),
             "envoy" => self.get("envoy.admin", "/ready").await.is_some(),
+            QDRANT => self.get(&format!("{member}.http"), "/readyz").await.is_some(),
             "redis" | "sentinel" => self.redis_says(member, &["PING"]).await.is_some(),
             "haproxy" => {
                 let address = ("127.0.0.1", self.port(member));
@@ -269,6 +270,61 @@ impl Lab {
         info.contains("role:master") && well.count() == NODES.len() - 1 && known == NODES.len() * (NODES.len() - 1)
     }
 
+    /// What a Qdrant node answers.
+    async fn qdrant_says(&self, member: &str, path: &str) -> Option<Value> {
+        let answer = self.get(&format!("{member}.http"), path).await?;
+        let mut answer: Value = answer.json().await.ok()?;
+        Some(answer["result"].take())
+    }
+
+    /// Replicas that a Qdrant node has itself, and how many of all that it knows are not well; `None` when it does not answer
+    /// or does not know all its peers.
+    async fn replicas_of(&self, member: &str) -> Option<(usize, usize)> {
+        let cluster = self.qdrant_says(member, "/cluster").await?;
+        if cluster["peers"].as_object().map_or(0, serde_json::Map::len) != NODES.len() {
+            return None;
+        }
+        let collections = self.qdrant_says(member, "/collections").await?;
+        let (mut own, mut unwell) = (0, 0);
+        for collection in collections["collections"].as_array()? {
+            let path = format!("/collections/{}/cluster", collection["name"].as_str()?);
+            let shards = self.qdrant_says(member, &path).await?;
+            let of = |kind: &str| shards[kind].as_array().cloned().unwrap_or_default();
+            let local = of("local_shards");
+            own += local.len();
+            let all = local
+                .iter()
+                .chain(&of("remote_shards"))
+                .filter(|shard| shard["state"] != "Active")
+                .count();
+            unwell += all + of("shard_transfers").len();
+        }
+        Some((own, unwell))
+    }
+
+    /// Waits until all Qdrant nodes know one another and all replicas are well; there may be none.
+    ///
+    /// # Errors
+    /// When that takes too long.
+    pub async fn vectors_whole(&self, within: Duration) -> anyhow::Result<()> {
+        let since = Instant::now();
+        for member in self.members().iter().filter(|member| member.starts_with(QDRANT)) {
+            loop {
+                let replicas = self.replicas_of(member).await;
+                if replicas.is_some_and(|(_, unwell)| unwell == 0) {
+                    break;
+                }
+                ensure!(
+                    since.elapsed() < within,
+                    "Qdrant is not whole after {within:?}: {member} has {replicas:?} (own, unwell)\n{}",
+                    self.place(member).tail()
+                );
+                tokio::time::sleep(LOOK).await;
+            }
+        }
+        Ok(())
+    }
+
     async fn etcd_leads(&self, member: &str) -> Option<(bool, String)> {
         let url = format!("http://127.0.0.1:{}/v3/maintenance/status", self.port(member));
         let answer = client().post(url).body("{}").send().await.ok()?;
@@ -309,6 +365,13 @@ impl Lab {
                 remark = format!("{}, timeline {timeline}", node.state);
                 if node.role != "leader" {
                     remark += &format!(", {} bytes behind", node.lag);
+                }
+            }
+            if name.starts_with(QDRANT) {
+                let cluster = self.qdrant_says(&name, "/cluster").await.unwrap_or_default();
+                role = cluster["raft_info"]["role"].as_str().unwrap_or_default().to_lowercase();
+                if let Some((own, unwell)) = self.replicas_of(&name).await {
+                    remark = format!("{own} replicas here, {unwell} unwell in all");
                 }
             }
             if name.starts_with("redis") {

@@ -9,7 +9,7 @@ use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::{COPIES, Lab, NODES, SERVICES};
+use super::{COPIES, Lab, NODES, QDRANT, SERVICES};
 use crate::postgres::{binaries, unprivileged};
 
 /// How soon the cluster takes a silent primary for dead.
@@ -38,15 +38,38 @@ impl Timings {
     }
 }
 
+/// How often Qdrant has each vector, and how many of them must have a change before it counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Replicas {
+    /// Twice, and one must have a change
+    Usual,
+    /// Three times, and two must have a change
+    Strict,
+    /// Twice, and both must have a change: writes to the index stop while a node is away
+    Specified,
+}
+
+impl Replicas {
+    fn parameters(self) -> &'static str {
+        match self {
+            Self::Usual => "replicas=2&consistency=1",
+            Self::Strict => "replicas=3&consistency=2",
+            Self::Specified => "replicas=2&consistency=2",
+        }
+    }
+}
+
 /// Where the lab keeps Patroni, for an account that can't read where it was installed.
 pub(super) const PYTHON: &str = "python";
 /// What the Sentinels call the master.
 pub(super) const MASTER: &str = "aeterna";
+const QDRANT_SETTINGS: &str = include_str!("../../../../deploy/qdrant/qdrant.yaml");
 const HAPROXY: &str = include_str!("../../../../deploy/haproxy/haproxy.cfg");
 
 /// It runs as whoever starts the lab; the others refuse root, or have no need of it.
 pub(super) fn is_ours(member: &str) -> bool {
-    member == "envoy" || SERVICES.iter().any(|service| member.starts_with(service))
+    member == "envoy" || member.starts_with(QDRANT) || SERVICES.iter().any(|service| member.starts_with(service))
 }
 
 fn local(port: u16) -> String {
@@ -66,9 +89,10 @@ impl Lab {
             "pg" => {
                 // Patroni reads all files of a directory, one over the other. JSON is YAML.
                 std::fs::create_dir_all(place.path("conf"))?;
-                write("conf/10-cluster.yml", self.plan.timings.settings())?;
+                write("conf/10-cluster.yml", self.plan.setup.timings.settings())?;
                 write("conf/20-node.yml", &self.patroni(member)?.to_string())?;
             }
+            QDRANT => write("qdrant.yaml", QDRANT_SETTINGS)?,
             "haproxy" => write("haproxy.cfg", HAPROXY)?,
             "redis" => write("redis.conf", &self.redis(member))?,
             "sentinel" => write("sentinel.conf", &self.sentinel(member))?,
@@ -98,6 +122,7 @@ impl Lab {
                 command.arg(place.path(&format!("{kind}.conf")));
                 command
             }
+            QDRANT => self.qdrant(member)?,
             "haproxy" => {
                 let mut command = unprivileged(Path::new("/usr/sbin/haproxy"));
                 command.arg("-db").arg("-f").arg(place.path("haproxy.cfg"));
@@ -125,7 +150,7 @@ impl Lab {
     }
 
     fn program(&self, name: &str) -> anyhow::Result<&Path> {
-        let path = self.plan.programs.get(name);
+        let path = self.plan.setup.programs.get(name);
         path.map(AsRef::as_ref)
             .with_context(|| format!("the lab was made without `{name}`"))
     }
@@ -147,6 +172,35 @@ impl Lab {
         command
     }
 
+    fn qdrant(&self, member: &str) -> anyhow::Result<Command> {
+        let place = self.place(member);
+        let peer = |member: &str| self.port(&format!("{member}.peer"));
+        let uri = |member: &str| format!("http://{}", local(peer(member)));
+        let mut command = Command::new(self.program(QDRANT)?);
+        command.arg("--config-path").arg(place.path("qdrant.yaml"));
+        command.args(["--uri", &uri(member), "--bootstrap", &uri("qdrant1")]);
+        command.env("QDRANT_INIT_FILE_PATH", place.path("initialized"));
+        for (name, path) in [("STORAGE", "data"), ("SNAPSHOTS", "snapshots")] {
+            command.env(format!("QDRANT__STORAGE__{name}_PATH"), place.path(path));
+        }
+        let http = self.port(&format!("{member}.http"));
+        for (name, port) in [
+            ("SERVICE__GRPC_PORT", self.port(member)),
+            ("SERVICE__HTTP_PORT", http),
+            ("CLUSTER__P2P__PORT", peer(member)),
+        ] {
+            command.env(format!("QDRANT__{name}"), port.to_string());
+        }
+        Ok(command)
+    }
+
+    /// The URI of Qdrant.
+    pub fn vectors(&self) -> String {
+        let hosts = NODES.map(|number| local(self.port(&format!("{QDRANT}{number}"))));
+        let parameters = self.plan.setup.replicas.parameters();
+        format!("qdrant://{}/lab?{parameters}", hosts.join(","))
+    }
+
     fn redis(&self, member: &str) -> String {
         let directory = self.place(member).path("");
         let mut text = format!(
@@ -165,7 +219,7 @@ impl Lab {
         let (port, master) = (self.port(member), self.port("redis1"));
         let mut text = format!("bind 127.0.0.1\nport {port}\ndir {}\n", directory.display());
         let _ = writeln!(text, "sentinel monitor {MASTER} 127.0.0.1 {master} 2");
-        text + self.plan.timings.sentinel()
+        text + self.plan.setup.timings.sentinel()
     }
 
     fn patroni(&self, member: &str) -> anyhow::Result<Value> {
@@ -226,6 +280,9 @@ impl Lab {
                 .env("AETERNA_MEMORY_STORE_OWNER", "owner");
             command.env("AETERNA_MEMORY_EMBEDDING", self.address());
             command.env("AETERNA_MEMORY_LIVE", self.live());
+            if self.replicas().is_some() {
+                command.env("AETERNA_MEMORY_INDEX", self.vectors());
+            }
         }
         Ok(command)
     }

@@ -173,7 +173,11 @@ impl QdrantIndex {
                 let collection = requests::collection(name, self.prefix, options);
                 let created = nodes.call(CREATE, async |node| node.create_collection(collection.clone()).await);
                 match created.await {
-                    Ok(_) => tracing::info!(collection = name, "made a collection"),
+                    Ok(_) => {
+                        tracing::info!(collection = name, "made a collection");
+                        let hasty = nodes.call(WRITE, async |node| node.update_collection(requests::hasty(name)).await);
+                        hasty.await.map_err(|failed| self.failed(failed))?;
+                    }
                     Err(Failed::Exists) => {}
                     // Another copy was faster, says a server that calls it an invalid argument; or it is refused, and missing.
                     Err(failed) => {

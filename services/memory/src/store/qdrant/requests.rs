@@ -8,12 +8,13 @@
 use std::collections::HashMap;
 
 use qdrant_client::qdrant::{
-    Condition, CountPoints, CountPointsBuilder, CreateCollection, CreateCollectionBuilder, CreateFieldIndexCollection,
-    CreateFieldIndexCollectionBuilder, DeletePoints, DeletePointsBuilder, Distance, FieldType, Filter, GetPoints,
-    GetPointsBuilder, HnswConfigDiffBuilder, IntegerIndexParamsBuilder, KeywordIndexParamsBuilder, NamedVectors,
-    PointStruct, QuantizationSearchParamsBuilder, Query, QueryPoints, QueryPointsBuilder, Range,
-    ScalarQuantizationBuilder, SearchParamsBuilder, UpsertPoints, UpsertPointsBuilder, Value, Vector,
-    VectorParamsBuilder, VectorParamsMap, Vectors, VectorsConfig, value::Kind, vectors, vectors_config,
+    CollectionParamsDiffBuilder, Condition, CountPoints, CountPointsBuilder, CreateCollection, CreateCollectionBuilder,
+    CreateFieldIndexCollection, CreateFieldIndexCollectionBuilder, DeletePoints, DeletePointsBuilder, Distance,
+    FieldType, Filter, GetPoints, GetPointsBuilder, HnswConfigDiffBuilder, IntegerIndexParamsBuilder,
+    KeywordIndexParamsBuilder, NamedVectors, PointStruct, QuantizationSearchParamsBuilder, Query, QueryPoints,
+    QueryPointsBuilder, Range, ScalarQuantizationBuilder, SearchParamsBuilder, UpdateCollection,
+    UpdateCollectionBuilder, UpsertPoints, UpsertPointsBuilder, Value, Vector, VectorParamsBuilder, VectorParamsMap,
+    Vectors, VectorsConfig, value::Kind, vectors, vectors_config,
 };
 
 use super::QdrantOptions;
@@ -32,6 +33,8 @@ const AT: &str = "at";
 const GONE: &str = "gone";
 /// The point that remembers up to which change everything is in, which is its `at`.
 const MARK: u64 = u64::MAX;
+/// Milliseconds after which another replica is asked.
+const HASTE: u64 = 200;
 /// Vectors that the graph is walked along with, at least.
 const EF: u64 = 256;
 
@@ -51,6 +54,13 @@ pub fn collection(name: &str, prefix: usize, options: &QdrantOptions) -> CreateC
         .replication_factor(options.replicas)
         .write_consistency_factor(options.consistency)
         .on_disk_payload(true)
+        .build()
+}
+
+/// Another replica is asked as well when one does not answer at once.
+pub fn hasty(name: &str) -> UpdateCollection {
+    UpdateCollectionBuilder::new(name)
+        .params(CollectionParamsDiffBuilder::default().read_fan_out_delay_ms(HASTE))
         .build()
 }
 

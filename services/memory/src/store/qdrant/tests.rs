@@ -1,4 +1,6 @@
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
+
+use aeterna_testkit::lab::{Extent, Lab, Part, Replicas, Scratch, Setup, Timings};
 
 use super::*;
 use crate::domain::ScopeKey;
@@ -6,12 +8,29 @@ use crate::store::{Entry, conformance};
 
 const MODEL: &str = "test-model@1";
 
-/// The cluster that `QDRANT_URL` names; without one there is nothing to test here, and `make test-qdrant` asks for it.
-fn cluster() -> Option<Arc<Cluster>> {
-    let uri = std::env::var("QDRANT_URL").ok()?;
+/// The cluster that `QDRANT_URL` names, or one of three nodes by the program `QDRANT_BIN`; without either there is nothing to
+/// test here, and `make test-qdrant` asks for it.
+async fn cluster() -> Option<(Arc<Cluster>, Option<(Lab, Scratch)>)> {
+    let set = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
+    if let Some(uri) = set("QDRANT_URL") {
+        return Some((of(&uri), None));
+    }
+    let programs = BTreeMap::from([("qdrant".to_owned(), set("QDRANT_BIN")?.into())]);
+    let setup = Setup {
+        extent: Extent::Qdrant,
+        timings: Timings::Tuned,
+        replicas: Replicas::Usual,
+        programs,
+    };
+    let place = Scratch::new();
+    let lab = Lab::up(place.path(), setup, |_| ()).await.unwrap();
+    Some((of(&lab.vectors()), Some((lab, place))))
+}
+
+fn of(uri: &str) -> Arc<Cluster> {
     let options = QdrantOptions::parse(uri.strip_prefix("qdrant:").unwrap()).unwrap();
     let store = uuid::Uuid::now_v7().simple().to_string().chars().rev().collect();
-    Some(Arc::new(Cluster::new(options, store).unwrap()))
+    Arc::new(Cluster::new(options, store).unwrap())
 }
 
 fn entry(key: i64, tenant: &str, seed: u32) -> Entry {
@@ -48,7 +67,9 @@ async fn keys(index: &QdrantIndex, tenant: &str, seed: u32) -> Vec<i64> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_server_conforms() {
-    let Some(cluster) = cluster() else { return };
+    let Some((cluster, _lab)) = cluster().await else {
+        return;
+    };
     let index = cluster.index(MODEL, 128);
     assert_eq!(index.watermark(), None);
     index.tend().await.unwrap();
@@ -75,7 +96,9 @@ async fn a_server_conforms() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_newer_stays() {
-    let Some(cluster) = cluster() else { return };
+    let Some((cluster, _lab)) = cluster().await else {
+        return;
+    };
     let index = cluster.index(MODEL, 128);
     let apply = async |upserts: Vec<Entry>, removals: &[i64], at: i64| {
         index.apply(changes(upserts, removals, at)).await.unwrap();
@@ -113,6 +136,53 @@ async fn what_is_newer_stays() {
     next.prepare().await.unwrap();
     assert_eq!(next.watermark(), Some(Sequence(base + 4)));
     cluster.remove(MODEL).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_may_be_away() {
+    let Some((cluster, Some((lab, _place)))) = cluster().await else {
+        return;
+    };
+    let index = cluster.index(MODEL, 128);
+    let write = async |keys: std::ops::Range<i64>, at: i64| {
+        let entries = keys.map(|key| entry(key, "one", key as u32)).collect();
+        index.apply(changes(entries, &[], at)).await.unwrap();
+        index.advance(Sequence(at));
+    };
+    let all_found = async |upto: i64| {
+        for key in 1..upto {
+            assert_eq!(keys(&index, "one", key as u32).await.first(), Some(&key));
+        }
+    };
+    write(1..100, 1).await;
+    assert!(matches!(index.tend().await.unwrap().condition, Condition::Well));
+    lab.kill("qdrant2", Part::All).await.unwrap();
+    write(100..200, 2).await;
+    all_found(200).await;
+    let care = index.tend().await.unwrap();
+    assert!(
+        matches!(care.condition, Condition::Weak(_)) && care.again.is_none(),
+        "{care:?}"
+    );
+    lab.start("qdrant2").unwrap();
+    lab.vectors_whole(Duration::from_secs(60)).await.unwrap();
+    let care = index.tend().await.unwrap();
+    assert!(matches!(care.condition, Condition::Well), "{care:?}");
+    assert_eq!(
+        care.again,
+        Some(Sequence(1)),
+        "what was written meanwhile is brought once more"
+    );
+    write(100..200, 2).await;
+    index.repaired(Sequence(2));
+    assert_eq!(index.tend().await.unwrap().again, None);
+    // The one that was away has everything, when another one goes.
+    lab.kill("qdrant1", Part::All).await.unwrap();
+    all_found(200).await;
+    lab.kill_all();
+    let query = Code::encode(&conformance::vector(1, 128)).unwrap();
+    assert!(index.search(query, among("one"), 10).await.is_err());
+    assert!(index.tend().await.is_err());
 }
 
 fn offline() -> Arc<Cluster> {
