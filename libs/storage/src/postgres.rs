@@ -63,7 +63,12 @@ impl Postgres {
     /// When there is no primary, or none of its connections comes free in time.
     pub async fn write(&self, settings: &[(&str, &str)]) -> Result<Session, StorageError> {
         let epoch = self.nodes.primary(self.patience).await?;
-        Session::begin(epoch.pool(), "BEGIN", settings, epoch.node()).await
+        // The pool would go on trying to connect to a node that is gone, while another one takes over.
+        tokio::select! {
+            begun = Session::begin(epoch.pool(), "BEGIN", settings, epoch.node()) => begun,
+            () = epoch.node().lost() => Err(StorageError::Unavailable("the primary is away".into())),
+            () = self.nodes.succeeded(&epoch) => Err(StorageError::Unavailable("another node is the primary".into())),
+        }
     }
 
     /// Begins a transaction that only reads, all as of one moment that is not before what was acknowledged or read here: on the

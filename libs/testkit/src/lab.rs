@@ -139,6 +139,7 @@ impl Lab {
             say("the services …");
             lab.start_all(&rest).await?;
             lab.served(START).await?;
+            lab.vectors_whole(START).await?;
         }
         if extent != Extent::Qdrant {
             lab.live_whole(START).await?;

@@ -186,6 +186,16 @@ impl Nodes {
         known.ok_or_else(|| StorageError::Unavailable("no node is the primary".into()))
     }
 
+    /// Waits until another node is the primary.
+    pub(super) async fn succeeded(&self, epoch: &Arc<Epoch>) {
+        let mut primary = self.primary.subscribe();
+        let other = |now: &Option<Arc<Epoch>>| now.as_ref().is_some_and(|now| !Arc::ptr_eq(now, epoch));
+        // An end of the watching is no succession.
+        if primary.wait_for(other).await.is_err() {
+            std::future::pending::<()>().await;
+        }
+    }
+
     /// Those that answer, in the order in which a read asks them: the primary first, or another one each time.
     pub(super) fn in_order(&self) -> Vec<&Arc<Node>> {
         let mut alive: Vec<&Arc<Node>> = self.all.iter().filter(|node| node.state.borrow().alive).collect();

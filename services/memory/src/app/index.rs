@@ -210,14 +210,18 @@ impl Background {
                 Ok(()) => self.catch_up(&serving).await,
                 Err(error) => Err(error),
             };
-            app.index_away.store(followed.is_err(), Ordering::SeqCst);
-            if let Err(error) = &followed {
-                tracing::warn!(error = %error.chain(), "the index can't follow; trying again");
+            let failed = followed.is_err();
+            // It is said once, and readiness goes on saying it.
+            if app.index_away.swap(failed, Ordering::SeqCst) != failed {
+                match &followed {
+                    Err(error) => tracing::warn!(error = %error.chain(), "the index can't follow; trying again"),
+                    Ok(()) => tracing::info!("the index follows again"),
+                }
             }
             *lock(&self.pending.behind) = followed.err().map(|error| error.to_string());
             tokio::select! {
                 () = stop.cancelled() => break,
-                _ = committed.changed() => {}
+                _ = committed.changed(), if !failed => {}
                 () = tokio::time::sleep(PAUSE) => {}
             }
         }
@@ -246,7 +250,7 @@ impl Background {
                     Err(error) => Err(error),
                 };
                 if let Err(error) = cared {
-                    tracing::warn!(error = %error.chain(), "the index can't be looked after; trying again");
+                    tracing::debug!(error = %error.chain(), "the index can't be looked after; trying again");
                     condition = Condition::Weak(error.to_string());
                 }
                 tended = Some(Instant::now());
