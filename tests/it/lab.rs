@@ -26,7 +26,7 @@ async fn no_acknowledged_write_is_lost_when_nodes_and_copies_are_killed() {
     };
     let lab = Lab::up(place.path(), setup, |step| eprintln!("{step}")).await.unwrap();
     // One that knows no node, but HAProxy.
-    let data = tempfile::tempdir().unwrap();
+    let (data, directory) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let (store, gateway) = (lab.proxied_store(), lab.address());
     let environment = [
         ("AETERNA_MEMORY_STORE", store.as_str()),
@@ -40,6 +40,28 @@ async fn no_acknowledged_write_is_lost_when_nodes_and_copies_are_killed() {
         let added = proxied.add(item("ann", &format!("after {}", report.drill))).await;
         added.unwrap();
     }
+    // The streams still tell all that the store has, and an index can be filled from it while the services run.
+    let mut reconcile = tokio::process::Command::new(built("aeterna"));
+    reconcile.args(["reconcile", "--memory.store", &store, "--memory.live", &lab.live()]);
+    let said = reconcile
+        .arg("--data-dir")
+        .arg(directory.path())
+        .output()
+        .await
+        .unwrap();
+    let (output, errors) = (
+        String::from_utf8_lossy(&said.stdout),
+        String::from_utf8_lossy(&said.stderr),
+    );
+    assert!(said.status.success(), "{output}{errors}");
+    let count = |line: usize| {
+        let word = output.lines().nth(line).and_then(|line| line.split(' ').next());
+        word.and_then(|word| word.parse::<u64>().ok()).unwrap_or(0)
+    };
+    assert!(
+        count(0) > 100 && count(1) > 100 && output.contains(": 0 were missing or no changes"),
+        "{output}"
+    );
     // What it is while all is well, a person sees too.
     let away: Vec<_> = lab.status().await.into_iter().filter(|member| !member.well).collect();
     assert!(away.is_empty(), "{away:?}");

@@ -115,6 +115,25 @@ pub trait Live: fmt::Debug + Send + Sync {
     /// # Errors
     /// When the server is away.
     async fn read(&self, log: &str, stream: &str, after: i64, limit: usize) -> Result<Page, StorageError>;
+
+    /// Where a log stands; `None`: it was never begun.
+    ///
+    /// # Errors
+    /// When the server is away.
+    async fn stands(&self, log: &str) -> Result<Option<i64>, StorageError>;
+
+    /// The place after which a stream has everything; `None`: its log was never begun.
+    ///
+    /// # Errors
+    /// When the server is away.
+    async fn since(&self, log: &str, stream: &str) -> Result<Option<i64>, StorageError>;
+
+    /// Forgets where a log began and stands, as a failover may: its holder begins it anew, and what its streams have from before
+    /// is read no more.
+    ///
+    /// # Errors
+    /// When the server is away.
+    async fn forget(&self, log: &str) -> Result<(), StorageError>;
 }
 
 #[cfg(test)]
@@ -176,6 +195,18 @@ mod tests {
 
         async fn read(&self, log: &str, stream: &str, after: i64, limit: usize) -> Result<Page, StorageError> {
             repeated!(self.0.read(log, stream, after, limit))
+        }
+
+        async fn stands(&self, log: &str) -> Result<Option<i64>, StorageError> {
+            repeated!(self.0.stands(log))
+        }
+
+        async fn since(&self, log: &str, stream: &str) -> Result<Option<i64>, StorageError> {
+            repeated!(self.0.since(log, stream))
+        }
+
+        async fn forget(&self, log: &str) -> Result<(), StorageError> {
+            repeated!(self.0.forget(log))
         }
     }
 

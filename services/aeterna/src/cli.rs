@@ -11,6 +11,7 @@ mod list;
 mod migrate;
 mod models;
 mod output;
+mod reconcile;
 mod scope;
 mod search;
 mod serve;
@@ -64,6 +65,8 @@ enum Verb {
     Import(import::Args),
     /// Move everything from a SQLite file into the store of the settings, as it was
     Migrate(migrate::Args),
+    /// Compare the vector index and the live streams with the store, and mend them
+    Reconcile(reconcile::Args),
     /// Embedding models: list the server's, or install one
     #[command(subcommand)]
     Models(models::Verb),
@@ -75,9 +78,10 @@ enum Verb {
 }
 
 /// The subcommands that read settings, and so have a flag for each.
-const WITH_SETTINGS: [&[&str]; 6] = [
+const WITH_SETTINGS: [&[&str]; 7] = [
     &["serve"],
     &["migrate"],
+    &["reconcile"],
     &["config", "check"],
     &["config", "dump"],
     &["models", "fetch"],
@@ -136,6 +140,7 @@ async fn dispatch(verb: Verb, matches: &ArgMatches) -> anyhow::Result<ExitCode> 
         Verb::Export(args) => export::run(args).await?,
         Verb::Import(args) => return import::run(args).await,
         Verb::Migrate(args) => migrate::run(args, &sources(matches)).await?,
+        Verb::Reconcile(args) => return reconcile::run(args, &sources(matches)).await,
         Verb::Models(models::Verb::List(args)) => models::list(args).await?,
         Verb::Models(models::Verb::Fetch(args)) => models::fetch(&args, &sources(matches))?,
         Verb::Config(verb) => config::run(&verb, &sources(matches))?,

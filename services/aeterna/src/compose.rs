@@ -88,6 +88,21 @@ pub async fn migrate(
     moved.map_err(|error| anyhow::Error::msg(error.to_string()))
 }
 
+/// Compares the index and the live streams with the store of the settings, and mends them unless it is `dry`.
+///
+/// # Errors
+/// Every problem of the settings, or what keeps them from being compared.
+pub async fn reconcile(
+    sources: &Sources,
+    dry: bool,
+    tell: impl FnMut(memory::Step, &memory::Reconciled),
+) -> anyhow::Result<memory::Reconciled> {
+    let (_, host, services) = load(sources, &Role::ALL)?;
+    let config = services.memory.context("the memory service is among the roles")?;
+    let reconciled = memory::reconcile(&config, &host.data_dir, dry, tell).await;
+    reconciled.map_err(|error| anyhow::Error::msg(error.to_string()))
+}
+
 /// Starts the services.
 ///
 /// # Errors

@@ -37,7 +37,7 @@ pub use index::Background;
 pub use knowledge::{Diff, DocumentPage, DocumentQuery};
 pub use list::{ListQuery, Page};
 pub use policy::NewPolicy;
-pub use relay::LiveWork;
+pub use relay::{LOG, LiveWork};
 pub use search::{Arms, Breakdown, Found, Fusion, SearchQuery, SearchStats, Weights};
 pub use stats::Stats;
 pub use transfer::{ExportQuery, Item, Taken};

@@ -10,6 +10,7 @@ mod indexes;
 mod metrics;
 mod migrate;
 mod models;
+mod reconcile;
 pub mod store;
 
 use std::fmt;
@@ -24,6 +25,7 @@ use aeterna_proto::memory::v1::knowledge_service_server::KnowledgeServiceServer;
 use aeterna_proto::memory::v1::memory_service_server::MemoryServiceServer;
 use aeterna_proto::memory::v1::policy_service_server::PolicyServiceServer;
 use aeterna_rpc::{AnyChannel, Breaker, Credentials, Dependency, Health};
+use aeterna_storage::live::Live;
 use aeterna_storage::{DirectoryLock, PostgresOptions, RedisLive, RedisOptions, SqliteOptions};
 use aeterna_types::SystemClock;
 use opentelemetry::metrics::Meter;
@@ -35,6 +37,7 @@ use tonic::service::Routes;
 use app::{App, Background, Indexes, LiveWork, Serving};
 use indexes::{FlatIndexes, QdrantIndexes};
 pub use migrate::{Moved, Stage};
+pub use reconcile::{Reconciled, Step};
 use store::postgres::PostgresStore;
 use store::qdrant::QdrantOptions;
 use store::sqlite::SqliteStore;
@@ -491,6 +494,42 @@ pub async fn migrate_from(
     from.close().await;
     to.close().await;
     moved
+}
+
+/// Compares the vector index and the live streams with the relational store, and mends them unless it is `dry`; services may run
+/// meanwhile, but not on the data directory of an embedded store. `tell` hears of progress.
+///
+/// # Errors
+/// NOT_CONFIGURED when no service has ever run on the store; DEPENDENCY_UNAVAILABLE when one of them is away or not well.
+pub async fn reconcile(
+    config: &Config,
+    data_dir: &Path,
+    dry: bool,
+    tell: impl FnMut(Step, &Reconciled),
+) -> Result<Reconciled, Error> {
+    let embedded = matches!(config.store, Store::Sqlite(_)) || matches!(config.index, Index::Flat(_));
+    let _lock = if embedded { Some(lock(data_dir)?) } else { None };
+    let store = config.store.open(config, data_dir).await?;
+    let reconciled = async {
+        let model = models::remembered_first(store.as_ref()).await?;
+        let indexes = config.index.clone().open(config, data_dir, store.as_ref()).await?;
+        let (index, _) = indexes.open(&model, store.last_sequence().await?).await?;
+        let live = match config.live.clone() {
+            Some(options) => Some(RedisLive::new(options)?),
+            None => None,
+        };
+        let parts = reconcile::Parts {
+            store: store.as_ref(),
+            index: index.as_ref(),
+            model: &model,
+            live: live.as_ref().map(|live| live as &dyn Live),
+            dry,
+        };
+        parts.reconcile(tell).await
+    };
+    let reconciled = reconciled.await;
+    store.close().await;
+    reconciled
 }
 
 fn lock(directory: &Path) -> Result<DirectoryLock, Error> {

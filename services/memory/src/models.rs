@@ -85,6 +85,20 @@ async fn models(
     }
 }
 
+/// The model that searches are answered by, as far as the embedding service was known when one ran last.
+///
+/// # Errors
+/// NOT_CONFIGURED when none ever ran, or when the store fails.
+pub async fn remembered_first(store: &dyn Relational) -> Result<Model, Error> {
+    let known = store.note(NOTE).await?;
+    let known = known.as_deref().and_then(|note| serde_json::from_str(note).ok());
+    let models = recalled(known.unwrap_or_default());
+    let message = "no service has run on this store yet: there is nothing to compare";
+    let wanted = models.iter().find(|model| model.default);
+    let wanted = model(wanted.ok_or_else(|| Error::new(Reason::NotConfigured, message))?)?;
+    serving(&wanted, &models, store).await
+}
+
 fn remembered(models: &[embedding::Model]) -> Result<String, Error> {
     let models = models.iter().map(|model| Remembered {
         name: model.name.clone(),

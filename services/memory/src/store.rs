@@ -10,14 +10,15 @@ mod moving;
 pub mod postgres;
 pub mod qdrant;
 pub mod sqlite;
+mod vectors;
 
-use std::collections::{BTreeSet, HashSet};
-use std::sync::Arc;
+use std::collections::BTreeSet;
 
 pub use aeterna_storage::StorageError;
 use aeterna_types::{Layer, MemoryId, RequestId, Scope, TenantId, Timestamp};
 use async_trait::async_trait;
 pub use moving::Moving;
+pub use vectors::{Among, Care, Changes, Entry, VectorIndex};
 
 use crate::domain::{
     self, Body, Document, DocumentChange, Idempotency, Key, Memory, Policy, ScopeKey, Sequence, Version, View, Writer,
@@ -458,6 +459,16 @@ pub enum Condition {
     Away(String),
 }
 
+impl Condition {
+    /// What is wrong with it.
+    pub fn trouble(&self) -> Option<&str> {
+        match self {
+            Self::Well => None,
+            Self::Weak(what) | Self::Away(what) => Some(what),
+        }
+    }
+}
+
 /// Which memories an export reads.
 #[derive(Clone, Debug)]
 pub struct ExportPage {
@@ -605,110 +616,4 @@ pub trait Documents: Send + Sync {
         before: Option<i64>,
         limit: usize,
     ) -> Result<Vec<Document>, MemoryError>;
-}
-
-/// One vector on its way into the index.
-#[derive(Clone, Debug)]
-pub struct Entry {
-    /// The memory.
-    pub key: Key,
-    /// Whose it is.
-    pub tenant: TenantId,
-    /// Its scope.
-    pub scope: ScopeKey,
-    /// The vector.
-    pub code: Code,
-}
-
-/// Vectors on their way into the index, and memories that have none any more.
-#[derive(Clone, Debug)]
-pub struct Changes {
-    /// Vectors, one a memory.
-    pub upserts: Vec<Entry>,
-    /// Memories without a vector.
-    pub removals: Vec<Key>,
-    /// The change in the outbox that all of it is at least as new as.
-    pub at: Sequence,
-}
-
-/// How an index is.
-#[derive(Clone, Debug)]
-pub struct Care {
-    /// What stands to serve it.
-    pub condition: Condition,
-    /// Changes after this one are to be applied once more, for a part of the index may have missed some of them.
-    pub again: Option<Sequence>,
-}
-
-/// Which vectors a search may find. All of it is exact.
-#[derive(Clone, Debug)]
-pub struct Among {
-    /// Whose they are.
-    pub tenant: TenantId,
-    /// Those of these scopes.
-    pub scopes: HashSet<ScopeKey>,
-    /// Only these, when a filter has chosen them.
-    pub only: Option<HashSet<Key>>,
-    /// Not these.
-    pub exclude: HashSet<Key>,
-}
-
-/// The vector index, which is made from the relational store alone.
-#[async_trait]
-pub trait VectorIndex: Send + Sync {
-    /// Applies changes, any of them once more as well; what the index has from a later change stays.
-    ///
-    /// # Errors
-    /// When the index is away or can't be written; nothing or some of it was applied.
-    async fn apply(&self, changes: Changes) -> Result<(), StorageError>;
-
-    /// Everything up to this change is in.
-    fn advance(&self, watermark: Sequence);
-
-    /// The change up to which everything is in; `None`: it is not known, or the index must be filled first.
-    fn watermark(&self) -> Option<Sequence>;
-
-    /// The nearest vectors by the quantized prefix, best first: candidates for rescoring.
-    ///
-    /// # Errors
-    /// When the index is away.
-    async fn search(&self, query: Code, among: Arc<Among>, limit: usize) -> Result<Vec<(Key, f32)>, StorageError>;
-
-    /// Vectors in it, as counted by the last [`VectorIndex::tend`] when it is elsewhere.
-    fn len(&self) -> usize;
-
-    /// True when there is no vector.
-    fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-
-    /// Some of its vectors, of old ones as many as of new ones, at most `count`; none when it learns nothing from them.
-    fn some(&self, _count: usize) -> Vec<Key> {
-        Vec::new()
-    }
-
-    /// Vectors that there were when the rotation of its first pass was learned; 0: there is none.
-    fn learned(&self) -> usize {
-        0
-    }
-
-    /// Bytes that it takes, as far as it is known here.
-    fn bytes(&self) -> u64;
-
-    /// Looks after it, every few seconds: makes what was applied survive a loss of power, and finds out how it is.
-    ///
-    /// # Errors
-    /// When the index is away or the disk refuses.
-    async fn tend(&self) -> Result<Care, StorageError>;
-
-    /// What [`Care::again`] asked for is done, up to this change.
-    fn repaired(&self, _upto: Sequence) {}
-
-    /// Removes everything: it follows a store that was put back to an earlier time. It is to be filled anew.
-    ///
-    /// # Errors
-    /// When the index is away.
-    async fn clear(&self) -> Result<(), StorageError> {
-        Ok(())
-    }
 }

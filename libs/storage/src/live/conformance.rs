@@ -78,6 +78,11 @@ pub async fn conforms(live: &dyn Live) {
     assert_eq!(read("s", far - 1, 10).await, Page::Gap);
     assert_eq!(read("u", far - 1, 10).await, Page::Gap);
     assert_eq!(live.read("other", "s", far, 10).await.unwrap(), Page::Gap);
+    let since = async |stream| live.since("log", stream).await.unwrap();
+    assert_eq!((since("s").await, since("u").await), (Some(far), Some(far)));
+    assert_eq!(live.since("other", "s").await.unwrap(), None);
+    assert_eq!(live.stands("log").await.unwrap(), Some(far + 5));
+    assert_eq!(live.stands("other").await.unwrap(), None);
 
     // What was dropped to make room is known to be missing.
     let many: Vec<(&str, i64)> = (0..1000).map(|number| ("s", far + 10 + number)).collect();
@@ -86,4 +91,23 @@ pub async fn conforms(live: &dyn Live) {
     assert_eq!(append(piece).await, Appended::Done);
     assert_eq!(read("s", far + 1, 10).await, Page::Gap);
     assert_eq!(read("s", far + 1000, 2).await, entries("s", &[far + 1001, far + 1002]));
+    let first = since("s").await.unwrap();
+    assert!(first > far + 5);
+    assert_eq!(read("s", first, 1).await, entries("s", &[first + 1]));
+
+    // A log that is forgotten begins anew, and nobody reads what it had.
+    live.forget("log").await.unwrap();
+    assert_eq!((live.stands("log").await.unwrap(), since("s").await), (None, None));
+    assert_eq!(
+        append(batch("x", far + 1009, &[("s", far + 1010)])).await,
+        Appended::At(None)
+    );
+    assert_eq!(live.begin("log", far + 1020).await.unwrap(), far + 1020);
+    assert_eq!(
+        append(batch("x", far + 1020, &[("s", far + 1021)])).await,
+        Appended::Done
+    );
+    assert_eq!(read("s", far + 1000, 2).await, Page::Gap);
+    assert_eq!(since("s").await, Some(far + 1020));
+    assert_eq!(read("s", far + 1020, 10).await, entries("s", &[far + 1021]));
 }

@@ -142,6 +142,25 @@ impl Live for MemoryLive {
         let later = stream.entries.iter().filter(|(place, _)| *place > after);
         Ok(Page::Entries(later.take(limit).cloned().collect()))
     }
+
+    async fn stands(&self, log: &str) -> Result<Option<i64>, StorageError> {
+        Ok(self.state().logs.get(log).map(|log| log.stands))
+    }
+
+    async fn since(&self, log: &str, stream: &str) -> Result<Option<i64>, StorageError> {
+        let state = self.state();
+        let since = |log: &Log| {
+            log.streams
+                .get(stream)
+                .map_or(log.began, |stream| stream.complete_after)
+        };
+        Ok(state.logs.get(log).map(since))
+    }
+
+    async fn forget(&self, log: &str) -> Result<(), StorageError> {
+        self.state().logs.remove(log);
+        Ok(())
+    }
 }
 
 struct Ear(broadcast::Receiver<String>);

@@ -34,6 +34,7 @@ static APPEND: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("app
 static BEGIN: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("begin.lua")));
 static HOLD: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("hold.lua")));
 static READ: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("read.lua")));
+static SINCE: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("since.lua")));
 static RELEASE: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("release.lua")));
 
 /// Where Redis is, and who comes to it.
@@ -350,6 +351,24 @@ impl Live for RedisLive {
         let entries: Option<Vec<(i64, Vec<u8>)>> = found.chunks(2).map(entry).collect();
         let entries = entries.ok_or_else(|| away("the stream has entries of somebody else".into()))?;
         Ok(Page::Entries(entries))
+    }
+
+    async fn stands(&self, log: &str) -> Result<Option<i64>, StorageError> {
+        let mut get = redis::cmd("GET");
+        get.arg(key("stands", log));
+        self.with(async |connection| get.query_async(connection).await).await
+    }
+
+    async fn since(&self, log: &str, stream: &str) -> Result<Option<i64>, StorageError> {
+        let mut since = SINCE.prepare_invoke();
+        since.key(key("began", log)).key(key(&format!("stream:{log}"), stream));
+        self.with(async |connection| since.invoke_async(connection).await).await
+    }
+
+    async fn forget(&self, log: &str) -> Result<(), StorageError> {
+        let mut forget = redis::cmd("DEL");
+        forget.arg(key("stands", log)).arg(key("began", log));
+        self.with(async |connection| forget.query_async(connection).await).await
     }
 }
 

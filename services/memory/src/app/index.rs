@@ -146,7 +146,7 @@ impl Background {
             let states = app.store.scan(&serving.model.identity, after, 2000, false).await?;
             let Some(last) = states.last() else { break };
             after = last.key;
-            let entries: Vec<Entry> = states.iter().filter_map(entry).collect();
+            let entries: Vec<Entry> = states.iter().filter_map(Entry::of).collect();
             count += entries.len();
             apply(serving, entries, Vec::new(), end).await?;
             if told.elapsed() > TOLD {
@@ -334,7 +334,7 @@ impl Background {
         let keys: HashSet<Key> = events.iter().map(|event| event.key).collect();
         let keys: Vec<Key> = keys.into_iter().collect();
         let states = app.store.states(&serving.model.identity, &keys).await?;
-        let entries: Vec<Entry> = states.iter().filter_map(entry).collect();
+        let entries: Vec<Entry> = states.iter().filter_map(Entry::of).collect();
         let present: HashSet<Key> = entries.iter().map(|entry| entry.key).collect();
         let gone = keys.into_iter().filter(|key| !present.contains(key)).collect();
         let pending = states.iter().filter(|state| state.code.is_none());
@@ -611,14 +611,4 @@ async fn apply(serving: &Serving, upserts: Vec<Entry>, removals: Vec<Key>, at: S
 async fn tend(serving: &Serving) -> Result<Care, Error> {
     let tended = serving.index.tend().await;
     tended.map_err(|error| Error::unavailable("the vector index can't be looked after").caused_by(error))
-}
-
-fn entry(state: &IndexState) -> Option<Entry> {
-    let code = state.code.clone()?;
-    Some(Entry {
-        key: state.key,
-        tenant: state.tenant.clone(),
-        scope: state.scope,
-        code,
-    })
 }

@@ -19,7 +19,7 @@ use crate::domain::{Change, Sequence};
 use crate::store::Relational;
 
 /// The log, its lease, and the channel on which copies are woken.
-const LOG: &str = "memory";
+pub const LOG: &str = "memory";
 /// How long a copy that does not answer keeps the lease.
 const TERM: Duration = Duration::from_secs(3);
 /// How often the lease is renewed, and what failed is tried again.
@@ -337,6 +337,18 @@ mod tests {
 
         async fn read(&self, log: &str, stream: &str, after: i64, limit: usize) -> Result<Page, StorageError> {
             self.live().read(log, stream, after, limit).await
+        }
+
+        async fn stands(&self, log: &str) -> Result<Option<i64>, StorageError> {
+            self.live().stands(log).await
+        }
+
+        async fn since(&self, log: &str, stream: &str) -> Result<Option<i64>, StorageError> {
+            self.live().since(log, stream).await
+        }
+
+        async fn forget(&self, log: &str) -> Result<(), StorageError> {
+            self.live().forget(log).await
         }
     }
 

@@ -427,6 +427,36 @@ impl VectorIndex for Arc<FlatIndex> {
         FlatIndex::bytes(self)
     }
 
+    async fn unlike(&self, entries: Vec<Entry>) -> Result<Vec<Key>, StorageError> {
+        let index = Self::clone(self);
+        blocking(move || {
+            let inner = index.read();
+            let has = |entry: &Entry| {
+                let slot = *inner.by_key.get(&entry.key)?;
+                let head = inner.files.head(slot)?;
+                let same = head.live && head.key == entry.key && head.scope == entry.scope;
+                (same && inner.files.has(slot, &index.shorten(&entry.code))).then_some(())
+            };
+            let unlike = entries.iter().filter(|entry| has(entry).is_none());
+            Ok(unlike.map(|entry| entry.key).collect())
+        })
+        .await
+    }
+
+    async fn present(&self, mut keys: Vec<Key>) -> Result<Vec<Key>, StorageError> {
+        let inner = self.read();
+        keys.retain(|key| inner.by_key.contains_key(key));
+        Ok(keys)
+    }
+
+    async fn keys(&self, after: Key, limit: usize) -> Result<Vec<Key>, StorageError> {
+        let inner = self.read();
+        let mut keys: Vec<Key> = inner.by_key.keys().copied().filter(|key| *key > after).collect();
+        keys.sort_unstable();
+        keys.truncate(limit);
+        Ok(keys)
+    }
+
     async fn tend(&self) -> Result<Care, StorageError> {
         let index = Self::clone(self);
         blocking(move || index.flush()).await?;

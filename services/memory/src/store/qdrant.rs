@@ -11,14 +11,15 @@ mod requests;
 #[cfg(test)]
 mod tests;
 
+use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use async_trait::async_trait;
-use qdrant_client::qdrant::{ReplicaState, point_id::PointIdOptions, vectors_config};
+use qdrant_client::qdrant::{CollectionParams, ReplicaState, RetrievedPoint, ScoredPoint, vectors_config};
 
-use super::{Among, Care, Changes, Condition, StorageError, VectorIndex};
+use super::{Among, Care, Changes, Condition, Entry, StorageError, VectorIndex};
 use crate::domain::{Key, Sequence};
 use crate::store::code::Code;
 use nodes::{Failed, Nodes};
@@ -209,7 +210,7 @@ impl QdrantIndex {
     }
 
     /// Says how a collection differs from the settings.
-    fn compare(&self, params: qdrant_client::qdrant::CollectionParams) -> Result<(), StorageError> {
+    fn compare(&self, params: CollectionParams) -> Result<(), StorageError> {
         let (name, options) = (&self.name, &self.cluster.options);
         let dense = match params.vectors_config.and_then(|vectors| vectors.config) {
             Some(vectors_config::Config::ParamsMap(mut named)) => named.map.remove(requests::DENSE),
@@ -264,6 +265,24 @@ impl QdrantIndex {
             )));
         }
         Ok(None)
+    }
+
+    /// The points of memories.
+    async fn points(&self, keys: &[Key]) -> Result<HashMap<Key, RetrievedPoint>, StorageError> {
+        let mut points = HashMap::new();
+        for part in keys.chunks(POINTS) {
+            let request = requests::points(&self.name, part);
+            let held = self
+                .cluster
+                .nodes
+                .call(WRITE, async |node| node.get_points(request.clone()).await);
+            let held = held.await.map_err(|failed| self.failed(failed))?.result;
+            points.extend(
+                held.into_iter()
+                    .filter_map(|point| Some((requests::key(point.id.as_ref())?, point))),
+            );
+        }
+        Ok(points)
     }
 
     /// Remembers how far the index is when all of it is well.
@@ -362,10 +381,7 @@ impl VectorIndex for QdrantIndex {
             .nodes
             .call(SEARCH, async |node| node.query(request.clone()).await);
         let found = found.await.map_err(|failed| self.failed(failed))?.result;
-        let key = |point: &qdrant_client::qdrant::ScoredPoint| match point.id.as_ref()?.point_id_options.as_ref()? {
-            PointIdOptions::Num(number) => i64::try_from(*number).ok().map(Key),
-            PointIdOptions::Uuid(_) => None,
-        };
+        let key = |point: &ScoredPoint| requests::key(point.id.as_ref());
         Ok(found
             .iter()
             .filter_map(|point| Some((key(point)?, point.score)))
@@ -413,6 +429,37 @@ impl VectorIndex for QdrantIndex {
         let mut state = self.state();
         state.safe = state.safe.max(upto);
         state.missed = false;
+    }
+
+    async fn unlike(&self, entries: Vec<Entry>) -> Result<Vec<Key>, StorageError> {
+        let keys: Vec<Key> = entries.iter().map(|entry| entry.key).collect();
+        let held = self.points(&keys).await?;
+        let has = |entry: &&Entry| {
+            let point = held.get(&entry.key);
+            point.is_some_and(|point| requests::is_like(point, self.prefix, entry))
+        };
+        let unlike = entries.iter().filter(|entry| !has(entry));
+        Ok(unlike.map(|entry| entry.key).collect())
+    }
+
+    async fn present(&self, keys: Vec<Key>) -> Result<Vec<Key>, StorageError> {
+        let held = self.points(&keys).await?;
+        let there = held.iter().filter(|(_, point)| requests::is_there(point));
+        Ok(there.map(|(key, _)| *key).collect())
+    }
+
+    async fn keys(&self, after: Key, limit: usize) -> Result<Vec<Key>, StorageError> {
+        let limit = u32::try_from(limit).unwrap_or(u32::MAX);
+        let request = requests::after(&self.name, after, limit);
+        let page = self
+            .cluster
+            .nodes
+            .call(WRITE, async |node| node.scroll(request.clone()).await);
+        let page = page.await.map_err(|failed| self.failed(failed))?.result;
+        Ok(page
+            .iter()
+            .filter_map(|point| requests::key(point.id.as_ref()))
+            .collect())
     }
 
     async fn clear(&self) -> Result<(), StorageError> {

@@ -192,6 +192,14 @@ impl Files {
         row[..4].copy_from_slice(&sum.to_le_bytes());
     }
 
+    /// Whether a row has the values of a code.
+    pub fn has(&self, slot: usize, code: &Code) -> bool {
+        let prefix = self.layout.prefix;
+        let row = &self.map[slot * self.size..(slot + 1) * self.size];
+        let (scales, values) = row[HEAD..].split_at(prefix / BLOCK * SCALE);
+        scales == &code.scale_bytes()[..prefix / BLOCK * SCALE] && values == &code.high()[..prefix]
+    }
+
     /// One more row at the end.
     pub fn push(&mut self) -> io::Result<usize> {
         if (self.slots + 1) * self.size > self.map.len() {

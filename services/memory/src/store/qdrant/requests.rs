@@ -20,7 +20,11 @@ use qdrant_client::qdrant::{
 use super::QdrantOptions;
 use crate::domain::{Key, Sequence};
 use crate::store::code::Code;
-use crate::store::{Among, Changes};
+use crate::store::{Among, Changes, Entry};
+use qdrant_client::qdrant::{
+    PointId, ReadConsistencyType, RetrievedPoint, ScrollPoints, ScrollPointsBuilder, point_id::PointIdOptions,
+    read_consistency, vector_output,
+};
 
 /// The vectors of the first pass.
 pub const DENSE: &str = "dense";
@@ -35,6 +39,8 @@ const GONE: &str = "gone";
 const MARK: u64 = u64::MAX;
 /// Milliseconds after which another replica is asked.
 const HASTE: u64 = 200;
+/// The least cosine of a vector and what a server gives back of it.
+const SAME: f64 = 0.9999;
 /// Vectors that the graph is walked along with, at least.
 const EF: u64 = 256;
 
@@ -194,6 +200,63 @@ pub fn nearest(name: &str, prefix: usize, query: &Code, among: &Among, limit: us
         .limit(limit as u64)
         .with_payload(false);
     Some(request.build())
+}
+
+/// Asks for points, as all replicas have them.
+pub fn points(name: &str, keys: &[Key]) -> GetPoints {
+    let ids: Vec<PointId> = keys.iter().map(|key| id(*key).into()).collect();
+    GetPointsBuilder::new(name, ids)
+        .with_payload(true)
+        .with_vectors(true)
+        .read_consistency(read_consistency::Value::Type(ReadConsistencyType::All.into()))
+        .build()
+}
+
+/// Whether a point has a vector.
+pub fn is_there(point: &RetrievedPoint) -> bool {
+    vector(point).is_some()
+}
+
+/// Whether a point is as a memory's should be.
+pub fn is_like(point: &RetrievedPoint, prefix: usize, entry: &Entry) -> bool {
+    let field = |name: &str| point.payload.get(name).and_then(|value| value.kind.clone());
+    let tenant = field(TENANT) == Some(Kind::StringValue(entry.tenant.to_string()));
+    let scope = field(SCOPE) == Some(Kind::IntegerValue(entry.scope.0));
+    let Some(held) = vector(point).filter(|_| tenant && scope) else {
+        return false;
+    };
+    // It is kept as a unit vector.
+    let wanted = entry.code.decode();
+    let wanted = &wanted[..prefix.min(wanted.len())];
+    let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| f64::from(a * b)).sum::<f64>();
+    let length = (dot(wanted, wanted) * dot(&held, &held)).sqrt();
+    held.len() == wanted.len() && dot(wanted, &held) >= SAME * length
+}
+
+fn vector(point: &RetrievedPoint) -> Option<Vec<f32>> {
+    match point.vectors.as_ref()?.get_vector_by_name(DENSE)? {
+        vector_output::Vector::Dense(dense) => Some(dense.data),
+        _ => None,
+    }
+}
+
+/// The memory that a point is of.
+pub fn key(id: Option<&PointId>) -> Option<Key> {
+    match id?.point_id_options.as_ref()? {
+        PointIdOptions::Num(number) => i64::try_from(*number).ok().map(Key),
+        PointIdOptions::Uuid(_) => None,
+    }
+}
+
+/// Asks for the points with a vector after one, in order.
+pub fn after(name: &str, after: Key, limit: u32) -> ScrollPoints {
+    ScrollPointsBuilder::new(name)
+        .filter(Filter::must([Condition::has_vector(DENSE)]))
+        .offset(id(after) + 1)
+        .limit(limit)
+        .with_payload(false)
+        .with_vectors(false)
+        .build()
 }
 
 /// Counts the vectors.

@@ -123,6 +123,17 @@ async fn what_is_newer_stays() {
     apply(Vec::new(), &[1], base + 4).await;
     apply(vec![entry(1, "one", 10)], &[], base + 3).await;
     assert_eq!(keys(&index, "one", 10).await, [2], "what is removed stays so");
+    // It can be compared with what it should be.
+    let held = vec![
+        entry(2, "one", 20),
+        entry(3, "two", 11),
+        entry(2, "two", 20),
+        entry(9, "one", 1),
+    ];
+    assert_eq!(index.unlike(held).await.unwrap(), [Key(3), Key(2), Key(9)]);
+    assert_eq!(index.present(vec![Key(1), Key(2), Key(9)]).await.unwrap(), [Key(2)]);
+    assert_eq!(index.keys(Key(0), 10).await.unwrap(), [Key(2), Key(3)]);
+    assert_eq!(index.keys(Key(2), 10).await.unwrap(), [Key(3)]);
     // What is remembered does not go back either.
     index.advance(Sequence(base + 4));
     index.tend().await.unwrap();
