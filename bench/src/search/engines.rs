@@ -199,7 +199,8 @@ fn fill(data: &Data, path: &Path, index: &FlatIndex) -> anyhow::Result<()> {
             key: Key(number as i64 + 1),
             tenant: TenantId::local(),
             scope: ScopeKey((number % SCOPES) as i64),
-            code,
+            code: Some(code),
+            text: String::new(),
         };
         let entries: Vec<Entry> = codes.into_iter().map(entry).collect();
         index.apply(&entries, &[], Sequence(start as i64))?;

@@ -25,11 +25,11 @@ const SETTLE: Duration = Duration::from_secs(3);
 /// What was found.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Reconciled {
-    /// Vectors that the store has.
-    pub vectors: u64,
+    /// Memories that the store has.
+    pub memories: u64,
     /// Of them, those that the index did not have, or not as they are.
     pub unlike: u64,
-    /// Vectors that the index had and the store does not.
+    /// Memories that the index had and the store does not.
     pub stray: u64,
     /// Entries of the live streams.
     pub entries: u64,
@@ -108,7 +108,7 @@ impl Parts<'_> {
             let Some(last) = states.last() else { return Ok(unlike) };
             after = last.key;
             let entries = entries(&states);
-            found.vectors += entries.len() as u64;
+            found.memories += entries.len() as u64;
             unlike.extend(self.index.unlike(entries).await.map_err(away)?);
             tell(Step::Vectors, found);
         }
@@ -133,7 +133,7 @@ impl Parts<'_> {
         }
     }
 
-    /// What the store has of some memories, and which of them it has no vector of.
+    /// What the store has of some memories, and which of them it does not have.
     async fn states(&self, keys: &[Key]) -> Result<(Vec<Entry>, Vec<Key>), Error> {
         let states = self.store.states(&self.model.identity, keys).await?;
         let entries = entries(&states);
@@ -243,7 +243,7 @@ impl Parts<'_> {
 }
 
 fn entries(states: &[IndexState]) -> Vec<Entry> {
-    states.iter().filter_map(Entry::of).collect()
+    states.iter().map(Entry::from).collect()
 }
 
 fn away(error: aeterna_storage::StorageError) -> Error {
@@ -349,7 +349,7 @@ mod tests {
         let well = stream(&store, false).await;
         let found = reconcile(&well, true).await;
         let all = Reconciled {
-            vectors: 20,
+            memories: 20,
             entries: found.entries,
             ..Reconciled::default()
         };
@@ -357,7 +357,7 @@ mod tests {
 
         // One is missing, one is another vector, one is in another scope, and one is of no memory.
         let mut wrong = vec![entries[4].clone(), entries[5].clone(), entries[6].clone()];
-        wrong[0].code = code(99);
+        wrong[0].code = Some(code(99));
         wrong[1].scope = ScopeKey(77);
         wrong[2].key = Key(9_999);
         wrong[2].tenant = "elsewhere".parse::<TenantId>().unwrap();

@@ -170,6 +170,8 @@ pub struct IndexState {
     pub code: Option<Code>,
     /// The text to embed when it is pending.
     pub text: String,
+    /// The text that is found by its words.
+    pub lexical: String,
 }
 
 /// What the lexical arm looks for.
@@ -183,6 +185,8 @@ pub struct LexicalSearch {
     pub filter: Option<Filter>,
     /// Only those that have not changed since.
     pub as_of: Option<Timestamp>,
+    /// Those that an index has found by their terms; a store that finds them as fast by itself looks at all.
+    pub candidates: Option<Vec<Key>>,
     /// At most so many.
     pub limit: usize,
 }

@@ -27,8 +27,11 @@ pub async fn run(args: Args, sources: &Sources) -> anyhow::Result<ExitCode> {
     bar.set_style(ProgressStyle::with_template("{spinner} {msg}  {elapsed}")?);
     let tell = |step: Step, found: &Reconciled| {
         bar.set_message(match step {
-            Step::Vectors => format!("{} vectors compared with the index", found.vectors),
-            Step::Strays => format!("{} vectors compared; now what the index has beside them", found.vectors),
+            Step::Vectors => format!("{} memories compared with the index", found.memories),
+            Step::Strays => format!(
+                "{} memories compared; now what the index has beside them",
+                found.memories
+            ),
             Step::Mending => format!("{} differ", found.unlike + found.stray),
             Step::Streams => format!("{} entries of live streams compared", found.entries),
         });
@@ -38,9 +41,9 @@ pub async fn run(args: Args, sources: &Sources) -> anyhow::Result<ExitCode> {
     bar.finish_and_clear();
     let found = found?;
     output::line(format!(
-        "{} vectors: {} were missing or different in the index, {} were there without a memory\n\
+        "{} memories: {} were missing or different in the index, {} were there and in no store\n\
          {} entries of live streams: {} were missing or no changes",
-        found.vectors, found.unlike, found.stray, found.entries, found.untrue
+        found.memories, found.unlike, found.stray, found.entries, found.untrue
     ));
     if found.left > 0 {
         let advice = if args.dry_run {

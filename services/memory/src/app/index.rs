@@ -146,8 +146,8 @@ impl Background {
             let states = app.store.scan(&serving.model.identity, after, 2000, false).await?;
             let Some(last) = states.last() else { break };
             after = last.key;
-            let entries: Vec<Entry> = states.iter().filter_map(Entry::of).collect();
-            count += entries.len();
+            let entries: Vec<Entry> = states.iter().map(Entry::from).collect();
+            count += entries.iter().filter(|entry| entry.code.is_some()).count();
             apply(serving, entries, Vec::new(), end).await?;
             if told.elapsed() > TOLD {
                 tracing::info!(vectors = count, "filling the vector index");
@@ -334,7 +334,7 @@ impl Background {
         let keys: HashSet<Key> = events.iter().map(|event| event.key).collect();
         let keys: Vec<Key> = keys.into_iter().collect();
         let states = app.store.states(&serving.model.identity, &keys).await?;
-        let entries: Vec<Entry> = states.iter().filter_map(Entry::of).collect();
+        let entries: Vec<Entry> = states.iter().map(Entry::from).collect();
         let present: HashSet<Key> = entries.iter().map(|entry| entry.key).collect();
         let gone = keys.into_iter().filter(|key| !present.contains(key)).collect();
         let pending = states.iter().filter(|state| state.code.is_none());

@@ -152,7 +152,10 @@ impl App {
             matching,
         } = self.store.seen(&sight).await?;
         let mut degraded = Vec::new();
-        if query.after > Sequence::default() && query.arms != Arms::Lexical && !self.reached(query.after).await {
+        let serving = self.serving();
+        let asked = query.arms != Arms::Lexical || serving.index.keeps_texts();
+        let followed = !asked || query.after == Sequence::default() || self.reached(query.after).await;
+        if !followed && query.arms != Arms::Lexical {
             degraded.push("the vector index has not followed the write of `consistency_token` yet".to_owned());
         }
         let past = match query.as_of {
@@ -174,7 +177,6 @@ impl App {
             terms: aeterna_text::analyse(&query.text),
             ..SearchStats::default()
         };
-        let serving = self.serving();
         let mut nearest = None;
         if query.arms != Arms::Lexical && serving.index.watermark().is_none() {
             degraded.push("the vector index does not have everything yet".to_owned());
@@ -188,9 +190,15 @@ impl App {
         let mut terms = stats.terms.clone();
         terms.sort();
         terms.dedup();
+        let by_index = followed && past.is_none() && (query.arms != Arms::Dense || nearest.is_none());
+        let candidates = match by_index {
+            true => lexical_candidates(&serving, &terms, &among, depth).await,
+            false => None,
+        };
         let lexical = LexicalSearch {
             scopes,
             terms,
+            candidates,
             filter: query.filter.clone(),
             as_of: query.as_of,
             limit: depth + among.exclude.len(),
@@ -423,6 +431,18 @@ impl App {
         hits.extend(order.into_iter().filter_map(|place| all[place].take()));
         Ok(())
     }
+}
+
+/// The memories that have the best of some terms, by an index that finds them. `None`: the store looks for itself.
+async fn lexical_candidates(serving: &Serving, terms: &[String], among: &Arc<Among>, limit: usize) -> Option<Vec<Key>> {
+    let index = &serving.index;
+    if !index.keeps_texts() || index.watermark().is_none() {
+        return None;
+    }
+    let found = index.lexical(terms.to_vec(), Arc::clone(among), limit).await;
+    found
+        .inspect_err(|error| tracing::debug!(%error, "the store looks for words itself"))
+        .ok()
 }
 
 impl SearchQuery {

@@ -643,7 +643,8 @@ pub async fn vector_index(index: &dyn VectorIndex) {
         key: Key(key),
         tenant: tenant("one"),
         scope: ScopeKey(scope),
-        code: code(key as u32),
+        code: Some(code(key as u32)),
+        text: format!("number {key} of kind {}", key % 7),
     };
     let apply = async |upserts: Vec<Entry>, removals: &[i64], at: i64| {
         let changes = Changes {
@@ -690,6 +691,30 @@ pub async fn vector_index(index: &dyn VectorIndex) {
     let found = index.search(code(42), among.into(), 10).await.unwrap();
     let found: Vec<i64> = found.iter().map(|(key, _)| key.0).collect();
     assert_eq!(found, [42, 7], "only the chosen ones");
+
+    // Where texts are kept, they are found by their words, in the same places; one without a vector as well.
+    if index.keeps_texts() {
+        let find = async |words: &str, places: &[i64], exclude: &[i64]| {
+            let among = Among {
+                tenant: tenant("one"),
+                scopes: places.iter().map(|key| ScopeKey(*key)).collect(),
+                only: None,
+                exclude: exclude.iter().map(|key| Key(*key)).collect(),
+            };
+            let terms = aeterna_text::analyse(words);
+            let found = index.lexical(terms, among.into(), 100).await.unwrap();
+            found.into_iter().map(|key| key.0).collect::<Vec<_>>()
+        };
+        assert_eq!(find("number 42", &[0, 1, 2], &[]).await[0], 42, "rare words count");
+        assert!(!find("42", &[1, 2], &[]).await.contains(&42) && !find("42", &[0], &[42]).await.contains(&42));
+        assert!(find("absent", &[0, 1, 2], &[]).await.is_empty() && find("42", &[], &[]).await.is_empty());
+        let mut pending = entry(500, 1);
+        pending.code = None;
+        apply(vec![pending], &[], 5).await;
+        assert_eq!((find("500", &[1], &[]).await, counted().await.0), (vec![500], 300));
+        apply(Vec::new(), &[500], 5).await;
+        assert!(find("500", &[1], &[]).await.is_empty());
+    }
 
     // An upsert replaces, a removal removes, and an older watermark does not turn time back.
     apply(vec![entry(42, 1)], &[41, 999], 6).await;

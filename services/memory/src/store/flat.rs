@@ -303,17 +303,24 @@ impl FlatIndex {
     /// # Errors
     /// When the index can't be written; it is then rebuilt on the next start.
     pub fn apply(&self, upserts: &[Entry], removals: &[Key], watermark: Sequence) -> io::Result<()> {
-        if upserts.iter().any(|entry| entry.code.dimension() != self.dimension) {
+        let codes = || upserts.iter().filter_map(|entry| entry.code.as_ref());
+        if codes().any(|code| code.dimension() != self.dimension) {
             let why = "a vector has another size than the index";
             return Err(io::Error::new(io::ErrorKind::InvalidInput, why));
         }
         // Before searches have to wait.
-        let codes: Vec<Cow<'_, Code>> = upserts.par_iter().map(|entry| self.shorten(&entry.code)).collect();
+        let codes = upserts
+            .par_iter()
+            .map(|entry| entry.code.as_ref().map(|code| self.shorten(code)));
+        let codes: Vec<Option<Cow<'_, Code>>> = codes.collect();
         let mut inner = self.write();
         inner.dirty = true;
         removals.iter().for_each(|key| inner.remove(*key));
         for (entry, code) in upserts.iter().zip(codes) {
-            inner.upsert(entry.key, entry.scope, &code, self.prefix)?;
+            match code {
+                Some(code) => inner.upsert(entry.key, entry.scope, &code, self.prefix)?,
+                None => inner.remove(entry.key),
+            }
         }
         inner.watermark = inner.watermark.max(watermark);
         Ok(())
@@ -431,13 +438,14 @@ impl VectorIndex for Arc<FlatIndex> {
         let index = Self::clone(self);
         blocking(move || {
             let inner = index.read();
-            let has = |entry: &Entry| {
-                let slot = *inner.by_key.get(&entry.key)?;
-                let head = inner.files.head(slot)?;
-                let same = head.live && head.key == entry.key && head.scope == entry.scope;
-                (same && inner.files.has(slot, &index.shorten(&entry.code))).then_some(())
+            let has = |entry: &Entry| match (inner.by_key.get(&entry.key), &entry.code) {
+                (Some(slot), Some(code)) => inner.files.head(*slot).is_some_and(|head| {
+                    let same = head.live && head.key == entry.key && head.scope == entry.scope;
+                    same && inner.files.has(*slot, &index.shorten(code))
+                }),
+                (held, wanted) => held.is_none() && wanted.is_none(),
             };
-            let unlike = entries.iter().filter(|entry| has(entry).is_none());
+            let unlike = entries.iter().filter(|entry| !has(entry));
             Ok(unlike.map(|entry| entry.key).collect())
         })
         .await
@@ -571,7 +579,8 @@ mod tests {
             key: Key(i64::from(n)),
             tenant: TenantId::local(),
             scope: ScopeKey(1),
-            code: near(n % 400, 1_000_000 + n),
+            code: Some(near(n % 400, 1_000_000 + n)),
+            text: String::new(),
         };
         let entries: Vec<Entry> = (0..20_000).map(entry).collect();
         index.apply(&entries, &[], Sequence(1)).unwrap();

@@ -37,7 +37,10 @@ use seal::{seal, seal_json, unseal, unseal_json};
 use write::{Places, PostgresLedger};
 
 /// The migrations, oldest first. Those that landed never change.
-pub const MIGRATIONS: &[(&str, &str)] = &[("memories", include_str!("postgres/schema.sql"))];
+pub const MIGRATIONS: &[(&str, &str)] = &[
+    ("memories", include_str!("postgres/schema.sql")),
+    ("ranked_of", include_str!("postgres/schema_2.sql")),
+];
 
 /// Whose rows the service works on when it works for all tenants; no tenant has this name.
 const SYSTEM: &str = "*";

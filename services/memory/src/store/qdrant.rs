@@ -17,7 +17,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use async_trait::async_trait;
-use qdrant_client::qdrant::{CollectionParams, ReplicaState, RetrievedPoint, ScoredPoint, vectors_config};
+use qdrant_client::qdrant::{CollectionParams, QueryPoints, ReplicaState, RetrievedPoint, ScoredPoint, vectors_config};
 
 use super::{Among, Care, Changes, Condition, Entry, StorageError, VectorIndex};
 use crate::domain::{Key, Sequence};
@@ -224,6 +224,11 @@ impl QdrantIndex {
             );
             return Err(StorageError::Broken(message.into()));
         }
+        let texts = params.sparse_vectors_config.unwrap_or_default();
+        if !texts.map.contains_key(requests::LEXICAL) {
+            let message = format!("the collection `{name}` keeps no texts; delete it, and it is made and filled anew");
+            return Err(StorageError::Broken(message.into()));
+        }
         for (what, found, wanted) in [
             ("shards", Some(params.shard_number), options.shards),
             ("replicas", params.replication_factor, options.replicas),
@@ -265,6 +270,21 @@ impl QdrantIndex {
             )));
         }
         Ok(None)
+    }
+
+    /// What a query finds, best first.
+    async fn found(&self, request: Option<QueryPoints>) -> Result<Vec<(Key, f32)>, StorageError> {
+        let Some(request) = request else { return Ok(Vec::new()) };
+        let found = self
+            .cluster
+            .nodes
+            .call(SEARCH, async |node| node.query(request.clone()).await);
+        let found = found.await.map_err(|failed| self.failed(failed))?.result;
+        let key = |point: &ScoredPoint| requests::key(point.id.as_ref());
+        Ok(found
+            .iter()
+            .filter_map(|point| Some((key(point)?, point.score)))
+            .collect())
     }
 
     /// The points of memories.
@@ -372,20 +392,18 @@ impl VectorIndex for QdrantIndex {
         self.state().watermark
     }
 
+    fn keeps_texts(&self) -> bool {
+        true
+    }
+
+    async fn lexical(&self, terms: Vec<String>, among: Arc<Among>, limit: usize) -> Result<Vec<Key>, StorageError> {
+        let request = requests::lexical(&self.name, &terms, &among, limit);
+        Ok(self.found(request).await?.into_iter().map(|(key, _)| key).collect())
+    }
+
     async fn search(&self, query: Code, among: Arc<Among>, limit: usize) -> Result<Vec<(Key, f32)>, StorageError> {
-        let Some(request) = requests::nearest(&self.name, self.prefix, &query, &among, limit) else {
-            return Ok(Vec::new());
-        };
-        let found = self
-            .cluster
-            .nodes
-            .call(SEARCH, async |node| node.query(request.clone()).await);
-        let found = found.await.map_err(|failed| self.failed(failed))?.result;
-        let key = |point: &ScoredPoint| requests::key(point.id.as_ref());
-        Ok(found
-            .iter()
-            .filter_map(|point| Some((key(point)?, point.score)))
-            .collect())
+        self.found(requests::nearest(&self.name, self.prefix, &query, &among, limit))
+            .await
     }
 
     fn len(&self) -> usize {

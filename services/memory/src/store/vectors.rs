@@ -10,7 +10,7 @@ use super::code::Code;
 use super::{Condition, IndexState, StorageError};
 use crate::domain::{Key, ScopeKey, Sequence};
 
-/// One vector on its way into the index.
+/// One memory on its way into the index.
 #[derive(Clone, Debug)]
 pub struct Entry {
     /// The memory.
@@ -19,28 +19,30 @@ pub struct Entry {
     pub tenant: TenantId,
     /// Its scope.
     pub scope: ScopeKey,
-    /// The vector.
-    pub code: Code,
+    /// Its vector; `None`: there is none yet.
+    pub code: Option<Code>,
+    /// The text that is found by its words.
+    pub text: String,
 }
 
-impl Entry {
-    /// Of a memory that has a vector.
-    pub fn of(state: &IndexState) -> Option<Self> {
-        Some(Self {
+impl From<&IndexState> for Entry {
+    fn from(state: &IndexState) -> Self {
+        Self {
             key: state.key,
             tenant: state.tenant.clone(),
             scope: state.scope,
-            code: state.code.clone()?,
-        })
+            code: state.code.clone(),
+            text: state.lexical.clone(),
+        }
     }
 }
 
-/// Vectors on their way into the index, and memories that have none any more.
+/// Memories on their way into the index, and those that are there no more.
 #[derive(Clone, Debug)]
 pub struct Changes {
-    /// Vectors, one a memory.
+    /// Those that are there.
     pub upserts: Vec<Entry>,
-    /// Memories without a vector.
+    /// Those that are gone or deleted.
     pub removals: Vec<Key>,
     /// The change in the outbox that all of it is at least as new as.
     pub at: Sequence,
@@ -89,6 +91,19 @@ pub trait VectorIndex: Send + Sync {
     /// When the index is away.
     async fn search(&self, query: Code, among: Arc<Among>, limit: usize) -> Result<Vec<(Key, f32)>, StorageError>;
 
+    /// It finds memories by their words, too.
+    fn keeps_texts(&self) -> bool {
+        false
+    }
+
+    /// The memories that have the best of some analysed terms, best first by an approximate BM25: candidates for ranking.
+    ///
+    /// # Errors
+    /// When the index is away.
+    async fn lexical(&self, _terms: Vec<String>, _among: Arc<Among>, _limit: usize) -> Result<Vec<Key>, StorageError> {
+        Ok(Vec::new())
+    }
+
     /// Vectors in it, as counted by the last [`VectorIndex::tend`] when it is elsewhere.
     fn len(&self) -> usize;
 
@@ -119,19 +134,19 @@ pub trait VectorIndex: Send + Sync {
     /// What [`Care::again`] asked for is done, up to this change.
     fn repaired(&self, _upto: Sequence) {}
 
-    /// Which of some vectors it does not have, or not as they are.
+    /// Which of some memories it does not have as they are.
     ///
     /// # Errors
     /// When the index is away.
     async fn unlike(&self, entries: Vec<Entry>) -> Result<Vec<Key>, StorageError>;
 
-    /// Which of some memories it has a vector of.
+    /// Which of some memories it has.
     ///
     /// # Errors
     /// When the index is away.
     async fn present(&self, keys: Vec<Key>) -> Result<Vec<Key>, StorageError>;
 
-    /// The memories after a number that it has a vector of, in order.
+    /// The memories after a number that it has, in order.
     ///
     /// # Errors
     /// When the index is away.

@@ -26,6 +26,7 @@ fn lexical(scopes: &[ScopeKey], terms: &[String], filter: Option<&Filter>, limit
         terms: terms.to_vec(),
         filter: filter.cloned(),
         as_of: None,
+        candidates: None,
         limit,
     }
 }
@@ -88,6 +89,16 @@ pub async fn the_arms_of_a_search_are_read_together(store: &dyn Relational) {
     };
     let mut all = keys("gem1 gem2 gem3 gem4").await;
     all.sort();
+    // Those that an index has found are worth what they are worth anyway; another tenant's are not among them.
+    let terms = aeterna_text::analyse("gem1 gem2 gem3 gem4");
+    let ranked = find(store, &tenant, &seen.scopes, &terms, None, 10).await.unwrap();
+    let mut candidates = lexical(&seen.scopes, &terms, None, 10);
+    candidates.candidates = Some((1..=all[3].0 + 10).map(Key).collect());
+    let arms = Arms {
+        lexical: Some(candidates),
+        ..Arms::of(&tenant)
+    };
+    assert_eq!(store.scored(&arms).await.unwrap().lexical, ranked);
     let arms = Arms {
         tenant: tenant.clone(),
         lexical: Some(lexical(&seen.scopes, &aeterna_text::analyse("gem1"), None, 10)),

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use aeterna_types::TenantId;
 use sqlx::{PgConnection, Postgres, QueryBuilder, Row as _};
 
-use super::read::limit;
+use super::read::{limit, numbers};
 use super::{filter, storage};
 use crate::domain::{Key, Memory, ScopeKey};
 use crate::error::MemoryError;
@@ -192,7 +192,7 @@ pub async fn search(
     let terms: Vec<String> = search.terms.iter().map(|text| term(key, text)).collect();
     let counts = cache.of(connection, &terms, newest).await?;
     let mut counted: Vec<(i64, String)> = counts.into_iter().zip(terms).collect();
-    if visible > RANKED {
+    if visible > RANKED && search.candidates.is_none() {
         counted = rarest(counted);
     }
     let weighed = counted
@@ -200,13 +200,20 @@ pub async fn search(
         .map(|(count, term)| (term, rarity(documents, count)));
     let (terms, weights): (Vec<String>, Vec<f64>) = weighed.unzip();
     let narrowed = search.filter.is_some() || search.as_of.is_some();
-    let mut query: QueryBuilder<Postgres> = QueryBuilder::new("SELECT r.memory, r.score FROM ranked(");
+    let mut query: QueryBuilder<Postgres> = QueryBuilder::new("SELECT r.memory, r.score FROM ");
+    query.push(if search.candidates.is_some() {
+        "ranked_of("
+    } else {
+        "ranked("
+    });
     query.push_bind(terms).push(", ").push_bind(weights);
     query.push(", ").push_bind(average).push(", ").push_bind(marks);
-    query
-        .push(", ")
-        .push_bind(if narrowed { i64::MAX } else { RANKED })
-        .push(") r");
+    query.push(", ");
+    match &search.candidates {
+        Some(candidates) => query.push_bind(numbers(candidates)),
+        None => query.push_bind(if narrowed { i64::MAX } else { RANKED }),
+    };
+    query.push(") r");
     if narrowed {
         query.push(" JOIN memories m ON m.key = r.memory JOIN scopes s ON s.key = m.scope WHERE ");
         filter::push(&mut query, search.filter.as_ref());

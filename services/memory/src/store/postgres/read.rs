@@ -383,6 +383,7 @@ fn state(row: &PgRow) -> Result<IndexState, MemoryError> {
         version: get(row, "version")?,
         code: code.transpose()?,
         text: memory.body.dense_text(),
+        lexical: memory.body.lexical_text(),
     })
 }
 

@@ -5,16 +5,17 @@
 //! whatever the order in which replicas hear of it. A removal leaves a point without a vector behind for a while, for the same
 //! reason. One more point remembers up to which change everything is in.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use qdrant_client::qdrant::{
     CollectionParamsDiffBuilder, Condition, CountPoints, CountPointsBuilder, CreateCollection, CreateCollectionBuilder,
     CreateFieldIndexCollection, CreateFieldIndexCollectionBuilder, DeletePoints, DeletePointsBuilder, Distance,
     FieldType, Filter, GetPoints, GetPointsBuilder, HnswConfigDiffBuilder, IntegerIndexParamsBuilder,
-    KeywordIndexParamsBuilder, NamedVectors, PointStruct, QuantizationSearchParamsBuilder, Query, QueryPoints,
-    QueryPointsBuilder, Range, ScalarQuantizationBuilder, SearchParamsBuilder, UpdateCollection,
-    UpdateCollectionBuilder, UpsertPoints, UpsertPointsBuilder, Value, Vector, VectorParamsBuilder, VectorParamsMap,
-    Vectors, VectorsConfig, value::Kind, vectors, vectors_config,
+    KeywordIndexParamsBuilder, Modifier, NamedVectors, PointStruct, QuantizationSearchParamsBuilder, Query,
+    QueryPoints, QueryPointsBuilder, Range, ScalarQuantizationBuilder, SearchParamsBuilder, SparseVectorConfig,
+    SparseVectorParamsBuilder, UpdateCollection, UpdateCollectionBuilder, UpsertPoints, UpsertPointsBuilder, Value,
+    Vector, VectorInput, VectorParamsBuilder, VectorParamsMap, Vectors, VectorsConfig, value::Kind, vectors,
+    vectors_config,
 };
 
 use super::QdrantOptions;
@@ -28,6 +29,11 @@ use qdrant_client::qdrant::{
 
 /// The vectors of the first pass.
 pub const DENSE: &str = "dense";
+/// The texts: one dimension a term, by its checksum. A server weighs it by how rare the term is in the collection, which is good
+/// enough for candidates; what they are worth, the relational store says by the tenant's own statistics.
+pub const LEXICAL: &str = "lexical";
+/// Terms of a text of usual length: candidates need no exact average.
+const LENGTH: f32 = 50.0;
 const TENANT: &str = "tenant";
 const SCOPE: &str = "scope";
 /// With which change it was written. Compared as a double, which is exact below 2^53; beyond, changes of one transaction fall
@@ -54,8 +60,13 @@ pub fn collection(name: &str, prefix: usize, options: &QdrantOptions) -> CreateC
     let config = VectorsConfig {
         config: Some(vectors_config::Config::ParamsMap(VectorParamsMap { map })),
     };
+    let sparse = SparseVectorParamsBuilder::default().modifier(Modifier::Idf).build();
+    let texts = SparseVectorConfig {
+        map: HashMap::from([(LEXICAL.to_owned(), sparse)]),
+    };
     CreateCollectionBuilder::new(name)
         .vectors_config(config)
+        .sparse_vectors_config(texts)
         .shard_number(options.shards)
         .replication_factor(options.replicas)
         .write_consistency_factor(options.consistency)
@@ -95,18 +106,24 @@ pub fn fields(name: &str) -> [CreateFieldIndexCollection; 3] {
 pub fn upsert(name: &str, prefix: usize, changes: &Changes, now: i64) -> UpsertPoints {
     let at = changes.at.0;
     let upserts = changes.upserts.iter().map(|entry| {
-        let mut vector = entry.code.decode();
-        vector.truncate(prefix);
         let payload = [
             (TENANT, Value::from(entry.tenant.as_str())),
             (SCOPE, Value::from(entry.scope.0)),
             (AT, Value::from(at)),
         ];
-        point(id(entry.key), payload, Some(vector))
+        let mut vectors = HashMap::new();
+        if let Some(code) = &entry.code {
+            vectors.insert(DENSE.to_owned(), Vector::from(first(code, prefix)));
+        }
+        let (terms, values): (Vec<u32>, Vec<f32>) = weighed(&entry.text).into_iter().unzip();
+        if !terms.is_empty() {
+            vectors.insert(LEXICAL.to_owned(), Vector::new_sparse(terms, values));
+        }
+        point(id(entry.key), payload, vectors)
     });
     let removals = changes.removals.iter().map(|key| {
         let payload = [(GONE, Value::from(now)), (AT, Value::from(at))];
-        point(id(*key), payload, None)
+        point(id(*key), payload, HashMap::new())
     });
     newer(name, upserts.chain(removals).collect(), at)
 }
@@ -115,7 +132,7 @@ pub fn upsert(name: &str, prefix: usize, changes: &Changes, now: i64) -> UpsertP
 pub fn mark(name: &str, watermark: Sequence) -> UpsertPoints {
     newer(
         name,
-        vec![point(MARK, [(AT, Value::from(watermark.0))], None)],
+        vec![point(MARK, [(AT, Value::from(watermark.0))], HashMap::new())],
         watermark.0,
     )
 }
@@ -132,8 +149,7 @@ fn newer(name: &str, points: Vec<PointStruct>, at: i64) -> UpsertPoints {
         .build()
 }
 
-fn point<const N: usize>(id: u64, payload: [(&str, Value); N], vector: Option<Vec<f32>>) -> PointStruct {
-    let named = vector.map(|vector| (DENSE.to_owned(), Vector::from(vector)));
+fn point<const N: usize>(id: u64, payload: [(&str, Value); N], vectors: HashMap<String, Vector>) -> PointStruct {
     PointStruct {
         id: Some(id.into()),
         payload: payload
@@ -141,9 +157,7 @@ fn point<const N: usize>(id: u64, payload: [(&str, Value); N], vector: Option<Ve
             .map(|(name, value)| (name.to_owned(), value))
             .collect(),
         vectors: Some(Vectors {
-            vectors_options: Some(vectors::VectorsOptions::Vectors(NamedVectors {
-                vectors: named.into_iter().collect(),
-            })),
+            vectors_options: Some(vectors::VectorsOptions::Vectors(NamedVectors { vectors })),
         }),
     }
 }
@@ -168,14 +182,38 @@ pub fn watermark(payload: &HashMap<String, Value>) -> Option<Sequence> {
     }
 }
 
-/// Asks for the nearest vectors; `None` when none is allowed.
-pub fn nearest(name: &str, prefix: usize, query: &Code, among: &Among, limit: usize) -> Option<QueryPoints> {
+/// The dimensions of the first pass.
+fn first(code: &Code, prefix: usize) -> Vec<f32> {
+    let mut vector = code.decode();
+    vector.truncate(prefix);
+    vector
+}
+
+/// The dimension of a term.
+fn dimension(term: &str) -> u32 {
+    crc32fast::hash(term.as_bytes())
+}
+
+/// The terms of a text by BM25 (Robertson and Zaragoza 2009), but for how rare they are.
+fn weighed(text: &str) -> BTreeMap<u32, f32> {
+    let terms = aeterna_text::analyse(text);
+    let length = terms.len() as f32;
+    let mut counts = BTreeMap::<u32, f32>::new();
+    for term in &terms {
+        *counts.entry(dimension(term)).or_default() += 1.0;
+    }
+    for count in counts.values_mut() {
+        *count = *count * 2.2 / (*count + 1.2 * (0.25 + 0.75 * length / LENGTH));
+    }
+    counts
+}
+
+/// What a search may find; `None`: nothing.
+fn visible(among: &Among) -> Option<Filter> {
     let chosen = among.only.as_ref().is_none_or(|only| !only.is_empty());
-    if among.scopes.is_empty() || !chosen || limit == 0 {
+    if among.scopes.is_empty() || !chosen {
         return None;
     }
-    let mut vector = query.decode();
-    vector.truncate(prefix);
     let scopes: Vec<i64> = among.scopes.iter().map(|scope| scope.0).collect();
     let mut filter = Filter::must([
         Condition::matches(TENANT, among.tenant.as_str().to_owned()),
@@ -188,12 +226,33 @@ pub fn nearest(name: &str, prefix: usize, query: &Code, among: &Among, limit: us
         let excluded = among.exclude.iter().map(|key| id(*key));
         filter.must_not.push(Condition::has_id(excluded));
     }
+    Some(filter)
+}
+
+/// Asks for the memories that have the best of some terms; `None` when none is allowed.
+pub fn lexical(name: &str, terms: &[String], among: &Among, limit: usize) -> Option<QueryPoints> {
+    let filter = visible(among).filter(|_| !terms.is_empty() && limit > 0)?;
+    let dimensions: BTreeSet<u32> = terms.iter().map(|term| dimension(term)).collect();
+    let ones = vec![1.0; dimensions.len()];
+    let query = VectorInput::new_sparse(Vec::from_iter(dimensions), ones);
+    let request = QueryPointsBuilder::new(name)
+        .query(Query::new_nearest(query))
+        .using(LEXICAL)
+        .filter(filter)
+        .limit(limit as u64)
+        .with_payload(false);
+    Some(request.build())
+}
+
+/// Asks for the nearest vectors; `None` when none is allowed.
+pub fn nearest(name: &str, prefix: usize, query: &Code, among: &Among, limit: usize) -> Option<QueryPoints> {
+    let filter = visible(among).filter(|_| limit > 0)?;
     // The caller compares them at full size: what int8 says is enough.
     let params = SearchParamsBuilder::default()
         .hnsw_ef(EF.max(limit as u64))
         .quantization(QuantizationSearchParamsBuilder::default().rescore(false));
     let request = QueryPointsBuilder::new(name)
-        .query(Query::new_nearest(vector))
+        .query(Query::new_nearest(first(query, prefix)))
         .using(DENSE)
         .filter(filter)
         .params(params)
@@ -212,9 +271,9 @@ pub fn points(name: &str, keys: &[Key]) -> GetPoints {
         .build()
 }
 
-/// Whether a point has a vector.
+/// Whether a point is of a memory that is there.
 pub fn is_there(point: &RetrievedPoint) -> bool {
-    vector(point).is_some()
+    point.payload.contains_key(TENANT)
 }
 
 /// Whether a point is as a memory's should be.
@@ -222,22 +281,27 @@ pub fn is_like(point: &RetrievedPoint, prefix: usize, entry: &Entry) -> bool {
     let field = |name: &str| point.payload.get(name).and_then(|value| value.kind.clone());
     let tenant = field(TENANT) == Some(Kind::StringValue(entry.tenant.to_string()));
     let scope = field(SCOPE) == Some(Kind::IntegerValue(entry.scope.0));
-    let Some(held) = vector(point).filter(|_| tenant && scope) else {
-        return false;
+    let held = |name: &str| {
+        point
+            .vectors
+            .as_ref()
+            .and_then(|vectors| vectors.get_vector_by_name(name))
     };
-    // It is kept as a unit vector.
-    let wanted = entry.code.decode();
-    let wanted = &wanted[..prefix.min(wanted.len())];
-    let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| f64::from(a * b)).sum::<f64>();
-    let length = (dot(wanted, wanted) * dot(&held, &held)).sqrt();
-    held.len() == wanted.len() && dot(wanted, &held) >= SAME * length
-}
-
-fn vector(point: &RetrievedPoint) -> Option<Vec<f32>> {
-    match point.vectors.as_ref()?.get_vector_by_name(DENSE)? {
-        vector_output::Vector::Dense(dense) => Some(dense.data),
-        _ => None,
-    }
+    let dense = match (held(DENSE), &entry.code) {
+        (Some(vector_output::Vector::Dense(dense)), Some(code)) => {
+            // It is kept as a unit vector.
+            let (wanted, held) = (first(code, prefix), dense.data);
+            let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| f64::from(a * b)).sum::<f64>();
+            let length = (dot(&wanted, &wanted) * dot(&held, &held)).sqrt();
+            held.len() == wanted.len() && dot(&wanted, &held) >= SAME * length
+        }
+        (held, wanted) => held.is_none() && wanted.is_none(),
+    };
+    let terms = match held(LEXICAL) {
+        Some(vector_output::Vector::Sparse(sparse)) => sparse.indices.into_iter().zip(sparse.values).collect(),
+        _ => BTreeMap::new(),
+    };
+    tenant && scope && dense && terms == weighed(&entry.text)
 }
 
 /// The memory that a point is of.
@@ -248,10 +312,10 @@ pub fn key(id: Option<&PointId>) -> Option<Key> {
     }
 }
 
-/// Asks for the points with a vector after one, in order.
+/// Asks for the points of memories that are there after one, in order.
 pub fn after(name: &str, after: Key, limit: u32) -> ScrollPoints {
     ScrollPointsBuilder::new(name)
-        .filter(Filter::must([Condition::has_vector(DENSE)]))
+        .filter(Filter::must_not([Condition::is_empty(TENANT)]))
         .offset(id(after) + 1)
         .limit(limit)
         .with_payload(false)

@@ -38,7 +38,8 @@ fn entry(key: i64, tenant: &str, seed: u32) -> Entry {
         key: Key(key),
         tenant: tenant.parse().unwrap(),
         scope: ScopeKey(1),
-        code: Code::encode(&conformance::vector(seed, 128)).unwrap(),
+        code: Code::encode(&conformance::vector(seed, 128)),
+        text: format!("memory {key} of {tenant}"),
     }
 }
 

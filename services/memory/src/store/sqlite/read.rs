@@ -391,6 +391,7 @@ fn state(row: &Row<'_>) -> Result<IndexState, MemoryError> {
         version: get(row, 3)?,
         code: code.transpose()?,
         text: memory.body.dense_text(),
+        lexical: memory.body.lexical_text(),
     })
 }
 
