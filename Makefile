@@ -21,6 +21,7 @@ run: ## build and start every service in one process (ARGS="--listen 127.0.0.1:7
 test-qdrant: ## run the suite of the vector index on Qdrant (QDRANT_URL=qdrant://host:6334, or QDRANT_BIN=PATH to start three nodes)
 	@test -n "$(QDRANT_URL)$(QDRANT)" || { echo "set QDRANT_URL or QDRANT_BIN" >&2; exit 1; }
 	QDRANT_BIN="$(QDRANT)" cargo test --locked -p aeterna-memory --lib qdrant
+	QDRANT_BIN="$(QDRANT)" cargo test --locked -p aeterna-it qdrant
 
 test: ## run every test (ARGS="--no-fail-fast" goes to cargo test)
 	@scripts/tools.sh grpcurl pip lab envoy

@@ -18,6 +18,7 @@ mod openai;
 mod past;
 mod postgres;
 mod promises;
+mod qdrant;
 mod readme;
 mod reembed;
 mod rerank;

@@ -10,7 +10,7 @@ mod notice;
 mod options;
 mod session;
 
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -108,11 +108,16 @@ impl Postgres {
             }
             (floor.count, Vec::from_iter(floor.latest.iter().copied()))
         };
-        let has_all = self.has_all(session, &places).await? || self.are_gone(session, &places).await?;
-        if has_all {
+        if self.has_all(session, &places).await? {
+            session.node().saw(count);
+            self.floor().lacked.clear();
+            return Ok(true);
+        }
+        let gone = self.are_gone(session, &places).await?;
+        if gone {
             session.node().saw(count);
         }
-        Ok(has_all)
+        Ok(gone)
     }
 
     async fn has_all(&self, session: &mut Session, places: &[i64]) -> Result<bool, StorageError> {
@@ -127,23 +132,21 @@ impl Postgres {
         let Some(confirmed) = self.nodes.confirmed(session.node()) else {
             return Ok(false);
         };
-        let since = *self.floor().lacked.get_or_insert(confirmed);
-        // The look under way may have begun before.
-        if confirmed < since + 2 {
+        // Once for each time that it is confirmed.
+        if self.floor().asked.replace(confirmed) == Some(confirmed) {
             return Ok(false);
         }
-        let mut gone = Vec::new();
+        let mut lacking = Vec::new();
         for place in places {
             if !self.has_all(session, &[*place]).await? {
-                gone.push(*place);
+                lacking.push(*place);
             }
         }
-        tracing::warn!(places = ?gone, "changes that were read of a primary at its end are gone; none of them was acknowledged");
-        let mut floor = self.floor();
-        floor.latest.retain(|place| !gone.contains(place));
-        floor.gone.extend(gone);
-        floor.lacked = None;
-        Ok(true)
+        let gone = self.floor().lacks(&lacking, confirmed);
+        if gone {
+            tracing::warn!(places = ?lacking, "changes that were read of a primary at its end are gone; none of them was acknowledged");
+        }
+        Ok(gone)
     }
 
     fn floor(&self) -> MutexGuard<'_, Floor> {
@@ -214,8 +217,10 @@ struct Floor {
     count: i64,
     /// Places that are nowhere any more; whoever has read them may name them again.
     gone: BTreeSet<i64>,
-    /// How often the primary had been confirmed when it was first seen to lack some.
-    lacked: Option<u64>,
+    /// Places that the primary lacks, and how often it had been confirmed when that was seen first.
+    lacked: BTreeMap<i64, u64>,
+    /// How often it had been confirmed when it was asked which ones it lacks.
+    asked: Option<u64>,
 }
 
 impl Floor {
@@ -229,6 +234,23 @@ impl Floor {
         }
         self.latest.push_back(place);
         self.count += 1;
+    }
+
+    /// Takes over which places the primary lacks; true when all of them are gone: it has been confirmed twice since each of them
+    /// was seen to be lacking, for the look under way may have begun before. One that was only just heard of may be on a node
+    /// that has taken over, which is not known here yet.
+    fn lacks(&mut self, lacking: &[i64], confirmed: u64) -> bool {
+        self.lacked.retain(|place, _| lacking.contains(place));
+        for place in lacking {
+            self.lacked.entry(*place).or_insert(confirmed);
+        }
+        if self.lacked.values().any(|since| confirmed < since + 2) {
+            return false;
+        }
+        self.latest.retain(|place| !lacking.contains(place));
+        self.gone.extend(lacking);
+        self.lacked.clear();
+        true
     }
 }
 
@@ -339,4 +361,27 @@ pub async fn check_schema(connection: &mut PgConnection, known: i64, migrating: 
         return Err(StorageError::SchemaTooOld { found, known });
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_place_is_gone_only_after_the_primary_was_confirmed_twice_without_it() {
+        let mut floor = Floor::default();
+        for place in [1, 2, 3] {
+            floor.add(place);
+        }
+        assert!(!floor.lacks(&[2], 7) && !floor.lacks(&[2], 8));
+        // Another one, of which a token told just now, has waits of its own; and one that is found is not lacking any more.
+        assert!(!floor.lacks(&[2, 3], 9));
+        assert!(!floor.lacks(&[3], 10));
+        assert!(!floor.lacks(&[2, 3], 11), "the second is lacking anew");
+        assert!(!floor.lacks(&[2, 3], 12));
+        assert!(floor.lacks(&[2, 3], 13));
+        assert_eq!(Vec::from(floor.latest.clone()), [1]);
+        floor.add(2);
+        assert_eq!(floor.latest.len(), 1, "who has read it may name it again");
+    }
 }

@@ -117,7 +117,7 @@ pub trait Indexes: Send + Sync {
 }
 
 /// How long a call waits for the index to follow: whatever is away, a search is answered within two seconds.
-const INDEX_PATIENCE: Duration = Duration::from_millis(1500);
+const INDEX_PATIENCE: Duration = Duration::from_millis(1200);
 /// The same while the index is known not to follow.
 const AWAY_PATIENCE: Duration = Duration::from_millis(50);
 /// How long a call waits for vectors, and for each text more: a model that hangs must not use up the time in which the call

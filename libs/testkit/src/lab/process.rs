@@ -65,7 +65,10 @@ fn began(pid: u32) -> Option<String> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     // The name, in brackets, may hold anything.
     let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_whitespace().collect();
-    (!matches!(*fields.first()?, "Z" | "X")).then(|| fields.get(19).map(ToString::to_string))?
+    // Its first thread may have ended while others still hold its files and locks.
+    let threads = std::fs::read_dir(format!("/proc/{pid}/task")).map_or(0, Iterator::count);
+    let ended = matches!(*fields.first()?, "Z" | "X") && threads <= 1;
+    (!ended).then(|| fields.get(19).map(ToString::to_string))?
 }
 
 /// The processes that a process started.

@@ -25,8 +25,8 @@ use crate::store::code::Code;
 use nodes::{Failed, Nodes};
 pub use options::QdrantOptions;
 
-/// How long a search may take.
-const SEARCH: Duration = Duration::from_millis(1500);
+/// How long a search may take: with the wait for the index to follow, under two seconds when a node does not answer.
+const SEARCH: Duration = Duration::from_secs(1);
 /// How long a write, or a question about the collection, may take.
 const WRITE: Duration = Duration::from_secs(10);
 /// How long making a collection may take.
