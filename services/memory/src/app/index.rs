@@ -317,7 +317,10 @@ impl Background {
     /// Applies what is new in the outbox to an index, and tells how far it is.
     async fn apply_new(&self, serving: &Serving, applied: impl Fn(Sequence)) -> Result<(), Error> {
         loop {
-            let watermark = serving.index.watermark().unwrap_or_default();
+            // One that must be filled first is not complete by what comes last.
+            let Some(watermark) = serving.index.watermark() else {
+                return Ok(());
+            };
             let Some(last) = self.apply_after(serving, watermark).await? else {
                 return Ok(());
             };

@@ -177,24 +177,27 @@ impl App {
             terms: aeterna_text::analyse(&query.text),
             ..SearchStats::default()
         };
-        let mut nearest = None;
         if query.arms != Arms::Lexical && serving.index.watermark().is_none() {
             degraded.push("the vector index does not have everything yet".to_owned());
-        }
-        if query.arms != Arms::Lexical {
-            match self.nearest(context, &query, &serving, &among, depth, &mut stats).await {
-                Ok(found) => nearest = Some(found),
-                Err(error) => degraded.push(without_dense(&error)),
-            }
         }
         let mut terms = stats.terms.clone();
         terms.sort();
         terms.dedup();
-        let by_index = followed && past.is_none() && (query.arms != Arms::Dense || nearest.is_none());
-        let candidates = match by_index {
-            true => lexical_candidates(&serving, &terms, &among, depth).await,
-            false => None,
+        // Both at once: an index that does not answer is waited for once.
+        let dense = async {
+            match query.arms {
+                Arms::Lexical => None,
+                _ => Some(self.nearest(context, &query, &serving, &among, depth, &mut stats).await),
+            }
         };
+        let by_words = async {
+            match followed && past.is_none() && query.arms != Arms::Dense {
+                true => lexical_candidates(&serving, &terms, &among, depth).await,
+                false => None,
+            }
+        };
+        let (dense, candidates) = tokio::join!(dense, by_words);
+        let nearest = dense.and_then(|found| found.map_err(|error| degraded.push(without_dense(&error))).ok());
         let lexical = LexicalSearch {
             scopes,
             terms,

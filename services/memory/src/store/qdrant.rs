@@ -199,6 +199,10 @@ impl QdrantIndex {
         let marked = marked.await.map_err(|failed| self.failed(failed))?.result;
         let watermark = marked.first().and_then(|point| requests::watermark(&point.payload));
         let mut state = self.state();
+        // Somebody else who did the same may have gone on already.
+        if state.ready {
+            return Ok(());
+        }
         *state = State {
             ready: true,
             watermark,
