@@ -6,13 +6,18 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use qdrant_client::{Qdrant, QdrantError};
-use tonic::Code;
 
 use super::QdrantOptions;
 use crate::store::StorageError;
 
 /// How long connecting, or a node that is asked how it is, may take.
 const ANSWER: Duration = Duration::from_secs(1);
+
+/// Codes of gRPC: https://grpc.io/docs/guides/status-codes/
+const NOT_FOUND: i32 = 5;
+const ALREADY_EXISTS: i32 = 6;
+/// INVALID_ARGUMENT, PERMISSION_DENIED, FAILED_PRECONDITION, OUT_OF_RANGE, UNIMPLEMENTED, UNAUTHENTICATED.
+const REFUSALS: [i32; 6] = [3, 7, 9, 11, 12, 16];
 
 /// One node.
 struct Node {
@@ -72,19 +77,14 @@ impl Failed {
     /// What an answer means that no other node would give differently; `None`: another one may.
     fn told(error: QdrantError) -> Result<Self, QdrantError> {
         let code = match &error {
-            QdrantError::ResponseError { status } => status.code(),
-            QdrantError::ResourceExhaustedError { .. } => Code::ResourceExhausted,
+            QdrantError::ResponseError { status } => i32::from(status.code()),
+            QdrantError::ResourceExhaustedError { .. } => return Err(error),
             _ => return Ok(Self::Refused(Box::new(error))),
         };
         match code {
-            Code::NotFound => Ok(Self::Missing),
-            Code::AlreadyExists => Ok(Self::Exists),
-            Code::InvalidArgument
-            | Code::PermissionDenied
-            | Code::Unauthenticated
-            | Code::Unimplemented
-            | Code::OutOfRange
-            | Code::FailedPrecondition => Ok(Self::Refused(Box::new(error))),
+            NOT_FOUND => Ok(Self::Missing),
+            ALREADY_EXISTS => Ok(Self::Exists),
+            _ if REFUSALS.contains(&code) => Ok(Self::Refused(Box::new(error))),
             _ => Err(error),
         }
     }
