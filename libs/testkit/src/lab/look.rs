@@ -230,7 +230,8 @@ impl Lab {
         servers.find(|member| self.port(member) == port)
     }
 
-    /// Waits until the Redis master has both replicas and the Sentinels know one another.
+    /// Waits until the Redis master has both replicas and every Sentinel knows these and the other Sentinels. One asks the master
+    /// for its replicas every ten seconds: without knowing them, none can choose another master.
     ///
     /// # Errors
     /// When that takes too long.
@@ -258,16 +259,24 @@ impl Lab {
         let well = info
             .lines()
             .filter(|line| line.starts_with("slave") && line.contains("state=online"));
-        let mut known = 0;
+        let (mut known, mut replicas) = (0, 0);
         for number in NODES {
-            let words = ["SENTINEL", "sentinels", super::members::MASTER];
-            let others = self
-                .redis_says(&format!("sentinel{number}"), &words)
-                .await
-                .unwrap_or_default();
+            let sentinel = format!("sentinel{number}");
+            let ask = async |what: &str| {
+                let words = ["SENTINEL", what, super::members::MASTER];
+                self.redis_says(&sentinel, &words).await.unwrap_or_default()
+            };
+            let others = ask("sentinels").await;
             known += others.lines().filter(|line| line.trim() == "runid").count();
+            let told = ask("replicas").await;
+            let told: Vec<&str> = told.lines().map(str::trim).collect();
+            replicas += told
+                .windows(2)
+                .filter(|pair| *pair == ["master-link-status", "ok"])
+                .count();
         }
-        info.contains("role:master") && well.count() == NODES.len() - 1 && known == NODES.len() * (NODES.len() - 1)
+        let others = NODES.len() * (NODES.len() - 1);
+        info.contains("role:master") && well.count() == NODES.len() - 1 && known == others && replicas == others
     }
 
     /// What a Qdrant node answers.
