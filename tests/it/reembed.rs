@@ -108,10 +108,20 @@ async fn another_model_takes_over_without_a_gap_and_after_a_kill() {
         tokio::time::sleep(Duration::from_millis(50)).await;
     };
     assert_eq!((done.reembedding_model.as_str(), done.reembedding_left), ("", 0));
+    let names = || {
+        let names = std::fs::read_dir(data.path().join("vectors")).unwrap();
+        names
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect::<Vec<_>>()
+    };
+    // What the model before has left goes once no search needs it any more.
+    for _ in 0..600 {
+        if names().len() == 1 {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
     program.stop().await;
-    let names = std::fs::read_dir(data.path().join("vectors")).unwrap();
-    let names: Vec<_> = names
-        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
-        .collect();
+    let names = names();
     assert!(names.len() == 1 && names[0].starts_with("all-MiniLM"), "{names:?}");
 }

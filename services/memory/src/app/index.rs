@@ -484,8 +484,19 @@ impl Background {
                 () = tokio::time::sleep(wait) => {}
             }
         }
+        let before = app.serving();
         self.pending.switch.store(true, Ordering::SeqCst);
         app.committed.somewhere();
+        // Searches under way go by the model before: its vectors stay until they are answered.
+        while app.serving().model.identity != next.identity || Arc::strong_count(&before) > 1 {
+            tokio::select! {
+                () = stop.cancelled() => return,
+                () = tokio::time::sleep(PAUSE / 10) => {}
+            }
+        }
+        if let Err(error) = app.forget_model(&before.model.identity).await {
+            tracing::warn!(error = %error.chain(), "vectors of the model before are removed at the next start");
+        }
     }
 
     /// Refuses to let a model answer that has vectors of far fewer memories than the one before: it is set up wrongly, and
@@ -534,14 +545,13 @@ impl Background {
         }
         self.complete(&serving, stop).await?;
         self.apply_new(&serving, |_| ()).await?;
-        let before = app.serving().model.identity.clone();
         tracing::info!(model = serving.model.name, "searches are answered by the new model");
         app.serve(serving);
         self.pending.switch.store(false, Ordering::SeqCst);
         // What was written meanwhile has a vector by the model before only.
         self.pending.from.store(0, Ordering::SeqCst);
         self.pending.some.notify_one();
-        app.forget_model(&before).await
+        Ok(())
     }
 
     /// The vectors of memories' texts; a text that the model refuses has none, and does not keep the others from theirs.
