@@ -18,7 +18,7 @@ pub use aeterna_storage::StorageError;
 use aeterna_types::{Layer, MemoryId, RequestId, Scope, TenantId, Timestamp};
 use async_trait::async_trait;
 pub use moving::Moving;
-pub use vectors::{Among, Care, Changes, Entry, VectorIndex};
+pub use vectors::{Among, Care, Changes, Entry, VectorIndex, plain_name};
 
 use crate::domain::{
     self, Body, Document, DocumentChange, Idempotency, Key, Memory, Policy, ScopeKey, Sequence, Version, View, Writer,

@@ -256,11 +256,9 @@ impl Background {
                 tended = Some(Instant::now());
             }
             let behind = lock(&self.pending.behind).clone();
-            let state = match (&behind, &condition) {
-                (Some(what), _) | (None, Condition::Weak(what) | Condition::Away(what)) => {
-                    Dependency::Degraded(what.clone())
-                }
-                (None, Condition::Well) => Dependency::Up,
+            let state = match behind.as_deref().or(condition.trouble()) {
+                Some(what) => Dependency::Degraded(what.to_owned()),
+                None => Dependency::Up,
             };
             self.report("index", state).await;
             tokio::select! {

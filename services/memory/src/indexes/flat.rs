@@ -10,7 +10,7 @@ use crate::app::{Indexes, Model, Serving};
 use crate::domain::Sequence;
 use crate::store::flat::rotation::{self, Rotation};
 use crate::store::flat::{FlatIndex, Layout, Opened, blocking};
-use crate::store::{StorageError, VectorIndex};
+use crate::store::{StorageError, VectorIndex, plain_name};
 
 /// How the directories of indexes with a learned rotation are called, before the number of vectors.
 const LEARNED: &str = "learned-";
@@ -32,7 +32,7 @@ impl FlatIndexes {
     }
 
     fn directory(&self, identity: &str) -> PathBuf {
-        self.root.join(file_name(identity))
+        self.root.join(plain_name(identity))
     }
 
     /// How the vectors of a model are laid out, with a rotation that was learned of so many vectors.
@@ -176,18 +176,4 @@ impl FlatIndexes {
         }
         Ok(())
     }
-}
-
-/// A name for a directory.
-fn file_name(identity: &str) -> String {
-    identity
-        .chars()
-        .map(|c| {
-            if c.is_ascii_alphanumeric() || "-@.".contains(c) {
-                c
-            } else {
-                '_'
-            }
-        })
-        .collect()
 }

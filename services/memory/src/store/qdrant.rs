@@ -12,14 +12,16 @@ mod requests;
 mod tests;
 
 use std::collections::HashMap;
+use std::future::Future;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use async_trait::async_trait;
 use qdrant_client::qdrant::{CollectionParams, QueryPoints, ReplicaState, RetrievedPoint, ScoredPoint, vectors_config};
+use qdrant_client::{Qdrant, QdrantError};
 
-use super::{Among, Care, Changes, Condition, Entry, StorageError, VectorIndex};
+use super::{Among, Care, Changes, Condition, Entry, StorageError, VectorIndex, plain_name};
 use crate::domain::{Key, Sequence};
 use crate::store::code::Code;
 use nodes::{Failed, Nodes};
@@ -64,20 +66,13 @@ impl Cluster {
 
     /// What the collection of a model's vectors is called.
     fn name(&self, identity: &str) -> String {
-        let plain = |c: char| {
-            if c.is_ascii_alphanumeric() || "-@.".contains(c) {
-                c
-            } else {
-                '_'
-            }
-        };
         let store: String = self
             .store
             .chars()
             .filter(char::is_ascii_alphanumeric)
             .take(12)
             .collect();
-        let model: String = identity.chars().map(plain).take(120).collect();
+        let model: String = plain_name(identity).chars().take(120).collect();
         // What was cut or replaced must not make two models one.
         let digest = &blake3::hash(identity.as_bytes()).to_hex()[..8];
         format!("{}-{store}-{model}-{digest}", self.options.prefix)
@@ -155,6 +150,15 @@ impl QdrantIndex {
         failed.into()
     }
 
+    /// Asks for something of the collection.
+    async fn ask<T, F>(&self, patience: Duration, work: impl Fn(Qdrant) -> F) -> Result<T, StorageError>
+    where
+        F: Future<Output = Result<T, QdrantError>>,
+    {
+        let asked = self.cluster.nodes.call(patience, work).await;
+        asked.map_err(|failed| self.failed(failed))
+    }
+
     /// Makes the collection when it is not there, looks whether it is as the settings say, and finds out how far it is.
     async fn prepare(&self) -> Result<(), StorageError> {
         if self.state().ready {
@@ -176,8 +180,9 @@ impl QdrantIndex {
                 match created.await {
                     Ok(_) => {
                         tracing::info!(collection = name, "made a collection");
-                        let hasty = nodes.call(WRITE, async |node| node.update_collection(requests::hasty(name)).await);
-                        hasty.await.map_err(|failed| self.failed(failed))?;
+                        let hasty = requests::hasty(name);
+                        self.ask(WRITE, async |node| node.update_collection(hasty.clone()).await)
+                            .await?;
                     }
                     Err(Failed::Exists) => {}
                     // Another copy was faster, says a server that calls it an invalid argument; or it is refused, and missing.
@@ -192,11 +197,11 @@ impl QdrantIndex {
             Err(failed) => return Err(failed.into()),
         }
         for field in requests::fields(name) {
-            let made = nodes.call(CREATE, async |node| node.create_field_index(field.clone()).await);
-            made.await.map_err(|failed| self.failed(failed))?;
+            self.ask(CREATE, async |node| node.create_field_index(field.clone()).await)
+                .await?;
         }
-        let marked = nodes.call(WRITE, async |node| node.get_points(requests::marked(name)).await);
-        let marked = marked.await.map_err(|failed| self.failed(failed))?.result;
+        let marked = self.ask(WRITE, async |node| node.get_points(requests::marked(name)).await);
+        let marked = marked.await?.result;
         let watermark = marked.first().and_then(|point| requests::watermark(&point.payload));
         let mut state = self.state();
         // Somebody else who did the same may have gone on already.
@@ -255,11 +260,8 @@ impl QdrantIndex {
     /// What is wrong with the replicas.
     async fn unwell(&self) -> Result<Option<String>, StorageError> {
         let name = self.name.as_str();
-        let info = self
-            .cluster
-            .nodes
-            .call(WRITE, async |node| node.collection_cluster_info(name).await);
-        let info = info.await.map_err(|failed| self.failed(failed))?;
+        let info = self.ask(WRITE, async |node| node.collection_cluster_info(name).await);
+        let info = info.await?;
         let local = info.local_shards.iter().map(|shard| shard.state);
         let remote = info.remote_shards.iter().map(|shard| shard.state);
         let states: Vec<i32> = local.chain(remote).collect();
@@ -279,11 +281,8 @@ impl QdrantIndex {
     /// What a query finds, best first.
     async fn found(&self, request: Option<QueryPoints>) -> Result<Vec<(Key, f32)>, StorageError> {
         let Some(request) = request else { return Ok(Vec::new()) };
-        let found = self
-            .cluster
-            .nodes
-            .call(SEARCH, async |node| node.query(request.clone()).await);
-        let found = found.await.map_err(|failed| self.failed(failed))?.result;
+        let found = self.ask(SEARCH, async |node| node.query(request.clone()).await);
+        let found = found.await?.result;
         let key = |point: &ScoredPoint| requests::key(point.id.as_ref());
         Ok(found
             .iter()
@@ -296,11 +295,8 @@ impl QdrantIndex {
         let mut points = HashMap::new();
         for part in keys.chunks(POINTS) {
             let request = requests::points(&self.name, part);
-            let held = self
-                .cluster
-                .nodes
-                .call(WRITE, async |node| node.get_points(request.clone()).await);
-            let held = held.await.map_err(|failed| self.failed(failed))?.result;
+            let held = self.ask(WRITE, async |node| node.get_points(request.clone()).await);
+            let held = held.await?.result;
             points.extend(
                 held.into_iter()
                     .filter_map(|point| Some((requests::key(point.id.as_ref())?, point))),
@@ -322,11 +318,8 @@ impl QdrantIndex {
         };
         if let Some(mark) = mark {
             let name = self.name.as_str();
-            let put = self
-                .cluster
-                .nodes
-                .call(WRITE, async |node| node.upsert_points(requests::mark(name, mark)).await);
-            put.await.map_err(|failed| self.failed(failed))?;
+            self.ask(WRITE, async |node| node.upsert_points(requests::mark(name, mark)).await)
+                .await?;
             self.state().marked = mark;
         }
         Ok(again)
@@ -334,19 +327,19 @@ impl QdrantIndex {
 
     /// Counts the vectors, and forgets what lost its vector long ago.
     async fn tidy(&self) -> Result<(), StorageError> {
-        let (nodes, name) = (&self.cluster.nodes, self.name.as_str());
-        let counted = nodes.call(WRITE, async |node| node.count(requests::count(name)).await);
-        let counted = counted.await.map_err(|failed| self.failed(failed))?;
+        let name = self.name.as_str();
+        let counted = self.ask(WRITE, async |node| node.count(requests::count(name)).await);
+        let counted = counted.await?;
         self.count
             .store(counted.result.map_or(0, |result| result.count), Ordering::Relaxed);
         if self.state().buried.is_some_and(|at| at.elapsed() < BURY) {
             return Ok(());
         }
         let before = now() - BURIED.as_secs() as i64;
-        let buried = nodes.call(WRITE, async |node| {
+        self.ask(WRITE, async |node| {
             node.delete_points(requests::bury(name, before)).await
-        });
-        buried.await.map_err(|failed| self.failed(failed))?;
+        })
+        .await?;
         self.state().buried = Some(Instant::now());
         Ok(())
     }
@@ -370,16 +363,13 @@ impl VectorIndex for QdrantIndex {
         self.prepare().await?;
         let Changes { upserts, removals, at } = changes;
         let now = now();
-        let upserts = upserts.chunks(POINTS).map(|part| (part.to_vec(), Vec::new()));
-        let removals = removals.chunks(POINTS).map(|part| (Vec::new(), part.to_vec()));
-        for (upserts, removals) in upserts.chain(removals) {
-            let part = Changes { upserts, removals, at };
-            let request = requests::upsert(&self.name, self.prefix, &part, now);
-            let applied = self
-                .cluster
-                .nodes
-                .call(WRITE, async |node| node.upsert_points(request.clone()).await);
-            applied.await.map_err(|failed| self.failed(failed))?;
+        let upserts = upserts.chunks(POINTS);
+        let upserts = upserts.map(|part| requests::upsert(&self.name, self.prefix, part, at));
+        let removals = removals.chunks(POINTS);
+        let removals = removals.map(|part| requests::remove(&self.name, part, at, now));
+        for request in upserts.chain(removals) {
+            self.ask(WRITE, async |node| node.upsert_points(request.clone()).await)
+                .await?;
         }
         Ok(())
     }
@@ -473,11 +463,8 @@ impl VectorIndex for QdrantIndex {
     async fn keys(&self, after: Key, limit: usize) -> Result<Vec<Key>, StorageError> {
         let limit = u32::try_from(limit).unwrap_or(u32::MAX);
         let request = requests::after(&self.name, after, limit);
-        let page = self
-            .cluster
-            .nodes
-            .call(WRITE, async |node| node.scroll(request.clone()).await);
-        let page = page.await.map_err(|failed| self.failed(failed))?.result;
+        let page = self.ask(WRITE, async |node| node.scroll(request.clone()).await);
+        let page = page.await?.result;
         Ok(page
             .iter()
             .filter_map(|point| requests::key(point.id.as_ref()))

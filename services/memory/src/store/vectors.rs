@@ -160,3 +160,9 @@ pub trait VectorIndex: Send + Sync {
         Ok(())
     }
 }
+
+/// What an index of a model may be called where only letters, digits and few signs are taken.
+pub fn plain_name(identity: &str) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-@.".contains(c);
+    identity.chars().map(|c| if plain(c) { c } else { '_' }).collect()
+}

@@ -11,21 +11,18 @@ use qdrant_client::qdrant::{
     CollectionParamsDiffBuilder, Condition, CountPoints, CountPointsBuilder, CreateCollection, CreateCollectionBuilder,
     CreateFieldIndexCollection, CreateFieldIndexCollectionBuilder, DeletePoints, DeletePointsBuilder, Distance,
     FieldType, Filter, GetPoints, GetPointsBuilder, HnswConfigDiffBuilder, IntegerIndexParamsBuilder,
-    KeywordIndexParamsBuilder, Modifier, NamedVectors, PointStruct, QuantizationSearchParamsBuilder, Query,
-    QueryPoints, QueryPointsBuilder, Range, ScalarQuantizationBuilder, SearchParamsBuilder, SparseVectorConfig,
-    SparseVectorParamsBuilder, UpdateCollection, UpdateCollectionBuilder, UpsertPoints, UpsertPointsBuilder, Value,
-    Vector, VectorInput, VectorParamsBuilder, VectorParamsMap, Vectors, VectorsConfig, value::Kind, vectors,
-    vectors_config,
+    KeywordIndexParamsBuilder, Modifier, NamedVectors, PointId, PointStruct, QuantizationSearchParamsBuilder, Query,
+    QueryPoints, QueryPointsBuilder, Range, ReadConsistencyType, RetrievedPoint, ScalarQuantizationBuilder,
+    ScrollPoints, ScrollPointsBuilder, SearchParamsBuilder, SparseVectorConfig, SparseVectorParamsBuilder,
+    UpdateCollection, UpdateCollectionBuilder, UpsertPoints, UpsertPointsBuilder, Value, Vector, VectorInput,
+    VectorParamsBuilder, VectorParamsMap, Vectors, VectorsConfig, point_id::PointIdOptions, read_consistency,
+    value::Kind, vector_output, vectors, vectors_config,
 };
 
 use super::QdrantOptions;
 use crate::domain::{Key, Sequence};
 use crate::store::code::Code;
-use crate::store::{Among, Changes, Entry};
-use qdrant_client::qdrant::{
-    PointId, ReadConsistencyType, RetrievedPoint, ScrollPoints, ScrollPointsBuilder, point_id::PointIdOptions,
-    read_consistency, vector_output,
-};
+use crate::store::{Among, Entry};
 
 /// The vectors of the first pass.
 pub const DENSE: &str = "dense";
@@ -102,14 +99,13 @@ pub fn fields(name: &str) -> [CreateFieldIndexCollection; 3] {
     ]
 }
 
-/// Upserts all that points do not have from a later change; `now` in seconds since 1970.
-pub fn upsert(name: &str, prefix: usize, changes: &Changes, now: i64) -> UpsertPoints {
-    let at = changes.at.0;
-    let upserts = changes.upserts.iter().map(|entry| {
+/// Upserts memories, as of a change, where points do not have a later one.
+pub fn upsert(name: &str, prefix: usize, entries: &[Entry], at: Sequence) -> UpsertPoints {
+    let upserts = entries.iter().map(|entry| {
         let payload = [
             (TENANT, Value::from(entry.tenant.as_str())),
             (SCOPE, Value::from(entry.scope.0)),
-            (AT, Value::from(at)),
+            (AT, Value::from(at.0)),
         ];
         let mut vectors = HashMap::new();
         if let Some(code) = &entry.code {
@@ -121,11 +117,16 @@ pub fn upsert(name: &str, prefix: usize, changes: &Changes, now: i64) -> UpsertP
         }
         point(id(entry.key), payload, vectors)
     });
-    let removals = changes.removals.iter().map(|key| {
-        let payload = [(GONE, Value::from(now)), (AT, Value::from(at))];
+    newer(name, upserts.collect(), at)
+}
+
+/// Leaves points without a vector where they do not have a later change; `now` in seconds since 1970.
+pub fn remove(name: &str, keys: &[Key], at: Sequence, now: i64) -> UpsertPoints {
+    let removals = keys.iter().map(|key| {
+        let payload = [(GONE, Value::from(now)), (AT, Value::from(at.0))];
         point(id(*key), payload, HashMap::new())
     });
-    newer(name, upserts.chain(removals).collect(), at)
+    newer(name, removals.collect(), at)
 }
 
 /// Remembers up to which change everything is in.
@@ -133,14 +134,14 @@ pub fn mark(name: &str, watermark: Sequence) -> UpsertPoints {
     newer(
         name,
         vec![point(MARK, [(AT, Value::from(watermark.0))], HashMap::new())],
-        watermark.0,
+        watermark,
     )
 }
 
 /// Upserts points that are not there from a later change.
-fn newer(name: &str, points: Vec<PointStruct>, at: i64) -> UpsertPoints {
+fn newer(name: &str, points: Vec<PointStruct>, at: Sequence) -> UpsertPoints {
     let not_later = Range {
-        lte: Some(at as f64),
+        lte: Some(at.0 as f64),
         ..Range::default()
     };
     UpsertPointsBuilder::new(name, points)

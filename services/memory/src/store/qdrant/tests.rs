@@ -239,15 +239,17 @@ fn requests_have_their_shape() {
     assert!(fields.contains("is_tenant: Some(true)"), "{fields}");
 
     // Points carry what they are chosen by, and an upsert passes over what is newer.
-    let request = requests::upsert("c", 64, &changes(vec![entry(5, "ann", 5)], &[6], 77), 1_000);
-    assert_eq!(request.wait, Some(true));
-    let filter = format!("{:?}", request.update_filter.unwrap());
+    let upsert = requests::upsert("c", 64, &[entry(5, "ann", 5)], Sequence(77));
+    let removal = requests::remove("c", &[Key(6)], Sequence(77), 1_000);
+    assert_eq!((upsert.wait, removal.wait), (Some(true), Some(true)));
+    assert_eq!(upsert.update_filter, removal.update_filter);
+    let filter = format!("{:?}", upsert.update_filter.unwrap());
     assert!(
         filter.contains("\"at\"") && filter.contains("lte: Some(77.0)"),
         "{filter}"
     );
-    let [there, gone] = &request.points[..] else {
-        panic!("two points")
+    let ([there], [gone]) = (&upsert.points[..], &removal.points[..]) else {
+        panic!("a point each")
     };
     let payload = |point: &qdrant_client::qdrant::PointStruct| {
         let mut fields: Vec<String> = point.payload.keys().cloned().collect();
