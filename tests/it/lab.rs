@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use aeterna_lab::Drill;
 use aeterna_proto::memory::v1::memory_service_client::MemoryServiceClient;
-use aeterna_testkit::lab::{Extent, Lab, Replicas, Scratch, Setup, Timings};
+use aeterna_testkit::lab::{Extent, Lab, Replicas, Scratch, Setup, Timings, secrets};
 use aeterna_testkit::{Program, built, cache};
 
 use crate::notes::item;
@@ -43,6 +43,8 @@ async fn no_acknowledged_write_is_lost_when_nodes_and_copies_are_killed() {
     // The streams still tell all that the store has, and an index can be filled from it while the services run.
     let mut reconcile = tokio::process::Command::new(built("aeterna"));
     reconcile.args(["reconcile", "--memory.store", &store, "--memory.live", &lab.live()]);
+    reconcile.env("AETERNA_MEMORY_LIVE_PASSWORD", secrets::REDIS);
+    reconcile.env("AETERNA_MEMORY_LIVE_SENTINEL_PASSWORD", secrets::SENTINELS);
     let said = reconcile
         .arg("--data-dir")
         .arg(directory.path())

@@ -1,6 +1,7 @@
 //! A model behind an OpenAI-compatible server, and what becomes of memories while that server is slow, wrong or gone. The
 //! server is scripted: a real one can't be made to fail on demand.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
@@ -10,7 +11,8 @@ use aeterna_proto::embedding::v1::{BatchEmbedRequest, EmbedRequest};
 use aeterna_proto::memory::v1::memory_service_client::MemoryServiceClient;
 use aeterna_proto::memory::v1::{BatchAddRequest, SearchRequest, SearchResponse, StatsRequest};
 use aeterna_rpc::AnyChannel;
-use aeterna_testkit::{Program, built, refusal};
+use aeterna_testkit::lab::{Extent, Lab, Part, Replicas, Scratch, Setup, Timings, secrets};
+use aeterna_testkit::{Program, built, http, refusal};
 use axum::extract::State;
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::IntoResponse as _;
@@ -338,5 +340,95 @@ async fn a_hanging_server_leaves_time_to_answer_without_it() {
     );
     assert_eq!(found.results[0].memory.as_ref().unwrap().id, added.id);
     sandbox.stop().await;
+    served.abort();
+}
+
+/// What is ready at an address, by dependency.
+async fn ready(sandbox: &Sandbox) -> String {
+    let request = "GET /readyz HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n";
+    http(sandbox.address, request).await.unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn copies_share_what_a_server_was_paid_for_and_do_without_it_when_redis_is_away() {
+    let place = Scratch::new();
+    let setup = Setup {
+        extent: Extent::Redis,
+        timings: Timings::Tuned,
+        replicas: Replicas::Usual,
+        programs: BTreeMap::new(),
+    };
+    let lab = Lab::up(place.path(), setup, |_| ()).await.unwrap();
+    let (script, url, served) = serve().await;
+    let redis = lab.live();
+    let flags = [
+        ("embedding.openai.urls", url.as_str()),
+        ("embedding.openai.model", "scripted"),
+        ("embedding.openai.dimension", "64"),
+        ("embedding.openai.api_key", "sk-test"),
+        ("embedding.default_model", "scripted"),
+        ("embedding.shared_cache", &redis),
+        ("embedding.shared_cache_password", secrets::REDIS),
+        ("embedding.shared_cache_sentinel_password", secrets::SENTINELS),
+    ];
+    let copies = [Sandbox::start(&flags).await, Sandbox::start(&flags).await];
+    let [one, other] = copies.each_ref().map(|copy| {
+        let [_, (_, channel)] = copy.ways();
+        EmbeddingServiceClient::new(channel)
+    });
+    let embed = async |client: &EmbeddingServiceClient<AnyChannel>, round: usize| {
+        let texts = (0..20).map(|n| format!("text {n} of round {round}")).collect();
+        let batch = BatchEmbedRequest {
+            texts,
+            ..Default::default()
+        };
+        client.clone().batch_embed(batch).await.unwrap().into_inner()
+    };
+    // Vectors are shared without being waited for, so the other copy is given some rounds; each by new texts.
+    let shared = async |from: usize| {
+        for round in from..from + 300 {
+            let made = embed(&one, round).await;
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            let calls = script.calls.load(Ordering::SeqCst);
+            let found = embed(&other, round).await;
+            if found.cached == 20 {
+                assert_eq!((script.calls.load(Ordering::SeqCst), found.tokens), (calls, 0));
+                assert_eq!(found.vectors, made.vectors);
+                return;
+            }
+        }
+        panic!("nothing was shared: {}", ready(&copies[1]).await);
+    };
+    shared(0).await;
+    let seen = ready(&copies[1]).await;
+    assert!(seen.contains("shared_cache") && !seen.contains("degraded"), "{seen}");
+
+    // Away altogether: each copy asks the server, and says why.
+    let members = lab.members();
+    for member in &members {
+        lab.kill(member, Part::All).await.unwrap();
+    }
+    let calls = script.calls.load(Ordering::SeqCst);
+    for round in 1000..1010 {
+        assert_eq!(embed(&other, round).await.cached, 0);
+    }
+    assert!(script.calls.load(Ordering::SeqCst) > calls);
+    let seen = ready(&copies[1]).await;
+    assert!(
+        seen.starts_with("HTTP/1.1 200") && seen.contains("each copy has its vectors made by itself"),
+        "{seen}"
+    );
+
+    // And back by itself.
+    for member in &members {
+        lab.start(member).unwrap();
+    }
+    lab.live_whole(Duration::from_secs(60)).await.unwrap();
+    shared(2000).await;
+    let seen = ready(&copies[1]).await;
+    assert!(!seen.contains("degraded"), "{seen}");
+    for copy in copies {
+        copy.stop().await;
+    }
     served.abort();
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 use aeterna_proto::memory::v1::memory_service_client::MemoryServiceClient;
 use aeterna_proto::memory::v1::{SearchMode, SearchRequest};
 use aeterna_rpc::AnyChannel;
-use aeterna_testkit::lab::{Extent, Lab, Part, Replicas, Scratch, Setup, Timings};
+use aeterna_testkit::lab::{Extent, Lab, Part, Replicas, Scratch, Setup, Timings, secrets};
 use aeterna_testkit::{PostgresServer, Program, built};
 
 use crate::notes::{item, user};
@@ -30,6 +30,7 @@ async fn copy(server: &PostgresServer, data: &std::path::Path, index: &str) -> P
         ("AETERNA_MEMORY_STORE", store.as_str()),
         ("AETERNA_MEMORY_STORE_OWNER", "owner"),
         ("AETERNA_MEMORY_INDEX", index),
+        ("AETERNA_MEMORY_INDEX_KEY", secrets::QDRANT),
     ];
     Program::start_with(&built("aeterna"), &["serve"], data, &environment).await
 }
@@ -155,6 +156,7 @@ async fn both_indexes_find_the_same_and_a_cluster_may_go_and_come_back() {
         "--memory.index",
         &lab.vectors(),
     ]);
+    reconcile.env("AETERNA_MEMORY_INDEX_KEY", secrets::QDRANT);
     let said = reconcile.arg("--data-dir").arg(path("other")).output().await.unwrap();
     let output = String::from_utf8_lossy(&said.stdout);
     let wanted = "61 memories: 0 were missing or different in the index, 0 were there and in no store";

@@ -14,7 +14,7 @@ use async_trait::async_trait;
 
 use crate::StorageError;
 pub use memory::MemoryLive;
-pub use redis::{RedisLive, RedisOptions};
+pub use redis::RedisLive;
 
 /// One thing to append.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -144,9 +144,10 @@ mod tests {
     use std::collections::BTreeMap;
     use std::time::Instant;
 
-    use aeterna_testkit::lab::{Extent, Lab, Part, Replicas, Scratch, Setup, Timings};
+    use aeterna_testkit::lab::{Extent, Lab, Part, Replicas, Scratch, Setup, Timings, secrets};
 
     use super::*;
+    use crate::{RedisCache, RedisOptions};
 
     /// A caller who repeats what the server could not take just then: with a master that takes nothing while its replicas lag
     /// by two seconds, a busy machine is enough.
@@ -227,8 +228,21 @@ mod tests {
         let lab = Lab::up(place.path(), setup, |_| ()).await.unwrap();
         let uri = lab.live();
         let (scheme, rest) = uri.split_once(':').unwrap();
-        let live = Patient(RedisLive::new(RedisOptions::parse(scheme, rest).unwrap()).unwrap());
+        let options = RedisOptions::parse(scheme, rest).unwrap();
+        let passwords = [secrets::REDIS, secrets::SENTINELS].map(|secret| Some(secret.to_owned()));
+        let [server, sentinels] = passwords.clone();
+        // Whoever proves nothing is told so, and nothing is shown.
+        for known in [[None, None], [server.clone(), None], [None, sentinels.clone()]] {
+            let [server, sentinels] = known;
+            let stranger = RedisLive::new(options.clone().with_passwords(server, sentinels)).unwrap();
+            let said = stranger.publish("a", "x").await.unwrap_err().to_string();
+            assert!(!said.contains("lab-"), "{said}");
+        }
+        let options = options.with_passwords(server, sentinels);
+        let live = Patient(RedisLive::new(options.clone()).unwrap());
         conformance::conforms(&live).await;
+        let cache = RedisCache::new(options).unwrap();
+        conformance::caches(&cache).await;
 
         // The master is killed: a listener is told, and everything goes on at the next one without a new start.
         let mut ear = live.listen("a").await.unwrap();
@@ -264,6 +278,8 @@ mod tests {
         let master = lab.redis_master().await.unwrap();
         lab.signal(&master, Part::All, "STOP").unwrap();
         live.publish("a", "still").await.unwrap();
+        // What the failovers left of the cache is a value or none, and it takes new ones.
+        conformance::caches(&cache).await;
         lab.signal(&master, Part::All, "CONT").unwrap();
     }
 }

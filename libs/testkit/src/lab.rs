@@ -39,6 +39,16 @@ pub(crate) const QDRANT: &str = "qdrant";
 pub(crate) const SERVICES: [&str; 2] = ["embedding", "memory"];
 pub(crate) const COPIES: [u8; 2] = [1, 2];
 
+/// What the stores ask for. They listen on loopback only; it is there so that every way of proving who one is is in use.
+pub mod secrets {
+    /// Of the account `aeterna` on the Redis servers.
+    pub const REDIS: &str = "lab-redis";
+    /// Of the Sentinels.
+    pub const SENTINELS: &str = "lab-sentinels";
+    /// Of the Qdrant nodes.
+    pub const QDRANT: &str = "lab-qdrant";
+}
+
 /// A part of a PostgreSQL node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Part {

@@ -19,15 +19,20 @@ use select::Latencies;
 use crate::error::EmbeddingError;
 use crate::metrics::Metrics;
 use crate::store::cross::CrossEncoder;
+use crate::store::shared::Shared;
 use crate::store::{Embedded, Model, TextKind};
 
-/// Model, kind and text, hashed.
-type CacheKey = (usize, TextKind, [u8; 32]);
+/// Of a text.
+type Digest = [u8; 32];
+
+/// Model, kind and text.
+type CacheKey = (usize, TextKind, Digest);
 
 /// The service's domain.
 pub struct App {
     models: Vec<Arc<dyn Model>>,
     cache: Cache<CacheKey, Arc<Embedded>>,
+    shared: Option<Shared>,
     reranker: Option<CrossEncoder>,
     latencies: Latencies,
     metrics: Metrics,
@@ -42,6 +47,7 @@ impl App {
         mut models: Vec<Arc<dyn Model>>,
         default: &str,
         cache_bytes: u64,
+        shared: Option<Shared>,
         reranker: Option<CrossEncoder>,
         metrics: Metrics,
     ) -> Result<Self, EmbeddingError> {
@@ -61,6 +67,7 @@ impl App {
         Ok(Self {
             models,
             cache,
+            shared,
             reranker,
             latencies: Latencies::default(),
             metrics,

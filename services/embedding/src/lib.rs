@@ -9,17 +9,20 @@ mod store;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use aeterna_config::{Reader, Setting};
 use aeterna_error::Error;
 use aeterna_proto::embedding::v1::embedding_service_server::EmbeddingServiceServer;
 use aeterna_rpc::{Dependency, Health};
+use aeterna_storage::{RedisCache, RedisOptions};
 use opentelemetry::metrics::Meter;
 use tonic::service::Routes;
 
 pub use error::EmbeddingError;
 pub use store::local::check_directory;
 use store::openai::{OpenAiModel, Options};
+use store::shared::Shared;
 
 /// The service's name in its contract.
 pub const SERVICE: &str = "aeterna.embedding.v1.EmbeddingService";
@@ -86,6 +89,28 @@ pub const SETTINGS: &[Setting] = &[
         "67108864",
         "Memory for vectors of recent texts, in bytes; 0 turns the cache off.",
     ),
+    Setting::new(
+        "embedding.shared_cache",
+        "",
+        "Where copies of the service share the vectors that a model made for them: `redis://host:6379` or \
+         `redis+sentinel://host1:26379,host2,host3/master`; empty: nowhere. Vectors of `hash` are made faster than fetched, and \
+         are not shared.",
+    ),
+    Setting::secret(
+        "embedding.shared_cache_password",
+        "embedding.shared_cache_password_file",
+        "The password of the servers in `embedding.shared_cache`.",
+    ),
+    Setting::secret(
+        "embedding.shared_cache_sentinel_password",
+        "embedding.shared_cache_sentinel_password_file",
+        "The password of the Sentinels in `embedding.shared_cache`.",
+    ),
+    Setting::new(
+        "embedding.shared_cache_term",
+        "168h",
+        "How long a vector is kept there.",
+    ),
 ];
 
 /// How the service is set up.
@@ -103,6 +128,8 @@ pub struct Config {
     pub threads: usize,
     /// Bytes of cached vectors.
     pub cache_bytes: u64,
+    /// Where copies share vectors, and for how long.
+    shared: Option<(RedisOptions, Duration)>,
 }
 
 impl Config {
@@ -114,6 +141,11 @@ impl Config {
         let reranker_dir = reader.text("embedding.reranker_dir");
         let threads = reader.within("embedding.threads", 0..=256);
         let cache_bytes = reader.get("embedding.cache_bytes");
+        let shared = RedisOptions::read(reader, "embedding.shared_cache");
+        let term = reader.duration("embedding.shared_cache_term");
+        if term.is_some_and(|term| term < Duration::from_secs(1)) {
+            reader.problem("embedding.shared_cache_term", "is less than `1s`");
+        }
         Some(Self {
             model_dirs: model_dirs?.into_iter().map(Into::into).collect(),
             default_model: default_model?,
@@ -121,6 +153,7 @@ impl Config {
             reranker_dir: reranker_dir?.into(),
             threads: threads?,
             cache_bytes: cache_bytes?,
+            shared: shared?.zip(Some(term?)),
         })
     }
 }
@@ -247,7 +280,21 @@ pub async fn build(config: Config, deps: Deps) -> Result<Routes, Error> {
         let loaded = tokio::task::spawn_blocking(move || store::cross::CrossEncoder::load(&dir, threads)).await;
         reranker = Some(loaded.map_err(Error::internal)??);
     }
-    let app = app::App::new(models, &config.default_model, config.cache_bytes, reranker, metrics)?;
+    let mut shared = None;
+    if let Some((options, term)) = config.shared {
+        let cache = Arc::new(RedisCache::new(options)?);
+        let made = Shared::new(cache, term, deps.health.clone(), SERVICE);
+        made.probe().await;
+        shared = Some(made);
+    }
+    let app = app::App::new(
+        models,
+        &config.default_model,
+        config.cache_bytes,
+        shared,
+        reranker,
+        metrics,
+    )?;
     deps.health.report(SERVICE, "models", Dependency::Up).await;
     let server = EmbeddingServiceServer::new(grpc::Embedding::new(app))
         .max_decoding_message_size(deps.message_bytes)

@@ -9,6 +9,8 @@ pub struct Metrics {
     pub embedded: Counter<u64>,
     /// Texts answered from the cache.
     pub cached: Counter<u64>,
+    /// Texts whose vectors another copy had made.
+    pub shared: Counter<u64>,
     /// Tokens read by models.
     pub tokens: Counter<u64>,
     /// What servers charge for them, in millionths of a US dollar.
@@ -22,6 +24,10 @@ impl Metrics {
         Self {
             embedded: counter("aeterna_embedding_texts", "Texts embedded by a model."),
             cached: counter("aeterna_embedding_cache_hits", "Texts answered from the cache."),
+            shared: counter(
+                "aeterna_embedding_shared_cache_hits",
+                "Texts answered from the cache that copies share; they count as answered from the cache as well.",
+            ),
             tokens: counter("aeterna_embedding_tokens", "Tokens read by models."),
             cost: counter(
                 "aeterna_embedding_cost_micro_usd",

@@ -4,6 +4,7 @@ pub mod cross;
 pub mod hash;
 pub mod local;
 pub mod openai;
+pub mod shared;
 
 use async_trait::async_trait;
 

@@ -246,7 +246,7 @@ impl Config {
         let busy_timeout = reader.duration("memory.busy_timeout");
         let readers = reader.within("memory.readers", 0..=64);
         let rotation = reader.get("memory.rotation");
-        let live = live(reader);
+        let live = RedisOptions::read(reader, "memory.live");
         Some(Self {
             store: store?,
             index: index?,
@@ -259,21 +259,6 @@ impl Config {
             rotation: rotation?,
             live: live?,
         })
-    }
-}
-
-fn live(reader: &mut Reader<'_>) -> Option<Option<RedisOptions>> {
-    let expose = |secret: Option<Option<Secret>>| secret.flatten().map(|secret| secret.expose().to_owned());
-    let password = expose(reader.secret("memory.live_password"));
-    let sentinels = expose(reader.secret("memory.live_sentinel_password"));
-    let uri: Option<StoreUri> = reader.optional("memory.live")?;
-    let Some(uri) = uri else { return Some(None) };
-    match RedisOptions::parse(&uri.scheme, &uri.rest) {
-        Ok(options) => Some(Some(options.with_passwords(password, sentinels))),
-        Err(why) => {
-            reader.problem("memory.live", why);
-            None
-        }
     }
 }
 

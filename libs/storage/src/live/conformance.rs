@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use super::{Appended, Batch, Entry, Live, Page};
+use crate::Cache;
 
 const SHORT: Duration = Duration::from_millis(400);
 const LONG: Duration = Duration::from_secs(60);
@@ -110,4 +111,28 @@ pub async fn conforms(live: &dyn Live) {
     assert_eq!(read("s", far + 1000, 2).await, Page::Gap);
     assert_eq!(since("s").await, Some(far + 1020));
     assert_eq!(read("s", far + 1020, 10).await, entries("s", &[far + 1021]));
+}
+
+/// What every adapter of a cache does alike.
+pub async fn caches(cache: &dyn Cache) {
+    let get = async |keys: &[&str]| {
+        let keys: Vec<_> = keys.iter().map(|&key| key.to_owned()).collect();
+        cache.get(&keys).await.unwrap()
+    };
+    let value = |key: &str, value: &[u8]| (key.to_owned(), value.to_vec());
+    assert_eq!(get(&[]).await, []);
+    assert_eq!(get(&["nothing", "nowhere"]).await, [None, None]);
+    let bytes: Vec<u8> = (0..=255).collect();
+    // A master whose replicas lag takes nothing for a moment.
+    let mut left = 100;
+    while let Err(error) = cache.put(&[value("a", &bytes), value("b", b"")], LONG).await {
+        left -= 1;
+        assert!(left > 0, "{error}");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    assert_eq!(get(&["b", "nothing", "a"]).await, [Some(Vec::new()), None, Some(bytes)]);
+    cache.put(&[value("a", b"new")], SHORT).await.unwrap();
+    assert_eq!(get(&["a"]).await, [Some(b"new".to_vec())]);
+    tokio::time::sleep(SHORT * 2).await;
+    assert_eq!(get(&["a"]).await, [None]);
 }

@@ -7,7 +7,7 @@ use anyhow::{Context as _, ensure};
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::{LOOK, Lab, NODES, Part, QDRANT, SERVICES, START};
+use super::{LOOK, Lab, NODES, Part, QDRANT, SERVICES, START, secrets};
 
 /// How long a member may take to answer.
 const ANSWER: Duration = Duration::from_secs(1);
@@ -66,7 +66,7 @@ fn client() -> &'static reqwest::Client {
 impl Lab {
     async fn get(&self, port: &str, path: &str) -> Option<reqwest::Response> {
         let url = format!("http://127.0.0.1:{}{path}", self.port(port));
-        let answer = client().get(url).send().await.ok()?;
+        let answer = client().get(url).header("api-key", secrets::QDRANT).send().await.ok()?;
         answer.status().is_success().then_some(answer)
     }
 
@@ -207,6 +207,12 @@ impl Lab {
     async fn redis_says(&self, member: &str, words: &[&str]) -> Option<String> {
         let mut ask = tokio::process::Command::new("redis-cli");
         ask.args(["-h", "127.0.0.1", "-p", &self.port(member).to_string()]);
+        let password = if member.starts_with("redis") {
+            super::members::ADMIN
+        } else {
+            secrets::SENTINELS
+        };
+        ask.env("REDISCLI_AUTH", password);
         let asked = ask.args(words).kill_on_drop(true).output();
         let answer = tokio::time::timeout(ANSWER, asked).await.ok()?.ok()?;
         let text = String::from_utf8_lossy(&answer.stdout).into_owned();

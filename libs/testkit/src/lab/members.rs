@@ -9,7 +9,7 @@ use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::{COPIES, Lab, NODES, QDRANT, SERVICES};
+use super::{COPIES, Lab, NODES, QDRANT, SERVICES, secrets};
 use crate::postgres::{binaries, unprivileged};
 
 /// How soon the cluster takes a silent primary for dead.
@@ -64,6 +64,8 @@ impl Replicas {
 pub(super) const PYTHON: &str = "python";
 /// What the Sentinels call the master.
 pub(super) const MASTER: &str = "aeterna";
+/// The password by which Redis servers and Sentinels come to one another.
+pub(super) const ADMIN: &str = "lab-admin";
 const QDRANT_SETTINGS: &str = include_str!("../../../../deploy/qdrant/qdrant.yaml");
 const HAPROXY: &str = include_str!("../../../../deploy/haproxy/haproxy.cfg");
 
@@ -180,6 +182,7 @@ impl Lab {
         command.arg("--config-path").arg(place.path("qdrant.yaml"));
         command.args(["--uri", &uri(member), "--bootstrap", &uri("qdrant1")]);
         command.env("QDRANT_INIT_FILE_PATH", place.path("initialized"));
+        command.env("QDRANT__SERVICE__API_KEY", secrets::QDRANT);
         for (name, path) in [("STORAGE", "data"), ("SNAPSHOTS", "snapshots")] {
             command.env(format!("QDRANT__STORAGE__{name}_PATH"), place.path(path));
         }
@@ -211,6 +214,9 @@ impl Lab {
         if member != "redis1" {
             let _ = writeln!(text, "replicaof 127.0.0.1 {}", self.port("redis1"));
         }
+        let _ = writeln!(text, "requirepass {ADMIN}\nmasterauth {ADMIN}");
+        let user = include_str!("../../../../deploy/redis/service.acl");
+        let _ = writeln!(text, "{} on >{}", user.trim_end(), secrets::REDIS);
         text + include_str!("../../../../deploy/redis/redis.conf")
     }
 
@@ -219,6 +225,11 @@ impl Lab {
         let (port, master) = (self.port(member), self.port("redis1"));
         let mut text = format!("bind 127.0.0.1\nport {port}\ndir {}\n", directory.display());
         let _ = writeln!(text, "sentinel monitor {MASTER} 127.0.0.1 {master} 2");
+        let _ = writeln!(
+            text,
+            "sentinel auth-pass {MASTER} {ADMIN}\nrequirepass {}",
+            secrets::SENTINELS
+        );
         text + self.plan.setup.timings.sentinel()
     }
 
@@ -263,13 +274,25 @@ impl Lab {
     /// The URI of Redis by its Sentinels.
     pub fn live(&self) -> String {
         let hosts = NODES.map(|number| local(self.port(&format!("sentinel{number}"))));
-        format!("redis+sentinel://{}/{MASTER}", hosts.join(","))
+        format!("redis+sentinel://aeterna@{}/{MASTER}", hosts.join(","))
     }
 
     fn service(&self, member: &str, service: &str) -> anyhow::Result<Command> {
         let mut command = Command::new(self.program(service)?);
         command.args(["--listen", &local(self.port(member)), "--data-dir"]);
         command.arg(self.place(member).path("data"));
+        let redis = if service == "memory" {
+            "MEMORY_LIVE"
+        } else {
+            "EMBEDDING_SHARED_CACHE"
+        };
+        for (name, value) in [
+            ("", self.live().as_str()),
+            ("_PASSWORD", secrets::REDIS),
+            ("_SENTINEL_PASSWORD", secrets::SENTINELS),
+        ] {
+            command.env(format!("AETERNA_{redis}{name}"), value);
+        }
         if service == "memory" {
             let nodes = |suffix: &str| NODES.map(|number| self.port(&format!("pg{number}{suffix}")));
             let hosts = nodes("").map(local).join(",");
@@ -279,9 +302,9 @@ impl Lab {
                 .env("AETERNA_MEMORY_STORE", store)
                 .env("AETERNA_MEMORY_STORE_OWNER", "owner");
             command.env("AETERNA_MEMORY_EMBEDDING", self.address());
-            command.env("AETERNA_MEMORY_LIVE", self.live());
             if self.replicas().is_some() {
                 command.env("AETERNA_MEMORY_INDEX", self.vectors());
+                command.env("AETERNA_MEMORY_INDEX_KEY", secrets::QDRANT);
             }
         }
         Ok(command)

@@ -1,13 +1,15 @@
 //! Embedding texts.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use futures::future::join_all;
 
-use super::App;
+use super::{App, CacheKey, Digest};
 use crate::error::EmbeddingError;
+use crate::store::shared::Shared;
 use crate::store::{Embedded, TextKind, truncate};
 
 /// What is wanted of a batch.
@@ -50,15 +52,19 @@ impl App {
         let info = self.models[index].info();
         let dimension = wanted.size.map_or(info.dimension, |size| size.min(info.dimension));
         let mut answers = Vec::with_capacity(texts.len());
+        let digests: Vec<Digest> = texts.iter().map(|text| blake3::hash(text.as_bytes()).into()).collect();
+        self.fetch(index, wanted.kind, &digests).await;
         let (alone, began) = (texts.len() == 1, Instant::now());
         let waiting: Vec<_> = texts
             .into_iter()
-            .map(|text| self.one(index, text, wanted.kind))
+            .zip(&digests)
+            .map(|(text, digest)| self.one(index, text, (index, wanted.kind, *digest)))
             .collect();
         // All at once, so that a model can gather them into batches.
         for answer in join_all(waiting).await {
             answers.push(answer?);
         }
+        self.share(index, wanted.kind, &digests, &answers);
         if alone && answers.iter().all(|(_, cached)| !cached) {
             self.latencies.note(index, dimension, began.elapsed());
         }
@@ -82,13 +88,48 @@ impl App {
         })
     }
 
-    async fn one(&self, index: usize, text: String, kind: TextKind) -> Result<(Arc<Embedded>, bool), EmbeddingError> {
-        let key = (index, kind, *blake3::hash(text.as_bytes()).as_bytes());
+    /// The shared cache, for models whose vectors are dearer to make than to fetch.
+    fn shared(&self, index: usize) -> Option<&Shared> {
+        self.shared.as_ref().filter(|_| !self.models[index].info().lexical)
+    }
+
+    /// Takes over what other copies have had made.
+    async fn fetch(&self, index: usize, kind: TextKind, digests: &[Digest]) {
+        let Some(shared) = self.shared(index) else { return };
+        let unknown: BTreeSet<Digest> = digests
+            .iter()
+            .filter(|digest| !self.cache.contains_key(&(index, kind, **digest)))
+            .copied()
+            .collect();
+        if unknown.is_empty() {
+            return;
+        }
+        let unknown: Vec<Digest> = unknown.into_iter().collect();
+        let found = shared.get(self.models[index].info(), kind, &unknown).await;
+        for (digest, embedded) in unknown.into_iter().zip(found) {
+            if let Some(embedded) = embedded {
+                self.metrics.shared.add(1, &[]);
+                self.cache.insert((index, kind, digest), Arc::new(embedded)).await;
+            }
+        }
+    }
+
+    /// Gives other copies what this one has had made.
+    fn share(&self, index: usize, kind: TextKind, digests: &[Digest], answers: &[(Arc<Embedded>, bool)]) {
+        let Some(shared) = self.shared(index) else { return };
+        let made = digests.iter().zip(answers).filter(|(_, (_, cached))| !cached);
+        let made: Vec<_> = made
+            .map(|(digest, (embedded, _))| (*digest, Arc::clone(embedded)))
+            .collect();
+        shared.put(self.models[index].info(), kind, &made);
+    }
+
+    async fn one(&self, index: usize, text: String, key: CacheKey) -> Result<(Arc<Embedded>, bool), EmbeddingError> {
         let fresh = AtomicBool::new(false);
         let model = Arc::clone(&self.models[index]);
         let load = async {
             fresh.store(true, Ordering::Relaxed);
-            model.embed(text, kind).await.map(Arc::new)
+            model.embed(text, key.1).await.map(Arc::new)
         };
         match self.cache.try_get_with(key, load).await {
             Ok(embedded) => Ok((embedded, !fresh.load(Ordering::Relaxed))),
@@ -137,7 +178,7 @@ mod tests {
         let meter = opentelemetry::global::meter("t");
         let shared: Arc<dyn Model> = model.clone();
         (
-            App::new(vec![shared], "", 1 << 20, None, Metrics::new(&meter)).unwrap(),
+            App::new(vec![shared], "", 1 << 20, None, None, Metrics::new(&meter)).unwrap(),
             model,
         )
     }

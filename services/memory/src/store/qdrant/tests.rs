@@ -1,6 +1,6 @@
 use std::collections::{BTreeMap, HashSet};
 
-use aeterna_testkit::lab::{Extent, Lab, Part, Replicas, Scratch, Setup, Timings};
+use aeterna_testkit::lab::{Extent, Lab, Part, Replicas, Scratch, Setup, Timings, secrets};
 
 use super::*;
 use crate::domain::ScopeKey;
@@ -13,7 +13,7 @@ const MODEL: &str = "test-model@1";
 async fn cluster() -> Option<(Arc<Cluster>, Option<(Lab, Scratch)>)> {
     let set = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
     if let Some(uri) = set("QDRANT_URL") {
-        return Some((of(&uri), None));
+        return Some((of(&uri, set("QDRANT_KEY")), None));
     }
     let programs = BTreeMap::from([("qdrant".to_owned(), set("QDRANT_BIN")?.into())]);
     let setup = Setup {
@@ -24,11 +24,15 @@ async fn cluster() -> Option<(Arc<Cluster>, Option<(Lab, Scratch)>)> {
     };
     let place = Scratch::new();
     let lab = Lab::up(place.path(), setup, |_| ()).await.unwrap();
-    Some((of(&lab.vectors()), Some((lab, place))))
+    let stranger = of(&lab.vectors(), None).index(MODEL, 128).tend().await;
+    assert!(stranger.is_err(), "whoever has no key gets nothing");
+    Some((of(&lab.vectors(), Some(secrets::QDRANT.to_owned())), Some((lab, place))))
 }
 
-fn of(uri: &str) -> Arc<Cluster> {
-    let options = QdrantOptions::parse(uri.strip_prefix("qdrant:").unwrap()).unwrap();
+fn of(uri: &str, key: Option<String>) -> Arc<Cluster> {
+    let options = QdrantOptions::parse(uri.strip_prefix("qdrant:").unwrap())
+        .unwrap()
+        .with_key(key);
     let store = uuid::Uuid::now_v7().simple().to_string().chars().rev().collect();
     Arc::new(Cluster::new(options, store).unwrap())
 }
