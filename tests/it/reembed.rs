@@ -7,7 +7,7 @@ use std::time::Duration;
 use aeterna_proto::memory::v1::memory_service_client::MemoryServiceClient;
 use aeterna_proto::memory::v1::{BatchAddRequest, SearchRequest, SearchResponse, StatsRequest, StatsResponse};
 use aeterna_rpc::AnyChannel;
-use aeterna_testkit::{Program, built, minilm};
+use aeterna_testkit::{PostgresServer, Program, built, minilm};
 
 use crate::notes::{item, user};
 
@@ -124,4 +124,75 @@ async fn another_model_takes_over_without_a_gap_and_after_a_kill() {
     program.stop().await;
     let names = names();
     assert!(names.len() == 1 && names[0].starts_with("all-MiniLM"), "{names:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_copy_that_is_not_there_yet_goes_on_by_the_model_before() {
+    let (server, models) = (PostgresServer::start(&[]), minilm());
+    let (directory, dirs) = (tempfile::tempdir().unwrap(), models.display().to_string());
+    let store = format!("postgres:{}", server.uri());
+    let environment = [
+        ("AETERNA_MEMORY_STORE", store.as_str()),
+        ("AETERNA_MEMORY_STORE_OWNER", "owner"),
+    ];
+    let copy = async |name: &str, models: &str, flags: &[&str]| {
+        let common = ["serve", "--embedding.model_dirs", models];
+        let data = directory.path().join(name);
+        Program::start_with(&built("aeterna"), &[&common, flags].concat(), &data, &environment).await
+    };
+    let (first, second) = tokio::join!(copy("a", "", &[]), copy("b", "", &[]));
+    let requests = (0..20).map(|n| item("ann", &format!("note {n} about ship number {n}")));
+    let requests = BatchAddRequest {
+        requests: requests.collect(),
+    };
+    let added = MemoryServiceClient::new(first.channel()).batch_add(requests).await;
+    let token = added.unwrap().into_inner().consistency_token;
+    first.stop().await;
+
+    // One copy is started with another model, and goes over to it.
+    let by = async |program: &Program, model: &str| {
+        let mut client = MemoryServiceClient::new(program.channel());
+        let mut left = 600;
+        while search(&mut client, "ship number 7").await.model != model {
+            left -= 1;
+            assert!(left > 0, "{model} does not answer: {}", program.log());
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    };
+    let first = copy("a", &dirs, &[]).await;
+    by(&first, "all-MiniLM-L6-v2").await;
+    let mut behind = MemoryServiceClient::new(second.channel());
+    for n in 0..20 {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        let query = SearchRequest {
+            scope: user("ann"),
+            query: format!("ship number {n}"),
+            mode: 3,
+            consistency_token: token.clone(),
+            ..Default::default()
+        };
+        let found = behind.search(query).await.unwrap().into_inner();
+        assert!(
+            found.model == "hash" && found.results.len() == 10 && !found.degraded,
+            "{n}: {found:?}, {}",
+            second.log()
+        );
+    }
+    let models = || {
+        server.sql(
+            "aeterna",
+            "SELECT string_agg(identity, ' ' ORDER BY identity) FROM models",
+        )
+    };
+    assert_eq!(models().split(' ').count(), 2, "{}", models());
+    // When it is over, what the model before has left goes.
+    first.stop().await;
+    let first = copy("a", &dirs, &["--memory.model_grace", "0s"]).await;
+    let mut left = 600;
+    while models().contains("hash@") {
+        left -= 1;
+        assert!(left > 0, "nothing was removed: {}", first.log());
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    assert_eq!((first.stop().await, second.stop().await), (Some(0), Some(0)));
 }

@@ -19,8 +19,8 @@ use tokio::task::JoinHandle;
 
 use crate::StorageError;
 use crate::migrations::migrator;
-pub use nodes::Condition;
 use nodes::Nodes;
+pub use nodes::{Condition, Node};
 pub use options::PostgresOptions;
 pub use session::Session;
 
@@ -81,23 +81,87 @@ impl Postgres {
         let mut last = StorageError::Unavailable("no node answers".into());
         for node in self.nodes.in_order() {
             // The pool would go on trying to connect to a node that is gone.
-            let began = tokio::select! {
-                began = Session::begin(node.pool(), BEGIN, settings, node) => began,
+            let recent = async {
+                let mut session = Session::begin(node.pool(), BEGIN, settings, node).await?;
+                Ok(match self.is_recent(&mut session).await? {
+                    true => Some(session),
+                    false => {
+                        session.finish().await?;
+                        None
+                    }
+                })
+            };
+            let begun = tokio::select! {
+                begun = recent => begun,
                 () = node.lost() => Err(StorageError::Unavailable("the node is away".into())),
             };
-            match began {
-                Ok(mut session) => match self.is_recent(&mut session).await {
-                    Ok(true) => return Ok(session),
-                    Ok(false) => {
-                        last = StorageError::Unavailable("the standby is behind".into());
-                        session.finish().await?;
-                    }
-                    Err(error) => last = error,
-                },
+            match begun {
+                Ok(Some(session)) => return Ok(session),
+                Ok(None) => last = StorageError::Unavailable("the standby is behind".into()),
                 Err(error) => last = error,
             }
         }
         Err(last)
+    }
+
+    /// Waits until reads see what was committed with a place of which somebody else has told, and everything before it. Only a
+    /// place that some node has counts: one that is nowhere is waited for until the primary was confirmed without it, and holds
+    /// up nobody else.
+    ///
+    /// # Errors
+    /// When no node that has it answers in time.
+    pub async fn reached(&self, place: i64) -> Result<(), StorageError> {
+        let until = Instant::now() + self.patience;
+        let mut lacked = None;
+        while !self.floor().knows(place) {
+            let mut last = StorageError::Unavailable("no node answers".into());
+            for node in self.nodes.in_order() {
+                let looked = tokio::select! {
+                    looked = self.look_for(place, node) => looked,
+                    () = node.lost() => Err(StorageError::Unavailable("the node is away".into())),
+                };
+                match looked {
+                    Ok(true) => return Ok(()),
+                    Ok(false) => last = StorageError::Unavailable("no node has what the token stands for".into()),
+                    Err(error) => {
+                        last = error;
+                        continue;
+                    }
+                }
+                // The look under way may have begun before.
+                if let Some(confirmed) = self.nodes.confirmed(node)
+                    && confirmed >= *lacked.get_or_insert(confirmed) + 2
+                {
+                    return Ok(());
+                }
+            }
+            if Instant::now() >= until {
+                return Err(last);
+            }
+            tokio::time::sleep(AGAIN).await;
+        }
+        Ok(())
+    }
+
+    /// Whether a node has a place, which reads go by from then on.
+    async fn look_for(&self, place: i64, node: &Arc<Node>) -> Result<bool, StorageError> {
+        let mut session = Session::begin(node.pool(), "BEGIN READ ONLY", &[], node).await?;
+        let found = self.has_all(&mut session, &[place]).await?;
+        session.finish().await?;
+        if found {
+            self.saw(node, place);
+        }
+        Ok(found)
+    }
+
+    /// Takes over that a node has a place.
+    fn saw(&self, node: &Node, place: i64) {
+        let mut floor = self.floor();
+        let had_all = node.seen() >= floor.count;
+        floor.add(place);
+        if had_all {
+            node.saw(floor.count);
+        }
     }
 
     async fn is_recent(&self, session: &mut Session) -> Result<bool, StorageError> {
@@ -153,7 +217,7 @@ impl Postgres {
         self.floor.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Reads from now on see at least what was committed with a place, and before it.
+    /// Reads from now on see at least what was read with a place, and before it.
     pub fn reach(&self, place: i64) {
         self.floor().add(place);
     }
@@ -165,12 +229,7 @@ impl Postgres {
     pub async fn commit(&self, session: Session, place: i64) -> Result<(), StorageError> {
         let node = Arc::clone(session.node());
         session.commit().await?;
-        let mut floor = self.floor();
-        let had_all = node.seen() >= floor.count;
-        floor.add(place);
-        if had_all {
-            node.saw(floor.count);
-        }
+        self.saw(&node, place);
         Ok(())
     }
 
@@ -183,9 +242,9 @@ impl Postgres {
         }
     }
 
-    /// Whether a transaction runs on the primary.
-    pub fn is_primary(&self, session: &Session) -> bool {
-        self.nodes.confirmed(session.node()).is_some()
+    /// Whether a node is the primary, as far as the last look at all tells.
+    pub fn leads(&self, node: &Node) -> bool {
+        self.nodes.confirmed(node).is_some()
     }
 
     /// How the nodes are at the moment, as far as the last look at them tells.
@@ -224,9 +283,14 @@ struct Floor {
 }
 
 impl Floor {
+    /// Nothing has to be found out about a place.
+    fn knows(&self, place: i64) -> bool {
+        place <= 0 || self.latest.contains(&place) || self.gone.contains(&place)
+    }
+
     fn add(&mut self, place: i64) {
-        const KEPT: usize = 64;
-        if place <= 0 || self.latest.contains(&place) || self.gone.contains(&place) {
+        const KEPT: usize = 256;
+        if self.knows(place) {
             return;
         }
         if self.latest.len() == KEPT {

@@ -22,7 +22,7 @@ use crate::store::cross::CrossEncoder;
 use crate::store::shared::Shared;
 use crate::store::{Embedded, Model, TextKind};
 
-/// Of a text.
+/// Of a tenant's text.
 type Digest = [u8; 32];
 
 /// Model, kind and text.

@@ -6,6 +6,7 @@ use aeterna_proto::embedding::v1::{
     BatchEmbedRequest, BatchEmbedResponse, EmbedRequest, EmbedResponse, ListModelsRequest, ListModelsResponse,
     RerankRequest, RerankResponse, SelectDimensionRequest, SelectDimensionResponse,
 };
+use aeterna_rpc::RequestContext;
 use tonic::{Request, Response, Status};
 
 use crate::app::App;
@@ -23,14 +24,16 @@ impl Embedding {
 #[tonic::async_trait]
 impl EmbeddingService for Embedding {
     async fn embed(&self, request: Request<EmbedRequest>) -> Result<Response<EmbedResponse>, Status> {
+        let context = RequestContext::of(&request)?;
         let (text, wanted) = convert::embed_request(request.into_inner())?;
-        let batch = self.0.embed(vec![text], wanted).await.map_err(Error::from)?;
+        let batch = self.0.embed(&context, vec![text], wanted).await.map_err(Error::from)?;
         Ok(Response::new(convert::embed_response(batch)))
     }
 
     async fn batch_embed(&self, request: Request<BatchEmbedRequest>) -> Result<Response<BatchEmbedResponse>, Status> {
+        let context = RequestContext::of(&request)?;
         let (texts, wanted) = convert::batch_request(request.into_inner())?;
-        let batch = self.0.embed(texts, wanted).await.map_err(Error::from)?;
+        let batch = self.0.embed(&context, texts, wanted).await.map_err(Error::from)?;
         Ok(Response::new(convert::batch_response(batch)))
     }
 

@@ -34,10 +34,10 @@ pub use delete::Deletion;
 pub use get::GetQuery;
 pub use history::Versions;
 pub use index::Background;
-pub use knowledge::{Diff, DocumentPage, DocumentQuery};
+pub use knowledge::{Diff, DocumentPage, DocumentQuery, OneDocument};
 pub use list::{ListQuery, Page};
 pub use policy::NewPolicy;
-pub use relay::{LOG, LiveWork};
+pub use relay::{LiveWork, log_of};
 pub use search::{Arms, Breakdown, Found, Fusion, SearchQuery, SearchStats, Weights};
 pub use stats::Stats;
 pub use transfer::{ExportQuery, Item, Taken};
@@ -333,9 +333,8 @@ impl App {
         }
     }
 
-    /// Waits until the index has what a token stands for; false when it does not in time.
+    /// Waits until the index has a change that the store has; false when it does not in time.
     async fn reached(&self, sequence: Sequence) -> bool {
-        self.store.reach(sequence);
         self.committed.somewhere();
         let mut indexed = self.indexed.subscribe();
         let reached = indexed.wait_for(|watermark| *watermark >= sequence);

@@ -260,8 +260,7 @@ fn sequence(token: &str) -> Option<Sequence> {
     (number >= 0).then_some(Sequence(number))
 }
 
-/// The write that a token stands for. Reads of the relational store see every acknowledged write; Search waits for the
-/// index.
+/// The write that a token stands for: reads wait for it.
 pub(super) fn check_token(violations: &mut Violations, token: &str) -> Sequence {
     let sequence = sequence(token);
     if sequence.is_none() && !token.is_empty() {
@@ -323,13 +322,14 @@ pub fn get_request(request: wire::GetRequest, now: Timestamp) -> Result<GetQuery
     let mut violations = Violations::default();
     let id = id(&mut violations, "id", &request.id);
     let scope = scope(&mut violations, "scope", request.scope);
-    check_token(&mut violations, &request.consistency_token);
+    let after = check_token(&mut violations, &request.consistency_token);
     let as_of = past(&mut violations, request.as_of, now);
     violations.finish(id.map(|id| GetQuery {
         id,
         scope,
         show_deleted: request.show_deleted,
         as_of,
+        after,
     }))
 }
 
@@ -419,7 +419,7 @@ pub fn list_request(
     let mut binding = tenant.as_str().as_bytes().to_vec();
     binding.push(0);
     binding.extend(request.encode_to_vec());
-    check_token(&mut violations, &consistency_token);
+    let after = check_token(&mut violations, &consistency_token);
     let limit = page_limit(&mut violations, page_size);
     let scope = scope(&mut violations, "scope", request.scope);
     let layers = layers(&mut violations, "layers", &request.layers);
@@ -436,6 +436,7 @@ pub fn list_request(
             filter,
             show_deleted: request.show_deleted,
             as_of,
+            after,
         },
         binding,
     ))

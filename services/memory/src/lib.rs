@@ -144,6 +144,12 @@ pub const SETTINGS: &[Setting] = &[
         "Connections for reading, 1 to 64, half of them for searches; 0: two for each processor.",
     ),
     Setting::new(
+        "memory.model_grace",
+        "10m",
+        "On PostgreSQL: how long the vectors of a model before stay once another one answers, for copies of the service that have \
+         still to be started with it.",
+    ),
+    Setting::new(
         "memory.rotation",
         "true",
         "Learn from the stored vectors, of a model not trained for being cut short, which half of them, or less, a first pass needs.",
@@ -160,6 +166,7 @@ pub struct Config {
     busy_timeout: Duration,
     readers: u32,
     rotation: bool,
+    grace: Duration,
     live: Option<RedisOptions>,
 }
 
@@ -246,6 +253,7 @@ impl Config {
         let busy_timeout = reader.duration("memory.busy_timeout");
         let readers = reader.within("memory.readers", 0..=64);
         let rotation = reader.get("memory.rotation");
+        let grace = reader.duration("memory.model_grace");
         let live = RedisOptions::read(reader, "memory.live");
         Some(Self {
             store: store?,
@@ -257,6 +265,7 @@ impl Config {
                 readers => readers,
             },
             rotation: rotation?,
+            grace: grace?,
             live: live?,
         })
     }
@@ -397,7 +406,12 @@ pub async fn build(config: Config, deps: Deps) -> Result<Service, Error> {
         changes: broadcast::Sender::new(app::RING),
         stop: deps.stop,
     });
-    let work = Background::new(Arc::clone(&app), deps.health.clone(), SERVICE);
+    // A file has one process.
+    let grace = match config.store {
+        Store::Sqlite(_) => Duration::ZERO,
+        Store::Postgres(..) => config.grace,
+    };
+    let work = Background::new(Arc::clone(&app), deps.health.clone(), SERVICE, grace);
     if let Some(why) = fresh {
         let count = work.rebuild(&app.serving()).await?;
         // A new installation has nothing to rebuild, and nobody to tell.
@@ -414,6 +428,7 @@ pub async fn build(config: Config, deps: Deps) -> Result<Service, Error> {
         Some(options) => Some(LiveWork::new(
             Arc::clone(&app),
             Arc::new(RedisLive::new(options)?),
+            app::log_of(&app.store.identity().await?),
             convert::told,
             deps.health.clone(),
             SERVICE,
@@ -508,6 +523,7 @@ pub async fn reconcile(
             index: index.as_ref(),
             model: &model,
             live: live.as_ref().map(|live| live as &dyn Live),
+            log: &app::log_of(&store.identity().await?),
             dry,
         };
         parts.reconcile(tell).await

@@ -9,8 +9,8 @@ pub struct Metrics {
     pub added: Counter<u64>,
     /// Searches that had to do without an arm.
     pub degraded: Counter<u64>,
-    /// Outbox events that the vector index has not applied.
-    pub index_lag: Gauge<u64>,
+    /// For how long the vector index has not had everything, in seconds.
+    pub index_lag: Gauge<f64>,
     /// Age of the oldest change that is not in the live streams, in seconds.
     pub live_lag: Gauge<f64>,
 }
@@ -26,13 +26,14 @@ impl Metrics {
                 "Searches without one of their arms.",
             ),
             index_lag: meter
-                .u64_gauge("aeterna_memory_index_lag_events")
-                .with_description("Outbox events that the vector index has not applied.")
+                .f64_gauge("aeterna_memory_index_lag_seconds")
+                .with_description("For how long the vector index has lacked something of the outbox; 0 when it has everything.")
                 .build(),
             live_lag: meter
                 .f64_gauge("aeterna_memory_live_lag_seconds")
                 .with_description(
-                    "Age of the oldest change that is not in the live streams; 0 on a copy that does not fill them.",
+                    "Age of the oldest change that is not in the live streams, or for how long their server has been away; 0 on a copy \
+                     that does not fill them.",
                 )
                 .build(),
         }

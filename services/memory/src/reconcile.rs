@@ -9,7 +9,7 @@ use std::time::Duration;
 use aeterna_error::{Error, Reason};
 use aeterna_storage::live::{Live, Page};
 
-use crate::app::{LOG, Model};
+use crate::app::Model;
 use crate::domain::{Key, Sequence};
 use crate::store::{Changes, Entry, IndexState, Relational, VectorIndex};
 
@@ -62,6 +62,8 @@ pub struct Parts<'a> {
     pub model: &'a Model,
     /// The live streams.
     pub live: Option<&'a dyn Live>,
+    /// What the log of the store is called there.
+    pub log: &'a str,
     /// Nothing is mended.
     pub dry: bool,
 }
@@ -160,7 +162,7 @@ impl Parts<'_> {
         for keys in suspects.chunks(PAGE) {
             // What is read after this is at least as new.
             let at = self.store.last_sequence().await?;
-            self.store.reach(at);
+            self.store.reach(at).await?;
             let (upserts, removals) = self.wrong(keys).await?;
             let count = (upserts.len() + removals.len()) as u64;
             found.unlike += upserts.len() as u64;
@@ -186,18 +188,18 @@ impl Parts<'_> {
         found: &mut Reconciled,
         tell: &mut impl FnMut(Step, &Reconciled),
     ) -> Result<(), Error> {
-        let Some(stands) = live.stands(LOG).await? else {
+        let Some(stands) = live.stands(self.log).await? else {
             return Ok(());
         };
-        self.store.reach(Sequence(stands));
+        self.store.reach(Sequence(stands)).await?;
         let mut untrue = 0;
         for tenant in self.store.tenants().await? {
             let name = tenant.to_string();
-            let Some(mut after) = live.since(LOG, &name).await? else {
+            let Some(mut after) = live.since(self.log, &name).await? else {
                 continue;
             };
             loop {
-                let page = match live.read(LOG, &name, after, ENTRIES).await? {
+                let page = match live.read(self.log, &name, after, ENTRIES).await? {
                     Page::Entries(page) => page,
                     // It was trimmed meanwhile, or forgotten.
                     Page::Gap => break,
@@ -235,7 +237,7 @@ impl Parts<'_> {
             if self.dry {
                 found.left += untrue;
             } else {
-                live.forget(LOG).await?;
+                live.forget(self.log).await?;
             }
         }
         Ok(())
@@ -264,6 +266,8 @@ mod tests {
     use crate::store::conformance;
     use crate::store::flat::{FlatIndex, Layout, Opened};
     use crate::store::sqlite::SqliteStore;
+
+    const LOG: &str = "log";
 
     async fn stream(store: &SqliteStore, spoil: bool) -> MemoryLive {
         let live = MemoryLive::default();
@@ -339,6 +343,7 @@ mod tests {
                 index: &index,
                 model: &model,
                 live: Some(live),
+                log: LOG,
                 dry,
             };
             let mut told = 0;

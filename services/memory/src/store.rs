@@ -392,8 +392,9 @@ pub trait Relational: Policies + Documents + Moving {
     /// The last place in the outbox.
     async fn last_sequence(&self) -> Result<Sequence, MemoryError>;
 
-    /// Every read that begins after this sees at least what is at or before that place in the outbox.
-    fn reach(&self, sequence: Sequence);
+    /// Waits until every read that begins after this sees at least what is at or before that place in the outbox, of which somebody
+    /// else has told. A place that is nowhere holds up nobody else.
+    async fn reach(&self, sequence: Sequence) -> Result<(), MemoryError>;
 
     /// The state of memories for the index; those that are gone or deleted are left out.
     async fn states(&self, model: &str, keys: &[Key]) -> Result<Vec<IndexState>, MemoryError>;

@@ -103,6 +103,8 @@ impl Node {
         if !state.alive {
             // The connection may be the reason.
             *self.probe.lock().await = None;
+            // One that starts anew may show less at first than it did before.
+            self.seen.store(0, Ordering::SeqCst);
         }
         self.state
             .send_if_modified(|before| std::mem::replace(before, state) != state);
@@ -211,11 +213,11 @@ impl Nodes {
     }
 
     /// How often this node was looked at and still was the primary; `None`: it is not.
-    pub(super) fn confirmed(&self, node: &Arc<Node>) -> Option<u64> {
+    pub(super) fn confirmed(&self, node: &Node) -> Option<u64> {
         let confirmed = self.confirmed.load(Ordering::SeqCst);
         let epoch = self.primary.borrow().clone();
         epoch
-            .is_some_and(|epoch| Arc::ptr_eq(&epoch.node, node))
+            .is_some_and(|epoch| std::ptr::eq(&*epoch.node, node))
             .then_some(confirmed)
     }
 
@@ -267,8 +269,14 @@ impl Nodes {
 
     /// Connections for writing; one that turns out to be read-only is none.
     fn writers(&self, node: &Node) -> PgPool {
-        // A time-out of statements would also end the wait for the synchronous standby, and report success.
-        let limits = [("lock_timeout", "5s"), ("idle_in_transaction_session_timeout", "30s")];
+        // A time-out of statements would also end the wait for the synchronous standby, and report success; and whatever the role
+        // or the database is set to, that wait is part of every commit.
+        let limits = [
+            ("lock_timeout", "5s"),
+            ("idle_in_transaction_session_timeout", "30s"),
+            ("statement_timeout", "0"),
+            ("synchronous_commit", "on"),
+        ];
         pool(&self.options)
             .after_connect(|connection, _| {
                 Box::pin(async move {

@@ -56,9 +56,13 @@ impl Session {
     /// Ends it without having written anything.
     ///
     /// # Errors
-    /// When the connection is lost.
+    /// When the connection is lost, or its node does not answer.
     pub async fn finish(mut self) -> Result<(), StorageError> {
-        sqlx::raw_sql("ROLLBACK").execute(&mut *self.connection).await?;
+        let ended = sqlx::raw_sql("ROLLBACK").execute(&mut *self.connection);
+        match tokio::time::timeout(super::CONNECT, ended).await {
+            Ok(ended) => ended?,
+            Err(_) => return Err(StorageError::Unavailable("the node does not answer".into())),
+        };
         self.ended = true;
         Ok(())
     }

@@ -5,6 +5,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
+use aeterna_rpc::RequestContext;
+use aeterna_types::TenantId;
 use futures::future::join_all;
 
 use super::{App, CacheKey, Digest};
@@ -43,16 +45,22 @@ pub struct Batch {
 }
 
 impl App {
-    /// Embeds texts; the same text asked for by several callers at once is embedded once.
+    /// Embeds texts; the same text asked for by several callers of a tenant at once is embedded once.
     ///
     /// # Errors
     /// When the model is unknown or fails.
-    pub async fn embed(&self, texts: Vec<String>, wanted: Wanted) -> Result<Batch, EmbeddingError> {
+    pub async fn embed(
+        &self,
+        context: &RequestContext,
+        texts: Vec<String>,
+        wanted: Wanted,
+    ) -> Result<Batch, EmbeddingError> {
         let index = self.model(&wanted.model)?;
         let info = self.models[index].info();
         let dimension = wanted.size.map_or(info.dimension, |size| size.min(info.dimension));
         let mut answers = Vec::with_capacity(texts.len());
-        let digests: Vec<Digest> = texts.iter().map(|text| blake3::hash(text.as_bytes()).into()).collect();
+        let tenant = &context.principal().tenant;
+        let digests: Vec<Digest> = texts.iter().map(|text| digest(tenant, text)).collect();
         self.fetch(index, wanted.kind, &digests).await;
         let (alone, began) = (texts.len() == 1, Instant::now());
         let waiting: Vec<_> = texts
@@ -138,11 +146,19 @@ impl App {
     }
 }
 
+/// Each tenant has digests of its own: what is answered from a cache tells nobody what another tenant has embedded.
+fn digest(tenant: &TenantId, text: &str) -> Digest {
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(tenant.as_str().as_bytes()).update(&[0]);
+    hasher.update(text.as_bytes()).finalize().into()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::metrics::Metrics;
     use crate::store::{Model, ModelInfo};
+    use aeterna_rpc::Credentials;
     use std::sync::atomic::AtomicUsize;
 
     struct Counting(ModelInfo, AtomicUsize);
@@ -191,26 +207,52 @@ mod tests {
         }
     }
 
+    fn context(tenant: &str) -> RequestContext {
+        RequestContext::background(tenant.parse().unwrap(), &Credentials::default())
+    }
+
+    #[tokio::test]
+    async fn no_tenant_is_told_what_another_one_has_embedded() {
+        let (app, model) = app();
+        for tenant in ["one", "two"] {
+            let batch = app
+                .embed(&context(tenant), vec!["a".into()], wanted(None))
+                .await
+                .unwrap();
+            assert_eq!((batch.cached, batch.tokens), (0, 3));
+        }
+        assert_eq!(model.1.load(Ordering::SeqCst), 2);
+    }
+
     #[tokio::test]
     async fn the_same_text_is_embedded_once_however_often_it_is_asked_for() {
         let (app, model) = app();
         let batch = app
-            .embed(vec!["a".into(), "a".into(), "b".into()], wanted(None))
+            .embed(&context("one"), vec!["a".into(), "a".into(), "b".into()], wanted(None))
             .await
             .unwrap();
         assert_eq!((batch.vectors.len(), batch.cached, batch.tokens), (3, 1, 6));
-        let again = app.embed(vec!["b".into()], wanted(None)).await.unwrap();
+        let again = app
+            .embed(&context("one"), vec!["b".into()], wanted(None))
+            .await
+            .unwrap();
         assert_eq!((again.cached, model.1.load(Ordering::SeqCst)), (1, 2));
     }
 
     #[tokio::test]
     async fn sizes_are_clipped_renormalised_and_said_to_be_untrained() {
         let (app, _) = app();
-        let small = app.embed(vec!["a".into()], wanted(Some(256))).await.unwrap();
+        let small = app
+            .embed(&context("one"), vec!["a".into()], wanted(Some(256)))
+            .await
+            .unwrap();
         let norm: f32 = small.vectors[0].iter().map(|x| x * x).sum();
         assert_eq!((small.dimension, small.untrained_truncation), (256, true));
         assert!((norm - 1.0).abs() < 1e-5);
-        let large = app.embed(vec!["a".into()], wanted(Some(1536))).await.unwrap();
+        let large = app
+            .embed(&context("one"), vec!["a".into()], wanted(Some(1536)))
+            .await
+            .unwrap();
         assert_eq!((large.dimension, large.untrained_truncation), (384, false));
     }
 }

@@ -5,7 +5,7 @@ use aeterna_rpc::RequestContext;
 use aeterna_types::{MemoryId, Scope, Timestamp};
 
 use super::App;
-use crate::domain::{Memory, View};
+use crate::domain::{Memory, Sequence, View};
 use crate::error::MemoryError;
 use crate::store::Stored;
 
@@ -33,6 +33,8 @@ pub struct GetQuery {
     pub show_deleted: bool,
     /// As it was then; `None`: as it is.
     pub as_of: Option<Timestamp>,
+    /// Not as it was before this change.
+    pub after: Sequence,
 }
 
 impl App {
@@ -42,6 +44,7 @@ impl App {
     /// NOT_FOUND when there is none, whatever the reason.
     pub async fn get(&self, context: &RequestContext, query: GetQuery) -> Result<Memory, Error> {
         let view = view(context, query.scope.as_ref())?;
+        self.store.reach(query.after).await?;
         let memory = self.find(context, query.id, &view).await?.memory;
         let tenant = &context.principal().tenant;
         let (memory, at) = match query.as_of {

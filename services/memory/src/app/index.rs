@@ -46,6 +46,8 @@ pub struct Background {
     app: Arc<App>,
     health: Health,
     service: &'static str,
+    /// How long other copies may go on answering by a model that this one has left.
+    grace: Duration,
     pending: Arc<Pending>,
 }
 
@@ -61,6 +63,8 @@ struct Pending {
     ready: Mutex<Option<Serving>>,
     /// Why the index that serves can't follow.
     behind: Mutex<Option<String>>,
+    /// When it had everything last.
+    followed: Mutex<Instant>,
     /// There may be files of an index that serves no longer.
     unsettled: AtomicBool,
 }
@@ -75,20 +79,23 @@ impl App {
 }
 
 impl Background {
-    /// For an app, whose state it reports as that of a service.
-    pub fn new(app: Arc<App>, health: Health, service: &'static str) -> Self {
+    /// For an app, whose state it reports as that of a service. What a model before has left stays for the `grace` that other
+    /// copies have to leave it as well.
+    pub fn new(app: Arc<App>, health: Health, service: &'static str, grace: Duration) -> Self {
         let pending = Arc::new(Pending {
             from: AtomicI64::new(0),
             some: Notify::new(),
             switch: AtomicBool::new(false),
             ready: Mutex::new(None),
             behind: Mutex::new(None),
+            followed: Mutex::new(Instant::now()),
             unsettled: AtomicBool::new(true),
         });
         Self {
             app,
             health,
             service,
+            grace,
             pending,
         }
     }
@@ -211,6 +218,9 @@ impl Background {
                 Err(error) => Err(error),
             };
             let failed = followed.is_err();
+            if !failed {
+                *lock(&self.pending.followed) = Instant::now();
+            }
             // It is said once, and readiness goes on saying it.
             if app.index_away.swap(failed, Ordering::SeqCst) != failed {
                 match &followed {
@@ -261,6 +271,10 @@ impl Background {
                 None => Dependency::Up,
             };
             self.report("index", state).await;
+            // It is looked at once a pause at least.
+            let lag = lock(&self.pending.followed).elapsed();
+            let lag = if lag > 2 * PAUSE { lag.as_secs_f64() } else { 0.0 };
+            self.app.metrics.index_lag.record(lag, &[]);
             tokio::select! {
                 () = stop.cancelled() => {}
                 () = tokio::time::sleep(PAUSE) => {}
@@ -304,12 +318,7 @@ impl Background {
         if let Some(watermark) = serving.index.watermark() {
             indexed(watermark);
         }
-        self.apply_new(serving, indexed).await?;
-        let end = app.store.last_sequence().await?;
-        let watermark = serving.index.watermark().unwrap_or_default();
-        let lag = u64::try_from(end.0 - watermark.0).unwrap_or(0);
-        app.metrics.index_lag.record(lag, &[]);
-        Ok(())
+        self.apply_new(serving, indexed).await
     }
 
     /// Applies what is new in the outbox to an index, and tells how far it is.
@@ -428,7 +437,9 @@ impl Background {
         let app = &self.app;
         let next = &app.wanted;
         if next.identity == app.serving().model.identity {
-            if let Err(error) = self.tidy().await {
+            if self.is_over(stop).await
+                && let Err(error) = self.tidy().await
+            {
                 tracing::warn!(error = %error.chain(), "vectors of models before can't be removed");
             }
             return;
@@ -492,8 +503,18 @@ impl Background {
                 () = tokio::time::sleep(PAUSE / 10) => {}
             }
         }
-        if let Err(error) = app.forget_model(&before.model.identity).await {
+        if self.is_over(stop).await
+            && let Err(error) = app.forget_model(&before.model.identity).await
+        {
             tracing::warn!(error = %error.chain(), "vectors of the model before are removed at the next start");
+        }
+    }
+
+    /// Waits until no other copy answers by a model before any more; false when it is told to stop meanwhile.
+    async fn is_over(&self, stop: &CancellationToken) -> bool {
+        tokio::select! {
+            () = stop.cancelled() => false,
+            () = tokio::time::sleep(self.grace) => true,
         }
     }
 

@@ -26,6 +26,19 @@ pub struct DocumentQuery {
     pub show_deleted: bool,
 }
 
+/// One document.
+#[derive(Clone, Debug)]
+pub struct OneDocument {
+    /// Where it lives.
+    pub scope: Scope,
+    /// Its path.
+    pub path: String,
+    /// Which version; `None`: the newest.
+    pub version: Option<i64>,
+    /// Not as it was before this change.
+    pub after: Sequence,
+}
+
 /// How two versions differ.
 #[derive(Clone, Debug)]
 pub struct Diff {
@@ -78,18 +91,19 @@ impl App {
     ///
     /// # Errors
     /// NOT_FOUND when there is none, or the newest one is deleted and no version was asked for.
-    pub async fn document(
-        &self,
-        context: &RequestContext,
-        scope: &Scope,
-        path: &str,
-        version: Option<i64>,
-    ) -> Result<Document, Error> {
-        self.sees(context, scope)?;
+    pub async fn document(&self, context: &RequestContext, wanted: OneDocument) -> Result<Document, Error> {
+        let OneDocument {
+            scope,
+            path,
+            version,
+            after,
+        } = wanted;
+        self.sees(context, &scope)?;
+        self.store.reach(after).await?;
         let tenant = &context.principal().tenant;
-        let found = self.store.document(tenant, scope, path, version).await?;
+        let found = self.store.document(tenant, &scope, &path, version).await?;
         let shown = found.filter(|document| version.is_some() || document.deleted_at.is_none());
-        shown.ok_or_else(|| MemoryError::NoDocument(path.to_owned()).into())
+        shown.ok_or_else(|| MemoryError::NoDocument(path).into())
     }
 
     /// A page of the documents that the caller sees, by path.
@@ -155,8 +169,14 @@ impl App {
         from: i64,
         to: Option<i64>,
     ) -> Result<Diff, Error> {
-        let older = self.document(context, scope, path, Some(from)).await?;
-        let newer = self.document(context, scope, path, to).await?;
+        let one = |version| OneDocument {
+            scope: scope.clone(),
+            path: path.to_owned(),
+            version,
+            after: Sequence::default(),
+        };
+        let older = self.document(context, one(Some(from))).await?;
+        let newer = self.document(context, one(to)).await?;
         let compared = tokio::task::spawn_blocking(move || diff(&older, &newer)).await;
         compared.map_err(Error::internal)
     }

@@ -6,7 +6,7 @@ use aeterna_types::{Layer, MemoryId, Scope, Timestamp};
 
 use super::App;
 use super::get::view;
-use crate::domain::Memory;
+use crate::domain::{Memory, Sequence};
 use crate::filter::Filter;
 use crate::store::Listing;
 
@@ -27,6 +27,8 @@ pub struct ListQuery {
     pub show_deleted: bool,
     /// As it was then; `None`: as it is.
     pub as_of: Option<Timestamp>,
+    /// Not as it was before this change.
+    pub after: Sequence,
 }
 
 /// A page and where the next one begins.
@@ -45,6 +47,7 @@ impl App {
     /// SCOPE_DENIED, or when the store fails.
     pub async fn list(&self, context: &RequestContext, query: ListQuery) -> Result<Page, Error> {
         let view = view(context, query.scope.as_ref())?;
+        self.store.reach(query.after).await?;
         let scopes = self
             .store
             .visible(&context.principal().tenant, &view, &query.layers)

@@ -6,7 +6,7 @@
 //! and other copies notice a change when they look by themselves.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use aeterna_error::Error;
 use aeterna_rpc::{Dependency, Health};
@@ -18,8 +18,12 @@ use super::App;
 use crate::domain::{Change, Sequence};
 use crate::store::Relational;
 
-/// The log, its lease, and the channel on which copies are woken.
-pub const LOG: &str = "memory";
+/// What the log of a relational store is called, and its lease, and the channel on which copies are woken: several stores may
+/// share a server.
+pub fn log_of(store: &str) -> String {
+    format!("memory:{store}")
+}
+
 /// How long a copy that does not answer keeps the lease.
 const TERM: Duration = Duration::from_secs(3);
 /// How often the lease is renewed, and what failed is tried again.
@@ -28,13 +32,16 @@ const PAUSE: Duration = Duration::from_secs(1);
 const BETWEEN: Duration = Duration::from_millis(5);
 /// Changes appended at a time.
 const PAGE: usize = 256;
-/// Entries that the stream of a tenant keeps.
-const KEEP: usize = 10_000;
+/// Entries that the stream of a tenant keeps. Whoever is further behind reads the store.
+const KEEP: usize = 1_000;
+/// How many pauses a node of the store may know less than the streams.
+const LAGS: u32 = 10;
 
 /// Appends what is new in the outbox to the live streams.
 pub(crate) struct Relay {
     store: Arc<dyn Relational>,
     live: Arc<dyn Live>,
+    log: String,
     /// Names this copy.
     me: String,
     encode: fn(&Change) -> Vec<u8>,
@@ -42,21 +49,36 @@ pub(crate) struct Relay {
     position: Option<Sequence>,
     /// When the oldest change was committed that it knows of and has not appended.
     oldest: Option<Timestamp>,
+    /// How often in a row the streams were ahead of the store.
+    ahead: u32,
 }
 
 impl Relay {
     /// One step: true when there may be more, false when everything was relayed or somebody else holds the lease.
     async fn step(&mut self) -> Result<bool, Error> {
-        if !self.live.hold(LOG, &self.me, TERM).await? {
+        if !self.live.hold(&self.log, &self.me, TERM).await? {
             (self.position, self.oldest) = (None, None);
             return Ok(false);
         }
         let from = match self.position {
             Some(position) => position,
-            None => Sequence(self.live.begin(LOG, self.store.last_sequence().await?.0).await?),
+            None => Sequence(self.live.begin(&self.log, self.store.last_sequence().await?.0).await?),
         };
         // Whatever the streams stand at was committed; the node that is read must know it, too.
-        self.store.reach(from);
+        self.store.reach(from).await?;
+        if self.position.is_none() && self.store.last_sequence().await? < from {
+            self.ahead += 1;
+            if self.ahead <= LAGS {
+                return Ok(false);
+            }
+            tracing::warn!(
+                "the live streams are ahead of the store, which was put back to an earlier time; they begin anew"
+            );
+            self.live.forget(&self.log).await?;
+            self.ahead = 0;
+            return Ok(true);
+        }
+        self.ahead = 0;
         let page = self.store.changes(None, from, PAGE).await?;
         self.oldest = page.first().map(|change| change.committed_at);
         let to = page.last().map_or(from, |change| change.sequence);
@@ -67,7 +89,7 @@ impl Relay {
         };
         // Without changes, too: a failover may have forgotten what was appended before.
         let batch = Batch {
-            log: LOG,
+            log: &self.log,
             holder: &self.me,
             from: from.0,
             to: to.0,
@@ -93,6 +115,7 @@ impl Relay {
 pub struct LiveWork {
     app: Arc<App>,
     live: Arc<dyn Live>,
+    log: String,
     me: String,
     encode: fn(&Change) -> Vec<u8>,
     health: Health,
@@ -100,10 +123,11 @@ pub struct LiveWork {
 }
 
 impl LiveWork {
-    /// For an app; `encode` says what an entry is in the contract.
+    /// For an app; `log` is what its log is called, and `encode` says what an entry is in the contract.
     pub fn new(
         app: Arc<App>,
         live: Arc<dyn Live>,
+        log: String,
         encode: fn(&Change) -> Vec<u8>,
         health: Health,
         service: &'static str,
@@ -111,6 +135,7 @@ impl LiveWork {
         Self {
             app,
             live,
+            log,
             me: uuid::Uuid::now_v7().to_string(),
             encode,
             health,
@@ -127,16 +152,24 @@ impl LiveWork {
         let mut relay = Relay {
             store: Arc::clone(&self.app.store),
             live: Arc::clone(&self.live),
+            log: self.log.clone(),
             me: self.me.clone(),
             encode: self.encode,
             position: None,
             oldest: None,
+            ahead: 0,
         };
         let mut committed = self.app.committed.subscribe();
+        let mut well = Instant::now();
         while !stop.is_cancelled() {
             let stepped = relay.step().await;
             let now = self.app.clock.now();
-            let lag = relay.oldest.map_or(0.0, |oldest| now.seconds_since(oldest).max(0.0));
+            let mut lag = relay.oldest.map_or(0.0, |oldest| now.seconds_since(oldest).max(0.0));
+            match &stepped {
+                Ok(_) => well = Instant::now(),
+                // Nobody knows what is missing while the server is away.
+                Err(_) => lag = lag.max(well.elapsed().as_secs_f64()),
+            }
             self.app.metrics.live_lag.record(lag, &[]);
             self.report(&stepped).await;
             let pause = match stepped {
@@ -152,7 +185,7 @@ impl LiveWork {
             }
         }
         // The next copy need not wait for the end of the term.
-        if let Err(error) = self.live.release(LOG, &self.me).await {
+        if let Err(error) = self.live.release(&self.log, &self.me).await {
             tracing::debug!(%error, "the lease ends by itself");
         }
     }
@@ -172,7 +205,7 @@ impl LiveWork {
                 () = stop.cancelled() => return,
                 () = self.app.committed.told() => {}
             }
-            if let Err(error) = self.live.publish(LOG, &self.me).await {
+            if let Err(error) = self.live.publish(&self.log, &self.me).await {
                 tracing::debug!(%error, "the other copies can't be woken");
             }
             tokio::time::sleep(BETWEEN).await;
@@ -183,7 +216,7 @@ impl LiveWork {
     async fn hear(&self, stop: &CancellationToken) {
         let hear = async {
             loop {
-                match self.live.listen(LOG).await {
+                match self.live.listen(&self.log).await {
                     Ok(mut ear) => {
                         // Something may have been said before.
                         self.app.committed.somewhere();
@@ -218,6 +251,8 @@ mod tests {
     use super::*;
     use crate::store::conformance;
     use crate::store::sqlite::SqliteStore;
+
+    const LOG: &str = "log";
 
     /// What happens to a call.
     #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -360,10 +395,12 @@ mod tests {
         Relay {
             store: Arc::new(store.clone()),
             live: Arc::clone(live) as Arc<dyn Live>,
+            log: LOG.into(),
             me: me.into(),
             encode,
             position: None,
             oldest: None,
+            ahead: 0,
         }
     }
 

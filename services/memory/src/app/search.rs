@@ -137,6 +137,7 @@ impl App {
     pub async fn search(&self, context: &RequestContext, query: SearchQuery) -> Result<Found, Error> {
         let started = Instant::now();
         let tenant = &context.principal().tenant;
+        self.store.reach(query.after).await?;
         let sight = Sight {
             tenant: tenant.clone(),
             view: view(context, query.scope.as_ref())?,

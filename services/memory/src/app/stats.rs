@@ -8,6 +8,9 @@ use super::App;
 use super::get::view;
 use crate::store::Counts;
 
+/// Changes that are counted which the index does not have.
+const MISSING: usize = 1_000;
+
 /// What a caller sees, counted.
 #[derive(Clone, Debug)]
 pub struct Stats {
@@ -40,12 +43,15 @@ impl App {
             let left = self.store.counts(tenant, &next.identity, &scopes, now).await?.pending;
             reembedding = Some((next.name.clone(), left));
         }
-        let end = self.store.last_sequence().await?;
+        let missing = self
+            .store
+            .events(serving.index.watermark().unwrap_or_default(), MISSING)
+            .await?;
         Ok(Stats {
             counts,
             model: serving.model.name.clone(),
             reembedding,
-            index_lag: (end.0 - serving.index.watermark().unwrap_or_default().0).max(0),
+            index_lag: missing.len() as i64,
             index_bytes: serving.index.bytes(),
         })
     }

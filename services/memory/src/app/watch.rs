@@ -80,6 +80,7 @@ impl App {
         let view = view(context, query.scope.as_ref())?;
         // Before the end is read, so that nothing falls between the two.
         let live = self.changes.subscribe();
+        self.store.reach(query.after.unwrap_or_default()).await?;
         let end = self.store.last_sequence().await?;
         let position = query.after.unwrap_or(end);
         if position > end {

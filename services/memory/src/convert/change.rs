@@ -191,9 +191,28 @@ pub fn watch_request(request: wire::WatchRequest) -> Result<WatchQuery, Error> {
     })
 }
 
-/// A change as the live streams have it: an event of Watch.
+/// A change as the live streams have it: an event of Watch with names only. What it says, the store tells to whoever may see it,
+/// for as long as it is there; a stream would go on saying what was purged.
 pub fn told(change: &Change) -> Vec<u8> {
-    news(News::Change(Arc::new(change.clone()))).encode_to_vec()
+    let mut told = news(News::Change(Arc::new(change.clone())));
+    told.memory = told.memory.map(|memory| wire::Memory {
+        id: memory.id,
+        scope: memory.scope,
+        layer: memory.layer,
+        version: memory.version,
+        ..Default::default()
+    });
+    told.document = told.document.map(|document| wire::Document {
+        scope: document.scope,
+        path: document.path,
+        version: document.version,
+        ..Default::default()
+    });
+    told.policy = told.policy.map(|policy| wire::Policy {
+        name: policy.name,
+        ..Default::default()
+    });
+    told.encode_to_vec()
 }
 
 /// One event of Watch.

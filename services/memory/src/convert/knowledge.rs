@@ -10,7 +10,7 @@ use super::{
     chars, check_token, consistency_token, cursor, cursor_text, idempotency, page_limit, scope, scope_message,
 };
 use super::{tags, value};
-use crate::app::{Diff, DocumentPage, DocumentQuery};
+use crate::app::{Diff, DocumentPage, DocumentQuery, OneDocument};
 use crate::domain::{Document, DocumentChange, Edit, Sequence, Text};
 
 const MAX_PATH: usize = 1024;
@@ -130,16 +130,20 @@ pub fn delete_document_request(mut request: wire::DeleteDocumentRequest) -> Resu
     }))
 }
 
-/// What GetDocument asks for: scope, path and version.
-pub fn get_document_request(request: wire::GetDocumentRequest) -> Result<(Scope, String, Option<i64>), Error> {
+/// What GetDocument asks for.
+pub fn get_document_request(request: wire::GetDocumentRequest) -> Result<OneDocument, Error> {
     let mut violations = Violations::default();
     let scope = place(&mut violations, "", request.scope);
     check_path(&mut violations, "path", &request.path);
     let version = version(&mut violations, "version", request.version, 0);
-    // Reads of the relational store see every acknowledged write.
-    check_token(&mut violations, &request.consistency_token);
+    let after = check_token(&mut violations, &request.consistency_token);
     violations.into_result()?;
-    Ok((scope, request.path, version))
+    Ok(OneDocument {
+        scope,
+        path: request.path,
+        version,
+        after,
+    })
 }
 
 /// What DiffDocument asks for: scope, path, and the two versions.

@@ -29,8 +29,8 @@ impl KnowledgeService for Knowledge {
 
     async fn get_document(&self, request: Request<wire::GetDocumentRequest>) -> Answer<wire::GetDocumentResponse> {
         let context = RequestContext::of(&request)?;
-        let (scope, path, version) = convert::get_document_request(request.into_inner())?;
-        let found = self.0.document(&context, &scope, &path, version).await?;
+        let wanted = convert::get_document_request(request.into_inner())?;
+        let found = self.0.document(&context, wanted).await?;
         Ok(Response::new(wire::GetDocumentResponse {
             document: Some(convert::document(found)),
         }))

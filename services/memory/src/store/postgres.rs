@@ -177,14 +177,21 @@ impl PostgresStore {
         }
         write::keep_ascending(&mut session).await?;
         let wanted = aeterna_text::VERSION.to_string();
-        if read::meta(&mut session, "analysis").await?.as_ref() != Some(&wanted) {
-            let mut after = 0;
-            while let Some(last) = lexical::analyse_some(&mut session, after).await? {
-                after = last;
-            }
-            read::put_meta(&mut session, "analysis", &wanted).await?;
-        }
+        let analysed = read::meta(&mut session, "analysis").await?.as_ref() == Some(&wanted);
         database.commit(session, 0).await?;
+        if analysed {
+            return Ok(());
+        }
+        // A page a transaction, so that writes go on meanwhile.
+        let mut after = Some(0);
+        while let Some(from) = after {
+            let mut session = database.write(&[("aeterna.tenant", SYSTEM)]).await?;
+            after = lexical::analyse_some(&mut session, from).await?;
+            if after.is_none() {
+                read::put_meta(&mut session, "analysis", &wanted).await?;
+            }
+            database.commit(session, 0).await?;
+        }
         Ok(())
     }
 
@@ -219,13 +226,18 @@ impl PostgresStore {
     }
 }
 
-/// What the role of the service may do.
+/// What the role of the service may do, and nobody else: some functions look over the wall between tenants.
 fn grants(user: &str) -> String {
     let role = format!("\"{}\"", user.replace('"', "\"\""));
     format!(
-        "DO $$ BEGIN EXECUTE format('GRANT USAGE ON SCHEMA %I TO {role}', current_schema()); \
+        "DO $$ DECLARE own record; BEGIN EXECUTE format('GRANT USAGE ON SCHEMA %I TO {role}', current_schema()); \
          EXECUTE format('GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA %I TO {role}', current_schema()); \
-         EXECUTE format('REVOKE INSERT, UPDATE, DELETE ON _sqlx_migrations FROM {role}'); END $$"
+         EXECUTE format('REVOKE INSERT, UPDATE, DELETE ON _sqlx_migrations FROM {role}'); \
+         FOR own IN SELECT oid::regprocedure AS name FROM pg_proc \
+             WHERE pronamespace = current_schema()::regnamespace AND proowner = current_user::regrole LOOP \
+             EXECUTE format('REVOKE EXECUTE ON FUNCTION %s FROM PUBLIC', own.name); \
+             EXECUTE format('GRANT EXECUTE ON FUNCTION %s TO {role}', own.name); \
+         END LOOP; END $$"
     )
 }
 
@@ -376,15 +388,30 @@ impl Relational for PostgresStore {
         limit: usize,
     ) -> Result<Vec<domain::Change>, MemoryError> {
         let whose = tenant.map_or(SYSTEM, TenantId::as_str);
-        let (changes, on_primary) = reading!(self, whose, session => async {
-            let on_primary = self.database.is_primary(session);
-            Ok((read::changes(session, tenant, after, limit).await?, on_primary))
-        })?;
-        // What is told can't be taken back. A standby shows nothing that it does not have.
-        if on_primary && !changes.is_empty() {
-            self.outlast(whose).await?;
+        let mut attempts = self.database.attempts(true);
+        loop {
+            let (changes, writable) = reading!(self, whose, session => async {
+                let writable = (!read::is_standby(session).await?).then(|| std::sync::Arc::clone(session.node()));
+                Ok((read::changes(session, tenant, after, limit).await?, writable))
+            })?;
+            // What is told can't be taken back. A standby shows nothing that it does not have.
+            let Some(last) = changes.last() else { return Ok(changes) };
+            let lasts = match writable {
+                None => true,
+                Some(node) => {
+                    self.outlast(whose).await?;
+                    // What another node has made last says nothing of what this one showed.
+                    self.database.leads(&node)
+                }
+            };
+            if lasts {
+                // Whoever was told of a change must not read what was before it.
+                self.database.reach(last.sequence.0);
+                return Ok(changes);
+            }
+            let deposed = StorageError::Unavailable("the node that was read is the primary no more".into());
+            attempts.again(deposed).await?;
         }
-        Ok(changes)
     }
 
     async fn last_sequence(&self) -> Result<Sequence, MemoryError> {
@@ -393,8 +420,8 @@ impl Relational for PostgresStore {
         Ok(last)
     }
 
-    fn reach(&self, sequence: Sequence) {
-        self.database.reach(sequence.0);
+    async fn reach(&self, sequence: Sequence) -> Result<(), MemoryError> {
+        Ok(self.database.reached(sequence.0).await?)
     }
 
     async fn states(&self, model: &str, keys: &[Key]) -> Result<Vec<IndexState>, MemoryError> {

@@ -41,6 +41,10 @@ const OLDEST: (u32, u32) = (1, 16);
 const BURIED: Duration = Duration::from_secs(3600);
 /// How often such points are looked for.
 const BURY: Duration = Duration::from_secs(60);
+/// Vectors that are counted whenever the index is looked after.
+const FEW: usize = 100_000;
+/// How often more of them are counted.
+const COUNTED: Duration = Duration::from_secs(60);
 
 /// The collections of one relational store in a cluster.
 #[derive(Debug)]
@@ -132,6 +136,8 @@ struct State {
     missed: bool,
     /// When points without a vector were looked for.
     buried: Option<Instant>,
+    /// When vectors were counted.
+    counted: Option<Instant>,
 }
 
 impl QdrantIndex {
@@ -178,12 +184,7 @@ impl QdrantIndex {
                 let collection = requests::collection(name, self.prefix, options);
                 let created = nodes.call(CREATE, async |node| node.create_collection(collection.clone()).await);
                 match created.await {
-                    Ok(_) => {
-                        tracing::info!(collection = name, "made a collection");
-                        let hasty = requests::hasty(name);
-                        self.ask(WRITE, async |node| node.update_collection(hasty.clone()).await)
-                            .await?;
-                    }
+                    Ok(_) => tracing::info!(collection = name, "made a collection"),
                     Err(Failed::Exists) => {}
                     // Another copy was faster, says a server that calls it an invalid argument; or it is refused, and missing.
                     Err(failed) => {
@@ -196,6 +197,9 @@ impl QdrantIndex {
             }
             Err(failed) => return Err(failed.into()),
         }
+        let hasty = requests::hasty(name);
+        self.ask(WRITE, async |node| node.update_collection(hasty.clone()).await)
+            .await?;
         for field in requests::fields(name) {
             self.ask(CREATE, async |node| node.create_field_index(field.clone()).await)
                 .await?;
@@ -328,10 +332,15 @@ impl QdrantIndex {
     /// Counts the vectors, and forgets what lost its vector long ago.
     async fn tidy(&self) -> Result<(), StorageError> {
         let name = self.name.as_str();
-        let counted = self.ask(WRITE, async |node| node.count(requests::count(name)).await);
-        let counted = counted.await?;
-        self.count
-            .store(counted.result.map_or(0, |result| result.count), Ordering::Relaxed);
+        // Every node reads all of its points for it, which only takes long where there are many.
+        let seldom = self.len() > FEW && self.state().counted.is_some_and(|at| at.elapsed() < COUNTED);
+        if !seldom {
+            let counted = self.ask(WRITE, async |node| node.count(requests::count(name)).await);
+            let counted = counted.await?;
+            self.count
+                .store(counted.result.map_or(0, |result| result.count), Ordering::Relaxed);
+            self.state().counted = Some(Instant::now());
+        }
         if self.state().buried.is_some_and(|at| at.elapsed() < BURY) {
             return Ok(());
         }

@@ -291,7 +291,9 @@ impl Relational for SqliteStore {
     }
 
     /// A read sees the last committed state.
-    fn reach(&self, _: Sequence) {}
+    async fn reach(&self, _: Sequence) -> Result<(), MemoryError> {
+        Ok(())
+    }
 
     async fn states(&self, model: &str, keys: &[Key]) -> Result<Vec<IndexState>, MemoryError> {
         let (model, keys) = (model.to_owned(), keys.to_vec());

@@ -42,6 +42,10 @@ async fn the_wall_stands_in_the_database_too() {
     assert_eq!(counted("SELECT"), "0", "a session that names no tenant sees nothing");
     assert_eq!(counted("SET aeterna.tenant = 'another'"), "0");
     assert_eq!(counted("SET aeterna.tenant = '*'"), "1");
+    // Functions that look over it are the service's alone.
+    let others = "SELECT count(*) FROM pg_proc WHERE prosecdef AND has_function_privilege('stranger', oid, 'EXECUTE')";
+    server.sql("aeterna", "CREATE ROLE stranger");
+    assert_eq!(server.sql("aeterna", others), "0");
     let goes_round = PostgresStore::open(&owner, None).await.unwrap_err();
     assert!(Error::from(goes_round).to_string().contains("row-level security"));
     server.sql(
@@ -85,7 +89,7 @@ async fn a_commit_whose_wait_for_the_standby_was_cancelled_is_not_called_done() 
     );
     assert_eq!(said(&store).await, ["in doubt"]);
     let (watched, repeated) = tokio::join!(store.changes(None, Sequence::default(), 10), say(&store, "in doubt"));
-    for outcome in [watched.map(|_| ()), repeated] {
+    for outcome in [watched.map(|_| ()), repeated.map(|_| ())] {
         assert!(
             matches!(outcome, Err(MemoryError::Store(StorageError::Unknown(_)))),
             "{outcome:?}"
@@ -107,10 +111,15 @@ async fn cancelled_again(server: &PostgresServer, cancel: &str) {
     }
 }
 
-/// A client's write, which is safe to repeat.
-async fn say(store: &PostgresStore, text: &str) -> Result<(), MemoryError> {
+/// A client's write, which is safe to repeat; its place.
+async fn say(store: &PostgresStore, text: &str) -> Result<Sequence, MemoryError> {
     let writer = ledger::system("many", Timestamp::default())?;
-    let item = Addition {
+    let written = store.add(&writer, vec![addition(text)]).await?.pop().unwrap()?;
+    Ok(written.sequence)
+}
+
+fn addition(text: &str) -> Addition {
+    Addition {
         scope: Scope::default().with(Layer::User, "ann").unwrap(),
         body: conformance::body(text),
         vector: None,
@@ -119,8 +128,7 @@ async fn say(store: &PostgresStore, text: &str) -> Result<(), MemoryError> {
             request_id: text.replace(' ', "-").parse().unwrap(),
             digest: [0; 32],
         }),
-    };
-    store.add(&writer, vec![item]).await.map(|_| ())
+    }
 }
 
 /// All that was said.
@@ -224,6 +232,60 @@ async fn places_go_on_ascending_in_a_younger_cluster() {
         "in the order in which they were written: {events:?}"
     );
     after.close().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_copy_that_starts_hides_nothing_that_is_being_written() {
+    let server = PostgresServer::start(&["fsync=off"]);
+    let first = store(&server).await;
+    let (mut session, mut places) = first.begin("many").await.unwrap();
+    for number in 0..5 {
+        say(&first, &format!("fast {number}")).await.unwrap();
+    }
+    let second = store(&server).await;
+    say(&second, "after the start").await.unwrap();
+    assert!(second.events(Sequence::default(), 10).await.unwrap().is_empty());
+    let writer = ledger::system("many", Timestamp::default()).unwrap();
+    let mut ledger = PostgresLedger::new(&mut session, &writer, &mut places);
+    ledger::add(&mut ledger, vec![addition("slow")]).await.unwrap();
+    first.database.commit(session, places.last()).await.unwrap();
+    assert_eq!(second.events(Sequence::default(), 10).await.unwrap().len(), 7);
+    first.close().await;
+    second.close().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_another_copy_acknowledged_is_waited_for_and_what_nobody_did_holds_up_nobody() {
+    let primary = PostgresServer::start(&["fsync=off"]);
+    let writer = store(&primary).await;
+    let standby = primary.standby(&["fsync=off", "recovery_min_apply_delay=300ms"]);
+    let hosts = format!(
+        "//service@127.0.0.1:{},127.0.0.1:{}/aeterna",
+        primary.port, standby.port
+    );
+    let mut options = PostgresOptions::parse(&hosts, None).unwrap();
+    options.spread = true;
+    let reader = PostgresStore::open(&options, None).await.unwrap();
+    for number in 0..20 {
+        let token = say(&writer, &format!("number {number}")).await.unwrap();
+        reader.reach(token).await.unwrap();
+        assert_eq!(said(&reader).await.len(), number + 1);
+    }
+    // Tokens of another store, or made up: their callers are answered, and so is everybody else meanwhile.
+    let made_up = async {
+        for number in 0..8 {
+            reader.reach(Sequence(i64::MAX - number)).await.unwrap();
+        }
+    };
+    let read = async {
+        for _ in 0..200 {
+            assert_eq!(said(&reader).await.len(), 20);
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    tokio::join!(made_up, read);
+    writer.close().await;
+    reader.close().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -553,7 +553,7 @@ pub async fn forget_some(connection: &mut PgConnection, identity: &str) -> Resul
     const SOME: i64 = 5_000;
     let gone = sqlx::query(
         "DELETE FROM vectors v USING (SELECT v.model, v.memory FROM vectors v JOIN models k ON k.key = v.model \
-         WHERE k.identity = $1 LIMIT $2) some WHERE v.model = some.model AND v.memory = some.memory",
+         WHERE k.identity = $1 LIMIT $2) part WHERE v.model = part.model AND v.memory = part.memory",
     )
     .bind(identity)
     .bind(SOME)
@@ -633,8 +633,11 @@ pub async fn reap(
 /// Makes places in the outbox go on after those that are there, when the database was moved to a cluster that is younger than the
 /// one it comes from.
 pub async fn keep_ascending(connection: &mut PgConnection) -> Result<(), MemoryError> {
-    let query = "UPDATE meta SET value = (value::bigint + behind.by)::text FROM (SELECT max(sequence) - horizon() + (1 << 20) AS by \
-                 FROM outbox) behind WHERE name = 'base' AND behind.by > (1 << 20)";
+    // No place of this cluster is as large as that of the next transaction. (The horizon is of no use: what committed after a
+    // transaction that is still under way is above it.)
+    let query = "UPDATE meta SET value = (value::bigint + behind.by)::text FROM (SELECT max(sequence) - (SELECT value::bigint \
+                 FROM meta WHERE name = 'base') - (pg_snapshot_xmax(pg_current_snapshot())::text::bigint << 20) + (1 << 20) AS by \
+                 FROM outbox) behind WHERE name = 'base' AND behind.by >= (1 << 20)";
     let moved = sqlx::query(query).execute(connection).await.map_err(storage)?;
     if moved.rows_affected() > 0 {
         tracing::warn!(
