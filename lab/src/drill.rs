@@ -61,7 +61,8 @@ pub async fn run(lab: &Lab, drill: Drill, say: impl Fn(&str)) -> anyhow::Result<
     lab.served(WHOLE).await?;
     let name = drill.name();
     let load = Load::start(lab.channel()?, &format!("{name}-{:08x}", rand::random::<u32>())).await?;
-    tokio::time::sleep(CALM).await;
+    // At any moment of Patroni's rounds: how long a lease goes on depends on it.
+    tokio::time::sleep(CALM + lab.timings().round().mul_f64(rand::random())).await;
     say(&format!("{name}: under load, now it is broken …"));
     let fault = Mutex::new((load.history.now(), Instant::now()));
     let broken = || *fault.lock().unwrap_or_else(PoisonError::into_inner) = (load.history.now(), Instant::now());

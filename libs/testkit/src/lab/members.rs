@@ -3,6 +3,7 @@
 use std::fmt::Write as _;
 use std::path::Path;
 use std::process::Command;
+use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use clap::ValueEnum;
@@ -23,6 +24,14 @@ pub enum Timings {
 }
 
 impl Timings {
+    /// How often Patroni looks, and the leader renews its lease.
+    pub fn round(self) -> Duration {
+        match self {
+            Self::Specified => Duration::from_secs(10),
+            Self::Tuned => Duration::from_secs(5),
+        }
+    }
+
     fn sentinel(self) -> &'static str {
         match self {
             Self::Specified => include_str!("../../../../deploy/redis/sentinel-specified.conf"),
