@@ -39,6 +39,8 @@ struct Told {
     counter: Memory,
     count: u64,
     content: String,
+    /// The embedding service answered when it was added; else its vector comes later, and its writer knows.
+    embedded: bool,
     token: String,
 }
 
@@ -267,6 +269,7 @@ impl Caller {
             counter: added.memory.context("an Add answers with the memory")?,
             count: 0,
             content: String::new(),
+            embedded: false,
             token: added.consistency_token,
         })
     }
@@ -327,6 +330,7 @@ impl Caller {
             if let Ok(added) = added.await? {
                 told.token = added.consistency_token;
                 told.content = content;
+                told.embedded = added.memory.is_some_and(|memory| !memory.embedding_model.is_empty());
                 return Ok(());
             }
             self.again(&mut over).await?;
@@ -488,7 +492,7 @@ impl Caller {
             let subject = Subject {
                 kind,
                 key: &told.content,
-                floor: 1,
+                floor: u64::from(!near || told.embedded),
             };
             let mut client = self.client.clone();
             let call = client.search(timed(message));

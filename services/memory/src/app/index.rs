@@ -4,13 +4,15 @@
 
 mod learn;
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use aeterna_error::{Error, Reason};
 use aeterna_rpc::{Dependency, Health};
+use aeterna_types::TenantId;
+use futures::future::try_join_all;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
@@ -573,13 +575,34 @@ impl Background {
         Ok(())
     }
 
-    /// The vectors of memories' texts; a text that the model refuses has none, and does not keep the others from theirs.
+    /// The vectors of memories' texts, each made in the name of its tenant; all at once, so that the model can gather them.
     async fn embed_states(&self, model: &Model, states: &[IndexState]) -> Result<Vec<Option<Vec<f32>>>, Error> {
+        let mut tenants = HashMap::<&TenantId, Vec<usize>>::new();
+        for (place, state) in states.iter().enumerate() {
+            tenants.entry(&state.tenant).or_default().push(place);
+        }
+        let made = tenants.into_iter().map(async |(tenant, places)| {
+            let own: Vec<&IndexState> = places.iter().map(|place| &states[*place]).collect();
+            self.embed_own(model, tenant, &own).await.map(|made| (places, made))
+        });
+        let mut vectors = vec![None; states.len()];
+        for (places, made) in try_join_all(made).await? {
+            for (place, vector) in places.into_iter().zip(made) {
+                vectors[place] = vector;
+            }
+        }
+        Ok(vectors)
+    }
+
+    /// Those of one tenant; a text that the model refuses has none, and does not keep the others from theirs.
+    async fn embed_own(
+        &self,
+        model: &Model,
+        tenant: &TenantId,
+        states: &[&IndexState],
+    ) -> Result<Vec<Option<Vec<f32>>>, Error> {
         let app = &self.app;
-        let Some(tenant) = states.first().map(|state| state.tenant.clone()) else {
-            return Ok(Vec::new());
-        };
-        let context = app.background(tenant);
+        let context = app.background(tenant.clone());
         let texts = states.iter().map(|state| state.text.clone()).collect();
         match app.embed(&context, model, texts, false).await {
             Ok(vectors) => return Ok(vectors.into_iter().map(Some).collect()),
