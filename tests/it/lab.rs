@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use aeterna_lab::Drill;
 use aeterna_proto::memory::v1::memory_service_client::MemoryServiceClient;
-use aeterna_testkit::lab::{Extent, Lab, Replicas, Scratch, Setup, Timings, secrets};
+use aeterna_testkit::lab::{Extent, Lab, Scratch, Setup, secrets};
 use aeterna_testkit::{Program, built, cache};
 
 use crate::notes::item;
@@ -18,12 +18,7 @@ async fn no_acknowledged_write_is_lost_when_nodes_and_copies_are_killed() {
         ("memory".to_owned(), built("aeterna-memory")),
     ]);
     let place = Scratch::new();
-    let setup = Setup {
-        extent: Extent::All,
-        timings: Timings::Tuned,
-        replicas: Replicas::Usual,
-        programs,
-    };
+    let setup = Setup::of(Extent::All, programs);
     let lab = Lab::up(place.path(), setup, |step| eprintln!("{step}")).await.unwrap();
     // One that knows no node, but HAProxy.
     let (data, directory) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());

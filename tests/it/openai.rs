@@ -11,7 +11,7 @@ use aeterna_proto::embedding::v1::{BatchEmbedRequest, EmbedRequest};
 use aeterna_proto::memory::v1::memory_service_client::MemoryServiceClient;
 use aeterna_proto::memory::v1::{BatchAddRequest, SearchRequest, SearchResponse, StatsRequest};
 use aeterna_rpc::AnyChannel;
-use aeterna_testkit::lab::{Extent, Lab, Part, Replicas, Scratch, Setup, Timings, secrets};
+use aeterna_testkit::lab::{Extent, Lab, Part, Scratch, Setup, secrets};
 use aeterna_testkit::{Program, built, http, refusal};
 use axum::extract::State;
 use axum::http::{HeaderMap, StatusCode};
@@ -352,12 +352,7 @@ async fn ready(sandbox: &Sandbox) -> String {
 #[tokio::test(flavor = "multi_thread")]
 async fn copies_share_what_a_server_was_paid_for_and_do_without_it_when_redis_is_away() {
     let place = Scratch::new();
-    let setup = Setup {
-        extent: Extent::Redis,
-        timings: Timings::Tuned,
-        replicas: Replicas::Usual,
-        programs: BTreeMap::new(),
-    };
+    let setup = Setup::of(Extent::Redis, BTreeMap::new());
     let lab = Lab::up(place.path(), setup, |_| ()).await.unwrap();
     let (script, url, served) = serve().await;
     let redis = lab.live();

@@ -6,7 +6,7 @@ use std::time::Duration;
 use aeterna_proto::memory::v1::memory_service_client::MemoryServiceClient;
 use aeterna_proto::memory::v1::{SearchMode, SearchRequest};
 use aeterna_rpc::AnyChannel;
-use aeterna_testkit::lab::{Extent, Lab, Part, Replicas, Scratch, Setup, Timings, secrets};
+use aeterna_testkit::lab::{Extent, Lab, Part, Scratch, Setup, secrets};
 use aeterna_testkit::{PostgresServer, Program, built};
 
 use crate::notes::{item, user};
@@ -60,12 +60,7 @@ async fn both_indexes_find_the_same_and_a_cluster_may_go_and_come_back() {
     let Some(program) = std::env::var_os("QDRANT_BIN").filter(|path| !path.is_empty()) else {
         return;
     };
-    let setup = Setup {
-        extent: Extent::Qdrant,
-        timings: Timings::Tuned,
-        replicas: Replicas::Usual,
-        programs: BTreeMap::from([("qdrant".to_owned(), program.into())]),
-    };
+    let setup = Setup::of(Extent::Qdrant, BTreeMap::from([("qdrant".to_owned(), program.into())]));
     let place = Scratch::new();
     let lab = Lab::up(place.path(), setup, |_| ()).await.unwrap();
     let server = PostgresServer::start(&[]);

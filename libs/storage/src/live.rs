@@ -144,7 +144,7 @@ mod tests {
     use std::collections::BTreeMap;
     use std::time::Instant;
 
-    use aeterna_testkit::lab::{Extent, Lab, Part, Replicas, Scratch, Setup, Timings, secrets};
+    use aeterna_testkit::lab::{Extent, Lab, Part, Scratch, Setup, secrets};
 
     use super::*;
     use crate::{RedisCache, RedisOptions};
@@ -219,12 +219,7 @@ mod tests {
     #[tokio::test(flavor = "multi_thread")]
     async fn redis_conforms_and_follows_its_sentinels() {
         let place = Scratch::new();
-        let setup = Setup {
-            extent: Extent::Redis,
-            timings: Timings::Tuned,
-            replicas: Replicas::Usual,
-            programs: BTreeMap::new(),
-        };
+        let setup = Setup::of(Extent::Redis, BTreeMap::new());
         let lab = Lab::up(place.path(), setup, |_| ()).await.unwrap();
         let uri = lab.live();
         let (scheme, rest) = uri.split_once(':').unwrap();

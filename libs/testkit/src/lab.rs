@@ -86,6 +86,18 @@ pub struct Setup {
     pub programs: BTreeMap<String, PathBuf>,
 }
 
+impl Setup {
+    /// What a test needs, with short time-outs and the usual replicas.
+    pub fn of(extent: Extent, programs: BTreeMap<String, PathBuf>) -> Self {
+        Self {
+            extent,
+            timings: Timings::Tuned,
+            replicas: Replicas::Usual,
+            programs,
+        }
+    }
+}
+
 #[derive(Clone, Debug, Serialize, Deserialize)]
 struct Plan {
     #[serde(flatten)]

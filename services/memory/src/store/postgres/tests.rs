@@ -11,6 +11,12 @@ fn options(server: &PostgresServer) -> (PostgresOptions, PostgresOptions) {
     (service, owner)
 }
 
+/// The service's way to two nodes.
+fn both(one: &PostgresServer, other: &PostgresServer) -> PostgresOptions {
+    let hosts = format!("//service@127.0.0.1:{},127.0.0.1:{}/aeterna", one.port, other.port);
+    PostgresOptions::parse(&hosts, None).unwrap()
+}
+
 async fn store(server: &PostgresServer) -> PostgresStore {
     let (service, owner) = options(server);
     PostgresStore::open(&service, Some(&owner)).await.unwrap()
@@ -161,12 +167,7 @@ async fn a_killed_primary_takes_no_acknowledged_write_with_it() {
     let mut standby = primary.standby(&["fsync=off"]);
     primary.sql("postgres", "ALTER SYSTEM SET synchronous_standby_names = '*'");
     primary.sql("postgres", "SELECT pg_reload_conf()");
-    let hosts = format!(
-        "//service@127.0.0.1:{},127.0.0.1:{}/aeterna",
-        primary.port, standby.port
-    );
-    let options = PostgresOptions::parse(&hosts, None).unwrap();
-    let store = PostgresStore::open(&options, None).await.unwrap();
+    let store = PostgresStore::open(&both(&primary, &standby), None).await.unwrap();
     let stop = Arc::new(std::sync::atomic::AtomicBool::new(false));
     let writers: Vec<_> = (0..4)
         .map(|writer| {
@@ -259,11 +260,7 @@ async fn what_another_copy_acknowledged_is_waited_for_and_what_nobody_did_holds_
     let primary = PostgresServer::start(&["fsync=off"]);
     let writer = store(&primary).await;
     let standby = primary.standby(&["fsync=off", "recovery_min_apply_delay=300ms"]);
-    let hosts = format!(
-        "//service@127.0.0.1:{},127.0.0.1:{}/aeterna",
-        primary.port, standby.port
-    );
-    let mut options = PostgresOptions::parse(&hosts, None).unwrap();
+    let mut options = both(&primary, &standby);
     options.spread = true;
     let reader = PostgresStore::open(&options, None).await.unwrap();
     for number in 0..20 {
@@ -294,11 +291,7 @@ async fn reads_that_are_spread_see_what_was_acknowledged() {
     store(&primary).await.close().await;
     // It lags: a read there has to be found out and made elsewhere.
     let standby = primary.standby(&["fsync=off", "recovery_min_apply_delay=300ms"]);
-    let hosts = format!(
-        "//service@127.0.0.1:{},127.0.0.1:{}/aeterna",
-        primary.port, standby.port
-    );
-    let mut options = PostgresOptions::parse(&hosts, None).unwrap();
+    let mut options = both(&primary, &standby);
     options.spread = true;
     let store = PostgresStore::open(&options, None).await.unwrap();
     for number in 0..20 {
@@ -320,13 +313,7 @@ async fn what_a_primary_showed_at_its_end_is_not_waited_for_and_nothing_new_hide
     let mut primary = PostgresServer::start(&["fsync=off"]);
     store(&primary).await.close().await;
     let standby = primary.standby(&["fsync=off"]);
-    let hosts = format!(
-        "//service@127.0.0.1:{},127.0.0.1:{}/aeterna",
-        primary.port, standby.port
-    );
-    let store = PostgresStore::open(&PostgresOptions::parse(&hosts, None).unwrap(), None)
-        .await
-        .unwrap();
+    let store = PostgresStore::open(&both(&primary, &standby), None).await.unwrap();
     say(&store, "kept").await.unwrap();
     while standby.sql("aeterna", "SELECT count(*) FROM memories") == "0" {
         tokio::time::sleep(Duration::from_millis(20)).await;

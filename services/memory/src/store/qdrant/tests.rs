@@ -1,6 +1,6 @@
 use std::collections::{BTreeMap, HashSet};
 
-use aeterna_testkit::lab::{Extent, Lab, Part, Replicas, Scratch, Setup, Timings, secrets};
+use aeterna_testkit::lab::{Extent, Lab, Part, Scratch, Setup, secrets};
 
 use super::*;
 use crate::domain::ScopeKey;
@@ -16,12 +16,7 @@ async fn cluster() -> Option<(Arc<Cluster>, Option<(Lab, Scratch)>)> {
         return Some((of(&uri, set("QDRANT_KEY")), None));
     }
     let programs = BTreeMap::from([("qdrant".to_owned(), set("QDRANT_BIN")?.into())]);
-    let setup = Setup {
-        extent: Extent::Qdrant,
-        timings: Timings::Tuned,
-        replicas: Replicas::Usual,
-        programs,
-    };
+    let setup = Setup::of(Extent::Qdrant, programs);
     let place = Scratch::new();
     let lab = Lab::up(place.path(), setup, |_| ()).await.unwrap();
     let stranger = of(&lab.vectors(), None).index(MODEL, 128).tend().await;
