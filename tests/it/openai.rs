@@ -414,6 +414,11 @@ async fn copies_share_what_a_server_was_paid_for_and_do_without_it_when_redis_is
         "{seen}"
     );
 
+    let late = Sandbox::start(&flags).await;
+    let seen = ready(&late).await;
+    assert!(seen.contains("each copy has its vectors made by itself"), "{seen}");
+    late.stop().await;
+
     // And back by itself.
     for member in &members {
         lab.start(member).unwrap();

@@ -185,6 +185,12 @@ async fn a_copy_that_is_not_there_yet_goes_on_by_the_model_before() {
         )
     };
     assert_eq!(models().split(' ').count(), 2, "{}", models());
+    // One that is started with the model before once more takes nothing from the one that has taken over.
+    second.stop().await;
+    let second = copy("b", "", &["--memory.model_grace", "0s"]).await;
+    by(&second, "hash").await;
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert_eq!(models().split(' ').count(), 2, "{}", models());
     // When it is over, what the model before has left goes.
     first.stop().await;
     let first = copy("a", &dirs, &["--memory.model_grace", "0s"]).await;

@@ -45,6 +45,13 @@ impl std::fmt::Debug for Health {
     }
 }
 
+impl Default for Health {
+    /// That of a process which nobody asks for it.
+    fn default() -> Self {
+        Self::new(HealthReporter::new())
+    }
+}
+
 impl Health {
     pub(crate) fn new(reporter: HealthReporter) -> Self {
         Self {

@@ -149,16 +149,16 @@ impl Postgres {
         let found = self.has_all(&mut session, &[place]).await?;
         session.finish().await?;
         if found {
-            self.saw(node, place);
+            self.saw(node, place, Origin::Elsewhere);
         }
         Ok(found)
     }
 
-    /// Takes over that a node has a place.
-    fn saw(&self, node: &Node, place: i64) {
+    /// Takes over that a node has a place, which was committed here or of which somebody else has told.
+    fn saw(&self, node: &Node, place: i64, origin: Origin) {
         let mut floor = self.floor();
         let had_all = node.seen() >= floor.count;
-        floor.add(place);
+        floor.add(place, origin);
         if had_all {
             node.saw(floor.count);
         }
@@ -170,7 +170,7 @@ impl Postgres {
             if session.node().seen() >= floor.count {
                 return Ok(true);
             }
-            (floor.count, Vec::from_iter(floor.latest.iter().copied()))
+            (floor.count, floor.places())
         };
         if self.has_all(session, &places).await? {
             session.node().saw(count);
@@ -219,7 +219,7 @@ impl Postgres {
 
     /// Reads from now on see at least what was read with a place, and before it.
     pub fn reach(&self, place: i64) {
-        self.floor().add(place);
+        self.floor().add(place, Origin::Elsewhere);
     }
 
     /// Commits a write whose last change has a place; 0: it has none.
@@ -229,7 +229,7 @@ impl Postgres {
     pub async fn commit(&self, session: Session, place: i64) -> Result<(), StorageError> {
         let node = Arc::clone(session.node());
         session.commit().await?;
-        self.saw(&node, place);
+        self.saw(&node, place, Origin::Here);
         Ok(())
     }
 
@@ -267,11 +267,22 @@ impl Postgres {
     }
 }
 
+/// Where a place comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Origin {
+    /// It was committed by this process.
+    Here,
+    /// It was read, or told by a token.
+    Elsewhere,
+}
+
 /// Places that were acknowledged or read last. A standby replays in the order of commits, so that one that has the latest has
-/// those before; some are kept, since those of a moment are acknowledged in any order.
+/// those before; some are kept, since those of a moment are acknowledged in any order. What was read, or told by a token, may be
+/// long ago, and must not push out what was acknowledged just now.
 #[derive(Debug, Default)]
 struct Floor {
-    latest: VecDeque<i64>,
+    here: VecDeque<i64>,
+    elsewhere: VecDeque<i64>,
     /// Places so far.
     count: i64,
     /// Places that are nowhere any more; whoever has read them may name them again.
@@ -285,18 +296,26 @@ struct Floor {
 impl Floor {
     /// Nothing has to be found out about a place.
     fn knows(&self, place: i64) -> bool {
-        place <= 0 || self.latest.contains(&place) || self.gone.contains(&place)
+        place <= 0 || self.here.contains(&place) || self.elsewhere.contains(&place) || self.gone.contains(&place)
     }
 
-    fn add(&mut self, place: i64) {
-        const KEPT: usize = 256;
+    fn places(&self) -> Vec<i64> {
+        self.here.iter().chain(&self.elsewhere).copied().collect()
+    }
+
+    fn add(&mut self, place: i64, origin: Origin) {
+        const KEPT: usize = 128;
         if self.knows(place) {
             return;
         }
-        if self.latest.len() == KEPT {
-            self.latest.pop_front();
+        let latest = match origin {
+            Origin::Here => &mut self.here,
+            Origin::Elsewhere => &mut self.elsewhere,
+        };
+        if latest.len() == KEPT {
+            latest.pop_front();
         }
-        self.latest.push_back(place);
+        latest.push_back(place);
         self.count += 1;
     }
 
@@ -311,7 +330,8 @@ impl Floor {
         if self.lacked.values().any(|since| confirmed < since + 2) {
             return false;
         }
-        self.latest.retain(|place| !lacking.contains(place));
+        self.here.retain(|place| !lacking.contains(place));
+        self.elsewhere.retain(|place| !lacking.contains(place));
         self.gone.extend(lacking);
         self.lacked.clear();
         true
@@ -435,7 +455,7 @@ mod tests {
     fn a_place_is_gone_only_after_the_primary_was_confirmed_twice_without_it() {
         let mut floor = Floor::default();
         for place in [1, 2, 3] {
-            floor.add(place);
+            floor.add(place, Origin::Elsewhere);
         }
         assert!(!floor.lacks(&[2], 7) && !floor.lacks(&[2], 8));
         // Another one, of which a token told just now, has waits of its own; and one that is found is not lacking any more.
@@ -444,8 +464,18 @@ mod tests {
         assert!(!floor.lacks(&[2, 3], 11), "the second is lacking anew");
         assert!(!floor.lacks(&[2, 3], 12));
         assert!(floor.lacks(&[2, 3], 13));
-        assert_eq!(Vec::from(floor.latest.clone()), [1]);
-        floor.add(2);
-        assert_eq!(floor.latest.len(), 1, "who has read it may name it again");
+        assert_eq!(floor.places(), [1]);
+        floor.add(2, Origin::Elsewhere);
+        assert_eq!(floor.places(), [1], "who has read it may name it again");
+    }
+
+    #[test]
+    fn what_was_acknowledged_here_stays_however_much_is_read() {
+        let mut floor = Floor::default();
+        floor.add(1_000_000, Origin::Here);
+        for place in 1..1_000 {
+            floor.add(place, Origin::Elsewhere);
+        }
+        assert!(floor.knows(1_000_000) && floor.knows(999) && !floor.knows(1));
     }
 }

@@ -14,6 +14,8 @@ use std::time::Duration;
 use aeterna_config::{Reader, StoreUri};
 use deadpool::Runtime;
 use deadpool::managed::{self, Metrics, Pool, PoolError, RecycleError, RecycleResult, Timeouts};
+use futures::StreamExt as _;
+use futures::stream::FuturesUnordered;
 use redis::aio::MultiplexedConnection;
 use redis::{AsyncConnectionConfig, Client, IntoConnectionInfo as _, RedisError, Value};
 
@@ -139,16 +141,24 @@ impl RedisOptions {
         Ok(format!("{host}:{port}"))
     }
 
-    /// Where the master is: what most Sentinels say that answer. One that was cut off may not know of a failover yet.
+    /// Where the master is: what most Sentinels say, or most of those that answer. One that was cut off may not know of a failover
+    /// yet, and one that does not answer is not waited for when the others agree.
     pub(crate) async fn master(&self) -> Result<String, StorageError> {
         let Some(name) = &self.master else {
             return Ok(self.hosts.join(","));
         };
         let asked = self.hosts.iter().map(|sentinel| self.master_by(sentinel, name));
-        let (mut votes, mut last) = (BTreeMap::<String, u32>::new(), None);
-        for answer in futures::future::join_all(asked).await {
+        let mut asked: FuturesUnordered<_> = asked.collect();
+        let (mut votes, mut last) = (BTreeMap::<String, usize>::new(), None);
+        while let Some(answer) = asked.next().await {
             match answer {
-                Ok(master) => *votes.entry(master).or_default() += 1,
+                Ok(master) => {
+                    let count = votes.entry(master.clone()).or_default();
+                    *count += 1;
+                    if *count > self.hosts.len() / 2 {
+                        return Ok(master);
+                    }
+                }
                 Err(error) => last = Some(error),
             }
         }

@@ -1,6 +1,6 @@
 //! Embedding texts.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
@@ -61,12 +61,15 @@ impl App {
         let mut answers = Vec::with_capacity(texts.len());
         let tenant = &context.principal().tenant;
         let digests: Vec<Digest> = texts.iter().map(|text| digest(tenant, text)).collect();
-        self.fetch(index, wanted.kind, &digests).await;
+        let mut fetched = self.fetch(index, wanted.kind, &digests).await;
         let (alone, began) = (texts.len() == 1, Instant::now());
         let waiting: Vec<_> = texts
             .into_iter()
             .zip(&digests)
-            .map(|(text, digest)| self.one(index, text, (index, wanted.kind, *digest)))
+            .map(|(text, digest)| {
+                let there = fetched.remove(digest);
+                self.one(index, text, (index, wanted.kind, *digest), there)
+            })
             .collect();
         // All at once, so that a model can gather them into batches.
         for answer in join_all(waiting).await {
@@ -101,25 +104,26 @@ impl App {
         self.shared.as_ref().filter(|_| !self.models[index].info().lexical)
     }
 
-    /// Takes over what other copies have had made.
-    async fn fetch(&self, index: usize, kind: TextKind, digests: &[Digest]) {
-        let Some(shared) = self.shared(index) else { return };
+    /// What other copies have had made and this one does not have.
+    async fn fetch(&self, index: usize, kind: TextKind, digests: &[Digest]) -> HashMap<Digest, Arc<Embedded>> {
+        let mut fetched = HashMap::new();
+        let Some(shared) = self.shared(index) else {
+            return fetched;
+        };
         let unknown: BTreeSet<Digest> = digests
             .iter()
             .filter(|digest| !self.cache.contains_key(&(index, kind, **digest)))
             .copied()
             .collect();
-        if unknown.is_empty() {
-            return;
-        }
         let unknown: Vec<Digest> = unknown.into_iter().collect();
         let found = shared.get(self.models[index].info(), kind, &unknown).await;
         for (digest, embedded) in unknown.into_iter().zip(found) {
             if let Some(embedded) = embedded {
-                self.metrics.shared.add(1, &[]);
-                self.cache.insert((index, kind, digest), Arc::new(embedded)).await;
+                fetched.insert(digest, Arc::new(embedded));
             }
         }
+        self.metrics.shared.add(fetched.len() as u64, &[]);
+        fetched
     }
 
     /// Gives other copies what this one has had made.
@@ -132,10 +136,20 @@ impl App {
         shared.put(self.models[index].info(), kind, &made);
     }
 
-    async fn one(&self, index: usize, text: String, key: CacheKey) -> Result<(Arc<Embedded>, bool), EmbeddingError> {
+    /// The vector of a text, and whether no model had to be asked; `there` is what another copy had made of it.
+    async fn one(
+        &self,
+        index: usize,
+        text: String,
+        key: CacheKey,
+        there: Option<Arc<Embedded>>,
+    ) -> Result<(Arc<Embedded>, bool), EmbeddingError> {
         let fresh = AtomicBool::new(false);
         let model = Arc::clone(&self.models[index]);
         let load = async {
+            if let Some(there) = there {
+                return Ok(there);
+            }
             fresh.store(true, Ordering::Relaxed);
             model.embed(text, key.1).await.map(Arc::new)
         };
@@ -158,8 +172,11 @@ mod tests {
     use super::*;
     use crate::metrics::Metrics;
     use crate::store::{Model, ModelInfo};
-    use aeterna_rpc::Credentials;
+    use aeterna_rpc::{Credentials, Health};
+    use aeterna_storage::{Cache, StorageError};
+    use std::sync::Mutex;
     use std::sync::atomic::AtomicUsize;
+    use std::time::Duration;
 
     struct Counting(ModelInfo, AtomicUsize);
 
@@ -180,7 +197,28 @@ mod tests {
         }
     }
 
+    /// Forgets nothing.
+    #[derive(Debug, Default)]
+    struct Kept(Mutex<HashMap<String, Vec<u8>>>);
+
+    #[async_trait::async_trait]
+    impl Cache for Kept {
+        async fn get(&self, keys: &[String]) -> Result<Vec<Option<Vec<u8>>>, StorageError> {
+            let kept = self.0.lock().unwrap();
+            Ok(keys.iter().map(|key| kept.get(key).cloned()).collect())
+        }
+
+        async fn put(&self, values: &[(String, Vec<u8>)], _: Duration) -> Result<(), StorageError> {
+            self.0.lock().unwrap().extend(values.iter().cloned());
+            Ok(())
+        }
+    }
+
     fn app() -> (App, Arc<Counting>) {
+        app_with(1 << 20, None)
+    }
+
+    fn app_with(cache_bytes: u64, shared: Option<Shared>) -> (App, Arc<Counting>) {
         let info = ModelInfo {
             name: "counting".into(),
             provider: "local",
@@ -192,11 +230,9 @@ mod tests {
         };
         let model = Arc::new(Counting(info, AtomicUsize::new(0)));
         let meter = opentelemetry::global::meter("t");
-        let shared: Arc<dyn Model> = model.clone();
-        (
-            App::new(vec![shared], "", 1 << 20, None, None, Metrics::new(&meter)).unwrap(),
-            model,
-        )
+        let models = vec![model.clone() as Arc<dyn Model>];
+        let app = App::new(models, "", cache_bytes, shared, None, Metrics::new(&meter));
+        (app.unwrap(), model)
     }
 
     fn wanted(size: Option<usize>) -> Wanted {
@@ -209,6 +245,29 @@ mod tests {
 
     fn context(tenant: &str) -> RequestContext {
         RequestContext::background(tenant.parse().unwrap(), &Credentials::default())
+    }
+
+    #[tokio::test]
+    async fn what_another_copy_had_made_is_used_whatever_there_is_room_for_here() {
+        let kept = Arc::new(Kept::default());
+        let term = Duration::from_secs(60);
+        let shared = || Some(Shared::new(kept.clone(), term, Health::default(), "test"));
+        let texts = || (0..150).map(|number| format!("text {number}")).collect::<Vec<_>>();
+        let (first, _) = app_with(1 << 20, shared());
+        let made = first.embed(&context("one"), texts(), wanted(None)).await.unwrap();
+        while kept.0.lock().unwrap().len() < 150 {
+            tokio::task::yield_now().await;
+        }
+        for cache_bytes in [0, 4_000] {
+            let (other, model) = app_with(cache_bytes, shared());
+            let found = other.embed(&context("one"), texts(), wanted(None)).await.unwrap();
+            assert_eq!(
+                (found.cached, model.1.load(Ordering::SeqCst)),
+                (150, 0),
+                "{cache_bytes}"
+            );
+            assert_eq!(found.vectors, made.vectors);
+        }
     }
 
     #[tokio::test]

@@ -3,8 +3,7 @@
 //! It is a cache and nothing more. It is waited for a moment only, left alone for a while when it does not answer, and what is
 //! found in it is used only when it is a vector of the model.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use aeterna_rpc::{Breaker, Dependency, Health};
@@ -15,6 +14,8 @@ use super::{Embedded, ModelInfo, TextKind};
 
 /// How long vectors are waited for; a model answers in about as much.
 const PATIENCE: Duration = Duration::from_millis(100);
+/// Vectors that are asked for at a time.
+const PART: usize = 64;
 /// Batches on their way to the cache at once; vectors beyond are not kept.
 const WRITES: usize = 16;
 /// The form of a value; one in another form is none.
@@ -28,7 +29,8 @@ pub struct Shared {
     term: Duration,
     breaker: Breaker,
     writes: Arc<Semaphore>,
-    away: AtomicBool,
+    /// Whether it answered last; `None`: it was not asked yet.
+    answers: Mutex<Option<bool>>,
     health: Health,
     service: &'static str,
 }
@@ -41,7 +43,7 @@ impl Shared {
             term,
             breaker: Breaker::default(),
             writes: Arc::new(Semaphore::new(WRITES)),
-            away: AtomicBool::new(false),
+            answers: Mutex::new(None),
             health,
             service,
         }
@@ -49,30 +51,35 @@ impl Shared {
 
     /// Looks whether it is there, and says so.
     pub async fn probe(&self) {
-        self.away.store(true, Ordering::Relaxed);
-        let _ = self.fetch(&["probe".to_owned()]).await;
+        let _ = self.fetch(vec!["probe".to_owned()]).await;
     }
 
     /// Vectors of texts by their digests, in their order; `None` where there is none.
     pub async fn get(&self, model: &ModelInfo, kind: TextKind, texts: &[[u8; 32]]) -> Vec<Option<Embedded>> {
-        let keys: Vec<_> = texts.iter().map(|text| key(model, kind, text)).collect();
-        let found = self.fetch(&keys).await.unwrap_or_default();
-        let mut found: Vec<_> = found
-            .into_iter()
-            .map(|value| decode(&value?, model.dimension))
-            .collect();
+        let mut found = Vec::with_capacity(texts.len());
+        for part in texts.chunks(PART) {
+            let keys = part.iter().map(|text| key(model, kind, text)).collect();
+            let Some(values) = self.fetch(keys).await else { break };
+            found.extend(values.into_iter().map(|value| decode(&value?, model.dimension)));
+        }
         found.resize_with(texts.len(), || None);
         found
     }
 
-    async fn fetch(&self, keys: &[String]) -> Option<Vec<Option<Vec<u8>>>> {
+    async fn fetch(&self, keys: Vec<String>) -> Option<Vec<Option<Vec<u8>>>> {
         if !self.breaker.admits() {
             return None;
         }
-        let answer = tokio::time::timeout(PATIENCE, self.cache.get(keys)).await;
-        let answer = answer.unwrap_or_else(|_| Err(StorageError::Unavailable("it does not answer".into())));
+        // A task of its own: a connection that takes longer is there for the next call.
+        let cache = Arc::clone(&self.cache);
+        let asked = tokio::spawn(async move { cache.get(&keys).await });
+        let answer = match tokio::time::timeout(PATIENCE, asked).await {
+            Ok(Ok(answer)) => answer,
+            Ok(Err(error)) => Err(StorageError::Other(Box::new(error))),
+            Err(_) => Err(StorageError::Unavailable("it does not answer".into())),
+        };
         self.breaker.tell(answer.is_ok());
-        if self.away.swap(answer.is_err(), Ordering::Relaxed) != answer.is_err() {
+        if self.answers().replace(answer.is_ok()) != Some(answer.is_ok()) {
             let state = match &answer {
                 Ok(_) => Dependency::Up,
                 Err(error) => Dependency::Degraded(format!("{error}; each copy has its vectors made by itself")),
@@ -82,9 +89,13 @@ impl Shared {
         answer.ok()
     }
 
+    fn answers(&self) -> MutexGuard<'_, Option<bool>> {
+        self.answers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Keeps vectors by the digests of their texts, without being waited for.
     pub fn put(&self, model: &ModelInfo, kind: TextKind, fresh: &[([u8; 32], Arc<Embedded>)]) {
-        if fresh.is_empty() || self.away.load(Ordering::Relaxed) {
+        if fresh.is_empty() || *self.answers() == Some(false) {
             return;
         }
         let Ok(permit) = Arc::clone(&self.writes).try_acquire_owned() else {

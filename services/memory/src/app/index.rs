@@ -39,6 +39,8 @@ const LAGS: u32 = 10;
 const TOLD: Duration = Duration::from_secs(10);
 /// How often policies are asked about what was deleted.
 const FORGET: Duration = Duration::from_secs(10);
+/// Under which name the model is remembered that took over last.
+const TAKEN_OVER: &str = "taken_over";
 /// Nothing is pending.
 const NOTHING: i64 = i64::MAX;
 
@@ -439,9 +441,7 @@ impl Background {
         let app = &self.app;
         let next = &app.wanted;
         if next.identity == app.serving().model.identity {
-            if self.is_over(stop).await
-                && let Err(error) = self.tidy().await
-            {
+            if let Err(error) = self.tidy(stop).await {
                 tracing::warn!(error = %error.chain(), "vectors of models before can't be removed");
             }
             return;
@@ -539,12 +539,19 @@ impl Background {
         Err(Error::unavailable(message))
     }
 
-    /// Removes what models before have left, once the serving one has as much.
-    async fn tidy(&self) -> Result<(), Error> {
+    /// Removes what models before have left, once the serving one has as much, unless another model has taken over elsewhere.
+    async fn tidy(&self, stop: &CancellationToken) -> Result<(), Error> {
         let app = &self.app;
         let serving = app.serving().model.identity.clone();
+        // One that comes later is not one from before.
         let mut others = app.store.models().await?;
         others.retain(|identity| *identity != serving);
+        if others.is_empty() || !self.is_over(stop).await {
+            return Ok(());
+        }
+        if app.store.note(TAKEN_OVER).await?.is_some_and(|last| last != serving) {
+            return Ok(());
+        }
         for identity in &others {
             if app.store.vectors_by(identity).await? <= app.store.vectors_by(&serving).await? {
                 app.forget_model(identity).await?;
@@ -566,6 +573,7 @@ impl Background {
         }
         self.complete(&serving, stop).await?;
         self.apply_new(&serving, |_| ()).await?;
+        app.store.put_note(TAKEN_OVER, &serving.model.identity).await?;
         tracing::info!(model = serving.model.name, "searches are answered by the new model");
         app.serve(serving);
         self.pending.switch.store(false, Ordering::SeqCst);

@@ -233,8 +233,10 @@ fn grants(user: &str) -> String {
         "DO $$ DECLARE own record; BEGIN EXECUTE format('GRANT USAGE ON SCHEMA %I TO {role}', current_schema()); \
          EXECUTE format('GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA %I TO {role}', current_schema()); \
          EXECUTE format('REVOKE INSERT, UPDATE, DELETE ON _sqlx_migrations FROM {role}'); \
-         FOR own IN SELECT oid::regprocedure AS name FROM pg_proc \
-             WHERE pronamespace = current_schema()::regnamespace AND proowner = current_user::regrole LOOP \
+         FOR own IN SELECT oid::regprocedure AS name FROM pg_proc p \
+             WHERE pronamespace = current_schema()::regnamespace AND proowner = current_user::regrole AND prokind = 'f' \
+             AND prosecdef AND NOT EXISTS (SELECT FROM pg_depend WHERE classid = 'pg_proc'::regclass AND objid = p.oid \
+             AND deptype = 'e') LOOP \
              EXECUTE format('REVOKE EXECUTE ON FUNCTION %s FROM PUBLIC', own.name); \
              EXECUTE format('GRANT EXECUTE ON FUNCTION %s TO {role}', own.name); \
          END LOOP; END $$"

@@ -52,6 +52,13 @@ async fn the_wall_stands_in_the_database_too() {
     let others = "SELECT count(*) FROM pg_proc WHERE prosecdef AND has_function_privilege('stranger', oid, 'EXECUTE')";
     server.sql("aeterna", "CREATE ROLE stranger");
     assert_eq!(server.sql("aeterna", others), "0");
+    // What else the owner has there is left as it is.
+    let own = "SET ROLE owner; CREATE FUNCTION own() RETURNS int LANGUAGE sql AS 'SELECT 1'; \
+               CREATE PROCEDURE work() LANGUAGE sql AS 'SELECT 1'";
+    server.sql("aeterna", own);
+    self::store(&server).await.close().await;
+    let left = "SELECT has_function_privilege('stranger', 'own()', 'EXECUTE')";
+    assert_eq!(server.sql("aeterna", left), "t");
     let goes_round = PostgresStore::open(&owner, None).await.unwrap_err();
     assert!(Error::from(goes_round).to_string().contains("row-level security"));
     server.sql(
