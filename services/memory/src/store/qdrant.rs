@@ -438,6 +438,9 @@ impl VectorIndex for QdrantIndex {
             let all = versions.len() + away.len();
             unwell = Some(format!("{} of {all} Qdrant nodes answer", versions.len()));
         }
+        if unwell.is_none() {
+            self.cluster.nodes.trust();
+        }
         let again = self.remember(watermark, unwell.is_none()).await?;
         self.tidy().await?;
         Ok(Care {

@@ -26,6 +26,9 @@ struct Node {
     client: Qdrant,
     /// It did not answer when it was asked last.
     away: AtomicBool,
+    /// It did not answer once since all replicas were well last. One that comes back takes its replicas for current until it has
+    /// heard that they are not.
+    returned: AtomicBool,
 }
 
 /// All nodes of a cluster.
@@ -109,6 +112,7 @@ impl Nodes {
                 name: endpoint.clone(),
                 client,
                 away: AtomicBool::new(false),
+                returned: AtomicBool::new(false),
             })
         };
         let nodes = options.nodes.iter().map(node).collect::<Result<_, StorageError>>()?;
@@ -153,13 +157,20 @@ impl Nodes {
         Err(last)
     }
 
-    /// Those that answered last time first, each of them in its turn.
-    fn in_turn(&self) -> impl Iterator<Item = &Node> {
+    /// Those that always answered first, each of them in its turn; then those that came back, and at last those that are away.
+    fn in_turn(&self) -> Vec<&Node> {
         let first = self.next.fetch_add(1, Ordering::Relaxed) % self.nodes.len().max(1);
         let (before, from) = self.nodes.split_at(first);
-        let order = || from.iter().chain(before);
-        let away = |node: &&Node| node.away.load(Ordering::Relaxed);
-        order().filter(move |node| !away(node)).chain(order().filter(away))
+        let mut order: Vec<&Node> = from.iter().chain(before).collect();
+        order.sort_by_key(|node| (node.away.load(Ordering::Relaxed), node.returned.load(Ordering::Relaxed)));
+        order
+    }
+
+    /// All replicas are well, as a node says that was asked in its turn: those that came back are as good as the others.
+    pub fn trust(&self) {
+        for node in &self.nodes {
+            node.returned.store(false, Ordering::Relaxed);
+        }
     }
 
     /// Asks every node how it is: the versions of those that answer, and the names of those that don't.
@@ -194,6 +205,7 @@ impl Nodes {
 
 impl Node {
     fn is(&self, well: bool, error: Option<&QdrantError>) {
+        self.returned.fetch_or(!well, Ordering::Relaxed);
         let was = self.away.swap(!well, Ordering::Relaxed);
         match (was, well) {
             (false, false) => tracing::warn!(
@@ -204,5 +216,35 @@ impl Node {
             (true, true) => tracing::info!(node = self.name, "a Qdrant node answers again"),
             _ => {}
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_node_that_came_back_is_asked_last_until_all_replicas_are_well() {
+        let options = QdrantOptions::parse("//h1,h2,h3/p").unwrap();
+        let nodes = Nodes::new(&options).unwrap();
+        let firsts = || -> std::collections::BTreeSet<String> {
+            let first = |_| nodes.in_turn().first().map(|node| node.name.clone());
+            (0..3).filter_map(first).collect()
+        };
+        assert_eq!(firsts().len(), 3);
+        let name = nodes.nodes[1].name.clone();
+        nodes.nodes[1].is(false, None);
+        assert_eq!(nodes.in_turn().pop().map(|node| &node.name), Some(&name));
+        nodes.nodes[1].is(true, None);
+        assert!(firsts().len() == 2 && !firsts().contains(&name));
+        // Where all were away, those that are back are asked.
+        nodes.nodes[0].is(false, None);
+        nodes.nodes[2].is(false, None);
+        assert_eq!(firsts(), [name].into());
+        for node in &nodes.nodes {
+            node.is(true, None);
+        }
+        nodes.trust();
+        assert_eq!(firsts().len(), 3);
     }
 }
