@@ -53,8 +53,8 @@ impl Cache for RedisCache {
 
     async fn put(&self, values: &[(String, Vec<u8>)], term: Duration) -> Result<(), StorageError> {
         let mut put = redis::pipe();
+        let term = u64::try_from(term.as_millis()).unwrap_or(u64::MAX);
         for (name, value) in values {
-            let term = u64::try_from(term.as_millis()).unwrap_or(u64::MAX);
             put.cmd("SET")
                 .arg(key("cache", name))
                 .arg(value)

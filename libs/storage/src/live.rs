@@ -224,11 +224,9 @@ mod tests {
         let uri = lab.live();
         let (scheme, rest) = uri.split_once(':').unwrap();
         let options = RedisOptions::parse(scheme, rest).unwrap();
-        let passwords = [secrets::REDIS, secrets::SENTINELS].map(|secret| Some(secret.to_owned()));
-        let [server, sentinels] = passwords.clone();
+        let [server, sentinels] = [secrets::REDIS, secrets::SENTINELS].map(|secret| Some(secret.to_owned()));
         // Whoever proves nothing is told so, and nothing is shown.
-        for known in [[None, None], [server.clone(), None], [None, sentinels.clone()]] {
-            let [server, sentinels] = known;
+        for [server, sentinels] in [[None, None], [server.clone(), None], [None, sentinels.clone()]] {
             let stranger = RedisLive::new(options.clone().with_passwords(server, sentinels)).unwrap();
             let said = stranger.publish("a", "x").await.unwrap_err().to_string();
             assert!(!said.contains("lab-"), "{said}");

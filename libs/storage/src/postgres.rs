@@ -80,7 +80,6 @@ impl Postgres {
         const BEGIN: &str = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY";
         let mut last = StorageError::Unavailable("no node answers".into());
         for node in self.nodes.in_order() {
-            // The pool would go on trying to connect to a node that is gone.
             let recent = async {
                 let mut session = Session::begin(node.pool(), BEGIN, settings, node).await?;
                 Ok(match self.is_recent(&mut session).await? {
@@ -91,11 +90,7 @@ impl Postgres {
                     }
                 })
             };
-            let begun = tokio::select! {
-                begun = recent => begun,
-                () = node.lost() => Err(StorageError::Unavailable("the node is away".into())),
-            };
-            match begun {
+            match node.while_it_answers(recent).await {
                 Ok(Some(session)) => return Ok(session),
                 Ok(None) => last = StorageError::Unavailable("the standby is behind".into()),
                 Err(error) => last = error,
@@ -116,11 +111,7 @@ impl Postgres {
         while !self.floor().knows(place) {
             let mut last = StorageError::Unavailable("no node answers".into());
             for node in self.nodes.in_order() {
-                let looked = tokio::select! {
-                    looked = self.look_for(place, node) => looked,
-                    () = node.lost() => Err(StorageError::Unavailable("the node is away".into())),
-                };
-                match looked {
+                match node.while_it_answers(self.look_for(place, node)).await {
                     Ok(true) => return Ok(()),
                     Ok(false) => last = StorageError::Unavailable("no node has what the token stands for".into()),
                     Err(error) => {

@@ -162,7 +162,6 @@ impl Parts<'_> {
         for keys in suspects.chunks(PAGE) {
             // What is read after this is at least as new.
             let at = self.store.last_sequence().await?;
-            self.store.reach(at).await?;
             let (upserts, removals) = self.wrong(keys).await?;
             let count = (upserts.len() + removals.len()) as u64;
             found.unlike += upserts.len() as u64;

@@ -389,7 +389,7 @@ pub trait Relational: Policies + Documents + Moving {
         limit: usize,
     ) -> Result<Vec<domain::Change>, MemoryError>;
 
-    /// The last place in the outbox.
+    /// The last place in the outbox; every read that begins after this sees at least what is at or before it.
     async fn last_sequence(&self) -> Result<Sequence, MemoryError>;
 
     /// Waits until every read that begins after this sees at least what is at or before that place in the outbox, of which somebody

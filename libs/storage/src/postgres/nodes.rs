@@ -89,6 +89,17 @@ impl Node {
         }
     }
 
+    /// Does something there for as long as it answers: a pool would go on trying to connect to a node that is gone.
+    pub(super) async fn while_it_answers<T>(
+        &self,
+        work: impl Future<Output = Result<T, StorageError>>,
+    ) -> Result<T, StorageError> {
+        tokio::select! {
+            worked = work => worked,
+            () = self.lost() => Err(StorageError::Unavailable("the node is away".into())),
+        }
+    }
+
     /// Asks the node what it is.
     async fn look(&self, http: &reqwest::Client) -> (State, bool) {
         let state = tokio::time::timeout(ANSWER, self.ask());

@@ -68,7 +68,7 @@ impl App {
             .zip(&digests)
             .map(|(text, digest)| {
                 let there = fetched.remove(digest);
-                self.one(index, text, (index, wanted.kind, *digest), there)
+                self.one(text, (index, wanted.kind, *digest), there)
             })
             .collect();
         // All at once, so that a model can gather them into batches.
@@ -139,13 +139,12 @@ impl App {
     /// The vector of a text, and whether no model had to be asked; `there` is what another copy had made of it.
     async fn one(
         &self,
-        index: usize,
         text: String,
         key: CacheKey,
         there: Option<Arc<Embedded>>,
     ) -> Result<(Arc<Embedded>, bool), EmbeddingError> {
         let fresh = AtomicBool::new(false);
-        let model = Arc::clone(&self.models[index]);
+        let model = Arc::clone(&self.models[key.0]);
         let load = async {
             if let Some(there) = there {
                 return Ok(there);
