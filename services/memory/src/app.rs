@@ -33,7 +33,7 @@ pub use add::{Added, NewMemory};
 pub use delete::Deletion;
 pub use get::GetQuery;
 pub use history::Versions;
-pub use index::Background;
+pub use index::{Background, Turns};
 pub use knowledge::{Diff, DocumentPage, DocumentQuery, OneDocument};
 pub use list::{ListQuery, Page};
 pub use policy::NewPolicy;

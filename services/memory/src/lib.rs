@@ -34,7 +34,7 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
 
-use app::{App, Background, Indexes, LiveWork, Serving};
+use app::{App, Background, Indexes, LiveWork, Serving, Turns};
 use indexes::{FlatIndexes, QdrantIndexes};
 pub use migrate::{Moved, Stage};
 pub use reconcile::{Reconciled, Step};
@@ -119,9 +119,9 @@ pub const SETTINGS: &[Setting] = &[
     Setting::new(
         "memory.live",
         "",
-        "What tells the copies of the service of one another's changes at once, and keeps streams of the latest ones: \
-         `redis://host:6379` or `redis+sentinel://host1:26379,host2,host3/master`; empty: nothing, and another copy notices a \
-         change within a second.",
+        "What tells the copies of the service of one another's changes at once, keeps streams of the latest ones, and lets copies \
+         take turns at what one of them can do for all: `redis://host:6379` or \
+         `redis+sentinel://host1:26379,host2,host3/master`; empty: nothing, and another copy notices a change within a second.",
     ),
     Setting::secret(
         "memory.live_password",
@@ -294,15 +294,15 @@ impl Index {
         parsed.map_err(|why| reader.problem(KEY, why)).ok()
     }
 
-    /// The indexes of what a relational store holds.
-    async fn open(self, config: &Config, data_dir: &Path, store: &dyn Relational) -> Result<Arc<dyn Indexes>, Error> {
-        let identity = store.identity().await?;
+    /// The indexes of what the relational store with this identity holds.
+    fn open(self, config: &Config, data_dir: &Path, store: &str) -> Result<Arc<dyn Indexes>, Error> {
+        let store = store.to_owned();
         Ok(match self {
             Self::Flat(directory) => {
                 let directory = data_dir.join(directory);
-                Arc::new(FlatIndexes::new(directory, identity, config.rotation))
+                Arc::new(FlatIndexes::new(directory, store, config.rotation))
             }
-            Self::Qdrant(options) => Arc::new(QdrantIndexes::new(options, identity)?),
+            Self::Qdrant(options) => Arc::new(QdrantIndexes::new(options, store)?),
         })
     }
 }
@@ -378,11 +378,8 @@ pub async fn build(config: Config, deps: Deps) -> Result<Service, Error> {
     }
 
     let (wanted, first) = models::choose(deps.embedder.clone(), &deps.credentials, store.as_ref()).await?;
-    let indexes = config
-        .index
-        .clone()
-        .open(&config, &deps.data_dir, store.as_ref())
-        .await?;
+    let identity = store.identity().await?;
+    let indexes = config.index.clone().open(&config, &deps.data_dir, &identity)?;
     let unusable = |error: StorageError| {
         let message = format!("the vector index `{}` can't be used: {error}", config.index);
         Error::new(Reason::NotConfigured, message)
@@ -411,7 +408,13 @@ pub async fn build(config: Config, deps: Deps) -> Result<Service, Error> {
         Store::Sqlite(_) => Duration::ZERO,
         Store::Postgres(..) => config.grace,
     };
-    let work = Background::new(Arc::clone(&app), deps.health.clone(), SERVICE, grace);
+    let log = app::log_of(&identity);
+    let live: Option<Arc<dyn Live>> = match config.live {
+        Some(options) => Some(Arc::new(RedisLive::new(options)?)),
+        None => None,
+    };
+    let turns = live.clone().map(|live| Turns::new(live, log.clone()));
+    let work = Background::new(Arc::clone(&app), deps.health.clone(), SERVICE, grace, turns);
     if let Some(why) = fresh {
         let count = work.rebuild(&app.serving()).await?;
         // A new installation has nothing to rebuild, and nobody to tell.
@@ -424,17 +427,10 @@ pub async fn build(config: Config, deps: Deps) -> Result<Service, Error> {
         }
     }
     deps.health.report(SERVICE, "index", Dependency::Up).await;
-    let live = match config.live {
-        Some(options) => Some(LiveWork::new(
-            Arc::clone(&app),
-            Arc::new(RedisLive::new(options)?),
-            app::log_of(&app.store.identity().await?),
-            convert::told,
-            deps.health.clone(),
-            SERVICE,
-        )),
-        None => None,
-    };
+    let live = live.map(|live| {
+        let app = Arc::clone(&app);
+        LiveWork::new(app, live, log, convert::told, deps.health.clone(), SERVICE)
+    });
     let (drained, store) = (deps.drained, Arc::clone(&app.store));
     let background = tokio::spawn(async move {
         let live = async {
@@ -512,7 +508,8 @@ pub async fn reconcile(
     let store = config.store.open(config, data_dir).await?;
     let reconciled = async {
         let model = models::remembered_first(store.as_ref()).await?;
-        let indexes = config.index.clone().open(config, data_dir, store.as_ref()).await?;
+        let identity = store.identity().await?;
+        let indexes = config.index.clone().open(config, data_dir, &identity)?;
         let (index, _) = indexes.open(&model, store.last_sequence().await?).await?;
         let live = match config.live.clone() {
             Some(options) => Some(RedisLive::new(options)?),
@@ -523,7 +520,7 @@ pub async fn reconcile(
             index: index.as_ref(),
             model: &model,
             live: live.as_ref().map(|live| live as &dyn Live),
-            log: &app::log_of(&store.identity().await?),
+            log: &app::log_of(&identity),
             dry,
         };
         parts.reconcile(tell).await

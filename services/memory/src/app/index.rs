@@ -1,30 +1,28 @@
-//! The background work: keeping the vector index in step with the outbox, making up vectors that are pending, embedding anew
-//! by another model, learning a rotation (`learn`), reaping what has expired, and telling watchers. Each is a task of its own;
-//! only the first one writes the index that serves, so changes are applied in order.
+//! The background work: keeping the vector index in step with the outbox, making vectors (`vectors`), learning a rotation
+//! (`learn`), reaping what has expired, and telling watchers. Each is a task of its own; only the first one writes the index
+//! that serves, so changes are applied in order. What copies of the service need not do each, they do in turns (`turns`).
 
 mod learn;
+mod turns;
+mod vectors;
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use aeterna_error::{Error, Reason};
+use aeterna_error::Error;
 use aeterna_rpc::{Dependency, Health};
-use aeterna_types::TenantId;
-use futures::future::try_join_all;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
-use super::{App, Model, Serving};
+use super::{App, Serving};
 use crate::domain::{Key, Sequence};
-use crate::store::code::Code;
-use crate::store::{Care, Changes, Condition, Entry, IndexState};
+use crate::store::{Care, Changes, Condition, Entry};
+pub use turns::Turns;
 
 /// Changes applied at a time.
 const BATCH: usize = 500;
-/// Texts embedded at a time in the background.
-const PENDING: usize = 64;
 /// Memories reaped at a time.
 const REAPED: usize = 500;
 /// How often a task looks when nobody wakes it, and tries again after a failure.
@@ -52,6 +50,8 @@ pub struct Background {
     service: &'static str,
     /// How long other copies may go on answering by a model that this one has left.
     grace: Duration,
+    /// What need not be done by every copy; `None`: there is no live server, or no other copy.
+    turns: Option<Arc<Turns>>,
     pending: Arc<Pending>,
 }
 
@@ -85,7 +85,7 @@ impl App {
 impl Background {
     /// For an app, whose state it reports as that of a service. What a model before has left stays for the `grace` that other
     /// copies have to leave it as well.
-    pub fn new(app: Arc<App>, health: Health, service: &'static str, grace: Duration) -> Self {
+    pub fn new(app: Arc<App>, health: Health, service: &'static str, grace: Duration, turns: Option<Turns>) -> Self {
         let pending = Arc::new(Pending {
             from: AtomicI64::new(0),
             some: Notify::new(),
@@ -100,8 +100,14 @@ impl Background {
             health,
             service,
             grace,
+            turns: turns.map(Arc::new),
             pending,
         }
+    }
+
+    /// The turns at an index, when the copies share it.
+    fn turns_at(&self, serving: &Serving) -> Option<&Turns> {
+        self.turns.as_deref().filter(|_| serving.index.is_shared())
     }
 
     /// Fills an empty index from the stored vectors; no model is called.
@@ -120,14 +126,21 @@ impl Background {
             return Ok(());
         }
         tend(serving).await?;
-        if let Some(watermark) = serving.index.watermark()
-            && self.is_ahead(watermark, stop).await?
-        {
+        let (turns, model) = (self.turns_at(serving), &serving.model.identity);
+        let brought = match turns {
+            Some(turns) => turns.place(model).await,
+            None => Sequence::default(),
+        };
+        let known = serving.index.watermark().unwrap_or_default().max(brought);
+        if self.is_ahead(known, stop).await? {
             tracing::warn!(
                 "the vector index is ahead of the store, which was put back to an earlier time; it is filled anew"
             );
             let cleared = serving.index.clear().await;
             cleared.map_err(|error| Error::unavailable("the vector index can't be cleared").caused_by(error))?;
+            if let Some(turns) = turns {
+                turns.forget(model).await?;
+            }
             tend(serving).await?;
         }
         if serving.index.watermark().is_none() {
@@ -148,18 +161,35 @@ impl Background {
         Ok(true)
     }
 
-    /// Puts the stored vectors into an index, until it is told to stop; how many there were.
+    /// Puts the stored vectors into an index, until it is told to stop; how many there were. It goes on where it was interrupted.
     async fn fill(&self, serving: &Serving, stop: &CancellationToken) -> Result<usize, Error> {
         let app = &self.app;
-        let end = app.store.last_sequence().await?;
-        let (mut after, mut count, mut told) = (Key(0), 0, Instant::now());
+        let (mut after, end) = match serving.index.filled() {
+            Some((after, end)) => {
+                tracing::info!(after = after.0, "going on with filling the vector index");
+                (after, end)
+            }
+            None => (Key(0), app.store.last_sequence().await?),
+        };
+        let (mut count, mut told) = (0, Instant::now());
         while !stop.is_cancelled() {
             let states = app.store.scan(&serving.model.identity, after, 2000, false).await?;
             let Some(last) = states.last() else { break };
             after = last.key;
-            let entries: Vec<Entry> = states.iter().map(Entry::from).collect();
-            count += entries.iter().filter(|entry| entry.code.is_some()).count();
-            apply(serving, entries, Vec::new(), end).await?;
+            let upserts: Vec<Entry> = states.iter().map(Entry::from).collect();
+            count += upserts.iter().filter(|entry| entry.code.is_some()).count();
+            let removals = Vec::new();
+            apply(
+                serving,
+                Changes {
+                    upserts,
+                    removals,
+                    at: end,
+                },
+            )
+            .await?;
+            let noted = serving.index.fill_to(after, end).await;
+            noted.map_err(|error| Error::unavailable("the vector index can't be written").caused_by(error))?;
             if told.elapsed() > TOLD {
                 tracing::info!(vectors = count, "filling the vector index");
                 told = Instant::now();
@@ -322,7 +352,10 @@ impl Background {
         if let Some(watermark) = serving.index.watermark() {
             indexed(watermark);
         }
-        self.apply_new(serving, indexed).await
+        match self.turns_at(serving) {
+            Some(turns) => turns.follow(serving, |after| self.news(serving, after), indexed).await,
+            None => self.apply_new(serving, indexed).await,
+        }
     }
 
     /// Applies what is new in the outbox to an index, and tells how far it is.
@@ -342,222 +375,35 @@ impl Background {
 
     /// Applies the next changes after one to an index; the last of them, `None` when there is none.
     async fn apply_after(&self, serving: &Serving, after: Sequence) -> Result<Option<Sequence>, Error> {
+        let Some(news) = self.news(serving, after).await? else {
+            return Ok(None);
+        };
+        let last = news.at;
+        apply(serving, news).await?;
+        Ok(Some(last))
+    }
+
+    /// The next changes after one, `None` when there is none. What has no vector yet is made up.
+    async fn news(&self, serving: &Serving, after: Sequence) -> Result<Option<Changes>, Error> {
         let app = &self.app;
         let events = app.store.events(after, BATCH).await?;
         let Some(last) = events.last() else { return Ok(None) };
         let keys: HashSet<Key> = events.iter().map(|event| event.key).collect();
         let keys: Vec<Key> = keys.into_iter().collect();
         let states = app.store.states(&serving.model.identity, &keys).await?;
-        let entries: Vec<Entry> = states.iter().map(Entry::from).collect();
-        let present: HashSet<Key> = entries.iter().map(|entry| entry.key).collect();
-        let gone = keys.into_iter().filter(|key| !present.contains(key)).collect();
         let pending = states.iter().filter(|state| state.code.is_none());
         if let Some(first) = pending.map(|state| state.key.0).min() {
             self.pending.from.fetch_min(first, Ordering::SeqCst);
             self.pending.some.notify_one();
         }
-        apply(serving, entries, gone, last.sequence).await?;
-        Ok(Some(last.sequence))
-    }
-
-    /// Embeds memories whose vectors are pending, since the embedding service was away or the model is another one now.
-    async fn make_up(&self, stop: &CancellationToken) {
-        loop {
-            let outcome = tokio::select! {
-                () = stop.cancelled() => return,
-                outcome = self.make_up_some() => outcome,
-            };
-            let pause = match outcome {
-                Ok(true) => continue,
-                Ok(false) => {
-                    self.report("embedding", Dependency::Up).await;
-                    Duration::MAX
-                }
-                Err(error) => {
-                    tracing::warn!(error = %error.chain(), "pending vectors can't be made; trying again");
-                    self.report("embedding", Dependency::Degraded(error.to_string())).await;
-                    PAUSE
-                }
-            };
-            tokio::select! {
-                () = stop.cancelled() => return,
-                () = self.pending.some.notified(), if pause == Duration::MAX => {}
-                () = tokio::time::sleep(pause), if pause != Duration::MAX => {}
-            }
-        }
-    }
-
-    /// Embeds some of them, and leaves it to the outbox to tell the index; true when there may be more.
-    async fn make_up_some(&self) -> Result<bool, Error> {
-        let app = &self.app;
-        // What is written from here on lowers the mark again.
-        let from = self.pending.from.swap(NOTHING, Ordering::SeqCst);
-        if from == NOTHING {
-            return Ok(false);
-        }
-        let looked = self.embed_after(Key(from.saturating_sub(1))).await;
-        let next = match &looked {
-            Ok(next) => *next,
-            Err(_) => from,
-        };
-        self.pending.from.fetch_min(next, Ordering::SeqCst);
-        app.committed.here();
-        looked.map(|next| next != NOTHING)
-    }
-
-    /// Where to go on.
-    async fn embed_after(&self, after: Key) -> Result<i64, Error> {
-        let model = self.app.serving().model.clone();
-        match self.embed_page(&model, after).await? {
-            Some((last, stored)) => {
-                tracing::debug!(memories = stored, "made up vectors that were pending");
-                Ok(last.0 + 1)
-            }
-            None => Ok(NOTHING),
-        }
-    }
-
-    /// Embeds the next memories after a number that have no vector by a model: the last of them, and how many there were;
-    /// `None` when there is none.
-    async fn embed_page(&self, model: &Model, after: Key) -> Result<Option<(Key, usize)>, Error> {
-        let app = &self.app;
-        let states = app.store.scan(&model.identity, after, PENDING, true).await?;
-        let Some(last) = states.last().map(|state| state.key) else {
-            return Ok(None);
-        };
-        let vectors = self.embed_states(model, &states).await?;
-        let codes: Vec<(Key, i64, Code)> = states
-            .iter()
-            .zip(&vectors)
-            .filter_map(|(state, vector)| Some((state.key, state.version, Code::encode(vector.as_ref()?)?)))
-            .collect();
-        let stored = app.store.put_codes(&model.identity, &codes, app.clock.now()).await?;
-        Ok(Some((last, stored)))
-    }
-
-    /// Embeds all memories anew by the next model, while searches go on by the one before; then answers them by the new one.
-    /// What was done when the process ended is not done again.
-    async fn embed_anew(&self, stop: &CancellationToken) {
-        let app = &self.app;
-        let next = &app.wanted;
-        if next.identity == app.serving().model.identity {
-            if let Err(error) = self.tidy(stop).await {
-                tracing::warn!(error = %error.chain(), "vectors of models before can't be removed");
-            }
-            return;
-        }
-        tracing::info!(
-            model = next.name,
-            "embedding all memories anew; searches go on by the model before"
-        );
-        let (mut after, mut done, mut told) = (Key(0), 0, Instant::now());
-        let (mut in_this_pass, mut pause) = (0, PAUSE);
-        loop {
-            let page = tokio::select! {
-                () = stop.cancelled() => return,
-                page = self.embed_page(next, after) => page,
-            };
-            let wait = match page {
-                Ok(Some((last, stored))) => {
-                    (after, done, pause) = (last, done + stored, PAUSE);
-                    in_this_pass += stored;
-                    if told.elapsed() > TOLD {
-                        tracing::info!(model = next.name, memories = done, "embedding anew");
-                        told = Instant::now();
-                    }
-                    continue;
-                }
-                // What was changed behind the pass has lost its vector again. The last few are made up once the model serves:
-                // writes that never cease must not put it off for ever.
-                Ok(None) if in_this_pass >= PENDING => {
-                    (after, in_this_pass) = (Key(0), 0);
-                    continue;
-                }
-                Ok(None) => match self.may_take_over(next).await {
-                    Ok(()) => break,
-                    Err(error) => {
-                        (after, in_this_pass) = (Key(0), 0);
-                        tracing::warn!(error = %error.chain(), "the model before goes on answering; trying again");
-                        self.report("embedding", Dependency::Degraded(error.to_string())).await;
-                        let wait = pause;
-                        pause = (2 * pause).min(LONGEST);
-                        wait
-                    }
-                },
-                Err(error) => {
-                    tracing::warn!(error = %error.chain(), "memories can't be embedded anew; trying again");
-                    self.report("embedding", Dependency::Degraded(error.to_string())).await;
-                    PAUSE
-                }
-            };
-            tokio::select! {
-                () = stop.cancelled() => return,
-                () = tokio::time::sleep(wait) => {}
-            }
-        }
-        let before = app.serving();
-        self.pending.switch.store(true, Ordering::SeqCst);
-        app.committed.somewhere();
-        // Searches under way go by the model before: its vectors stay until they are answered.
-        while app.serving().model.identity != next.identity || Arc::strong_count(&before) > 1 {
-            tokio::select! {
-                () = stop.cancelled() => return,
-                () = tokio::time::sleep(PAUSE / 10) => {}
-            }
-        }
-        if self.is_over(stop).await
-            && let Err(error) = app.forget_model(&before.model.identity).await
-        {
-            tracing::warn!(error = %error.chain(), "vectors of the model before are removed at the next start");
-        }
-    }
-
-    /// Waits until no other copy answers by a model before any more; false when it is told to stop meanwhile.
-    async fn is_over(&self, stop: &CancellationToken) -> bool {
-        tokio::select! {
-            () = stop.cancelled() => false,
-            () = tokio::time::sleep(self.grace) => true,
-        }
-    }
-
-    /// Refuses to let a model answer that has vectors of far fewer memories than the one before: it is set up wrongly, and
-    /// what it refuses would not be found any more.
-    async fn may_take_over(&self, next: &Model) -> Result<(), Error> {
-        let store = &self.app.store;
-        let before = self.app.serving().model.clone();
-        let (made, there) = (
-            store.vectors_by(&next.identity).await?,
-            store.vectors_by(&before.identity).await?,
-        );
-        if made.saturating_mul(10) >= there.saturating_mul(9) {
-            return Ok(());
-        }
-        let message = format!(
-            "the model `{}` has taken {made} memories of the {there} that `{}` has vectors of; look at the server's answers",
-            next.name, before.name
-        );
-        Err(Error::unavailable(message))
-    }
-
-    /// Removes what models before have left, once the serving one has as much, unless another model has taken over elsewhere.
-    async fn tidy(&self, stop: &CancellationToken) -> Result<(), Error> {
-        let app = &self.app;
-        let serving = app.serving().model.identity.clone();
-        // One that comes later is not one from before.
-        let mut others = app.store.models().await?;
-        others.retain(|identity| *identity != serving);
-        if others.is_empty() || !self.is_over(stop).await {
-            return Ok(());
-        }
-        if app.store.note(TAKEN_OVER).await?.is_some_and(|last| last != serving) {
-            return Ok(());
-        }
-        for identity in &others {
-            if app.store.vectors_by(identity).await? <= app.store.vectors_by(&serving).await? {
-                app.forget_model(identity).await?;
-            }
-        }
-        Ok(())
+        let upserts: Vec<Entry> = states.iter().map(Entry::from).collect();
+        let present: HashSet<Key> = upserts.iter().map(|entry| entry.key).collect();
+        let removals = keys.into_iter().filter(|key| !present.contains(key)).collect();
+        Ok(Some(Changes {
+            upserts,
+            removals,
+            at: last.sequence,
+        }))
     }
 
     /// Answers searches by the next model from now on. Called by the writer of the index, so that no change is missed.
@@ -581,54 +427,6 @@ impl Background {
         self.pending.from.store(0, Ordering::SeqCst);
         self.pending.some.notify_one();
         Ok(())
-    }
-
-    /// The vectors of memories' texts, each made in the name of its tenant; all at once, so that the model can gather them.
-    async fn embed_states(&self, model: &Model, states: &[IndexState]) -> Result<Vec<Option<Vec<f32>>>, Error> {
-        let mut tenants = HashMap::<&TenantId, Vec<usize>>::new();
-        for (place, state) in states.iter().enumerate() {
-            tenants.entry(&state.tenant).or_default().push(place);
-        }
-        let made = tenants.into_iter().map(async |(tenant, places)| {
-            let own: Vec<&IndexState> = places.iter().map(|place| &states[*place]).collect();
-            self.embed_own(model, tenant, &own).await.map(|made| (places, made))
-        });
-        let mut vectors = vec![None; states.len()];
-        for (places, made) in try_join_all(made).await? {
-            for (place, vector) in places.into_iter().zip(made) {
-                vectors[place] = vector;
-            }
-        }
-        Ok(vectors)
-    }
-
-    /// Those of one tenant; a text that the model refuses has none, and does not keep the others from theirs.
-    async fn embed_own(
-        &self,
-        model: &Model,
-        tenant: &TenantId,
-        states: &[&IndexState],
-    ) -> Result<Vec<Option<Vec<f32>>>, Error> {
-        let app = &self.app;
-        let context = app.background(tenant.clone());
-        let texts = states.iter().map(|state| state.text.clone()).collect();
-        match app.embed(&context, model, texts, false).await {
-            Ok(vectors) => return Ok(vectors.into_iter().map(Some).collect()),
-            Err(error) if error.reason() != Reason::InvalidField => return Err(error),
-            Err(_) => {}
-        }
-        let mut vectors = Vec::with_capacity(states.len());
-        for state in states {
-            match app.embed(&context, model, vec![state.text.clone()], false).await {
-                Ok(mut one) => vectors.push(one.pop()),
-                Err(error) if error.reason() != Reason::InvalidField => return Err(error),
-                Err(error) => {
-                    tracing::warn!(key = state.key.0, error = %error.chain(), "a memory has no vector until the next start");
-                    vectors.push(None);
-                }
-            }
-        }
-        Ok(vectors)
     }
 
     /// Deletes what has expired, and removes for good what policies keep no longer; searches and lists have not shown it since.
@@ -665,8 +463,7 @@ fn lock<T>(what: &Mutex<T>) -> MutexGuard<'_, T> {
     what.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-async fn apply(serving: &Serving, upserts: Vec<Entry>, removals: Vec<Key>, at: Sequence) -> Result<(), Error> {
-    let changes = Changes { upserts, removals, at };
+async fn apply(serving: &Serving, changes: Changes) -> Result<(), Error> {
     let applied = serving.index.apply(changes).await;
     applied.map_err(|error| Error::unavailable("the vector index can't be written").caused_by(error))
 }

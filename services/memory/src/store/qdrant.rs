@@ -1,7 +1,7 @@
 //! The vector index in a Qdrant cluster, one collection a model.
 //!
-//! All copies of the service write it, each what the outbox tells, and points carry the change that they were written with, so
-//! it does not matter who comes first (`requests`). With two replicas a change counts once one of them has it: a node that is
+//! Any copy of the service writes it, what the outbox tells, and points carry the change that they were written with, so it does
+//! not matter who comes first (`requests`). With two replicas a change counts once one of them has it: a node that is
 //! away stops nobody. Up to which change everything is in is remembered only while every replica is well, and when one was not,
 //! all changes since then are applied once more after it is back (`VectorIndex::tend`).
 
@@ -128,7 +128,9 @@ struct State {
     ready: bool,
     /// Everything up to this change is in.
     watermark: Option<Sequence>,
-    /// The same at a time when every replica was well; changes after it are applied once more when `missed`.
+    /// How far it is filled, while that is all.
+    filled: Option<(Key, Sequence)>,
+    /// The same as the watermark at a time when every replica was well; changes after it are applied once more when `missed`.
     safe: Sequence,
     /// What the collection remembers.
     marked: Sequence,
@@ -206,7 +208,8 @@ impl QdrantIndex {
         }
         let marked = self.ask(WRITE, async |node| node.get_points(requests::marked(name)).await);
         let marked = marked.await?.result;
-        let watermark = marked.first().and_then(|point| requests::watermark(&point.payload));
+        let marked = marked.first().map(|point| &point.payload);
+        let watermark = marked.and_then(requests::watermark);
         let mut state = self.state();
         // Somebody else who did the same may have gone on already.
         if state.ready {
@@ -215,6 +218,7 @@ impl QdrantIndex {
         *state = State {
             ready: true,
             watermark,
+            filled: marked.and_then(requests::filled),
             safe: watermark.unwrap_or_default(),
             marked: watermark.unwrap_or_default(),
             ..State::default()
@@ -393,6 +397,28 @@ impl VectorIndex for QdrantIndex {
 
     fn watermark(&self) -> Option<Sequence> {
         self.state().watermark
+    }
+
+    fn is_shared(&self) -> bool {
+        true
+    }
+
+    fn filled(&self) -> Option<(Key, Sequence)> {
+        self.state().filled
+    }
+
+    async fn fill_to(&self, upto: Key, at: Sequence) -> Result<(), StorageError> {
+        let name = self.name.as_str();
+        self.ask(WRITE, async |node| {
+            node.upsert_points(requests::fill_to(name, upto, at)).await
+        })
+        .await?;
+        let mut state = self.state();
+        // What was filled of a collection that is gone counts no longer.
+        if state.ready {
+            state.filled = Some((upto, at));
+        }
+        Ok(())
     }
 
     fn keeps_texts(&self) -> bool {

@@ -85,6 +85,24 @@ pub trait VectorIndex: Send + Sync {
     /// The change up to which everything is in; `None`: it is not known, or the index must be filled first.
     fn watermark(&self) -> Option<Sequence>;
 
+    /// All copies of the service have this one, so that one of them is enough to write it.
+    fn is_shared(&self) -> bool {
+        false
+    }
+
+    /// How far it was filled when that was interrupted: memories up to this one are in, as of this change.
+    fn filled(&self) -> Option<(Key, Sequence)> {
+        None
+    }
+
+    /// While it is filled: memories up to this one are in, as of this change.
+    ///
+    /// # Errors
+    /// When the index is away.
+    async fn fill_to(&self, _upto: Key, _at: Sequence) -> Result<(), StorageError> {
+        Ok(())
+    }
+
     /// The nearest vectors by the quantized prefix, best first: candidates for rescoring.
     ///
     /// # Errors

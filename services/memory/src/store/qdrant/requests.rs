@@ -3,7 +3,7 @@
 //! A point has a memory's number; the payload says whose it is, in which scope, and with which change of the outbox it was
 //! written (`at`). An upsert passes over points that have a later one, so that a delayed writer never overwrites what is newer,
 //! whatever the order in which replicas hear of it. A removal leaves a point without a vector behind for a while, for the same
-//! reason. One more point remembers up to which change everything is in.
+//! reason. One more point remembers up to which change everything is in, or, while the collection is filled, how far that is.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
@@ -38,6 +38,9 @@ const SCOPE: &str = "scope";
 const AT: &str = "at";
 /// When it lost its vector, in seconds since 1970.
 const GONE: &str = "gone";
+/// Up to which memory the collection is filled, and as of which change: only while it is.
+const FILLED: &str = "filled";
+const AS_OF: &str = "as_of";
 /// The point that remembers up to which change everything is in, which is its `at`.
 const MARK: u64 = u64::MAX;
 /// Milliseconds after which another replica is asked.
@@ -138,6 +141,16 @@ pub fn mark(name: &str, watermark: Sequence) -> UpsertPoints {
     )
 }
 
+/// Remembers up to which memory the collection is filled, as of a change, unless everything is in.
+pub fn fill_to(name: &str, upto: Key, as_of: Sequence) -> UpsertPoints {
+    let payload = [
+        (FILLED, Value::from(upto.0)),
+        (AS_OF, Value::from(as_of.0)),
+        (AT, Value::from(0)),
+    ];
+    newer(name, vec![point(MARK, payload, HashMap::new())], Sequence(0))
+}
+
 /// Upserts points that are not there from a later change.
 fn newer(name: &str, points: Vec<PointStruct>, at: Sequence) -> UpsertPoints {
     let not_later = Range {
@@ -177,8 +190,17 @@ pub fn marked(name: &str) -> GetPoints {
 
 /// What [`mark`] remembered.
 pub fn watermark(payload: &HashMap<String, Value>) -> Option<Sequence> {
-    match payload.get(AT)?.kind {
-        Some(Kind::IntegerValue(at)) => Some(Sequence(at)),
+    number(payload, AT).filter(|_| filled(payload).is_none()).map(Sequence)
+}
+
+/// What [`fill_to`] remembered.
+pub fn filled(payload: &HashMap<String, Value>) -> Option<(Key, Sequence)> {
+    Some((Key(number(payload, FILLED)?), Sequence(number(payload, AS_OF)?)))
+}
+
+fn number(payload: &HashMap<String, Value>, name: &str) -> Option<i64> {
+    match payload.get(name)?.kind {
+        Some(Kind::IntegerValue(number)) => Some(number),
         _ => None,
     }
 }

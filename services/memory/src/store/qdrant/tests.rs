@@ -74,7 +74,18 @@ async fn a_server_conforms() {
     assert_eq!(index.watermark(), None);
     index.tend().await.unwrap();
     assert_eq!(index.watermark(), None, "it is to be filled");
+    // Whoever goes on with filling it begins where that was interrupted.
+    index.fill_to(Key(40), Sequence(3)).await.unwrap();
+    let next = cluster.index(MODEL, 128);
+    next.tend().await.unwrap();
+    let filled = Some((Key(40), Sequence(3)));
+    assert_eq!(
+        (index.filled(), next.filled(), next.watermark()),
+        (filled, filled, None)
+    );
     conformance::vector_index(&index).await;
+    // It has everything by now, whoever fills it still.
+    next.fill_to(Key(50), Sequence(3)).await.unwrap();
     // What it remembers is found by whoever comes next.
     let next = cluster.index(MODEL, 128);
     next.tend().await.unwrap();

@@ -1,0 +1,366 @@
+//! What one copy of the service does for all of them, in turns: writing an index that they share, and making vectors.
+//!
+//! A turn is a lease of the live server, and how far a shared index has come is a place kept beside it. Both only save work:
+//! whatever is done twice is done right, so that a copy goes on by itself when the live server is away, and a turn whose holder
+//! has died ends by itself.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use aeterna_error::Error;
+use aeterna_rpc::Breaker;
+use aeterna_storage::StorageError;
+use aeterna_storage::live::{Batch, Live};
+use uuid::Uuid;
+
+use super::apply;
+use crate::app::Serving;
+use crate::domain::Sequence;
+use crate::store::Changes;
+
+/// How long a copy that does not answer keeps a turn at an index.
+const TERM: Duration = Duration::from_secs(1);
+/// How long one keeps a turn at making vectors: longer than a page of them usually takes.
+const LONG_TERM: Duration = Duration::from_secs(30);
+/// How often it is looked whether another copy has brought a change.
+const LOOK: Duration = Duration::from_millis(10);
+/// How long the live server may take: without it everything goes on.
+const ANSWER: Duration = Duration::from_millis(100);
+
+/// The turns of one copy.
+pub struct Turns {
+    live: Arc<dyn Live>,
+    log: String,
+    /// Names this copy.
+    me: String,
+    breaker: Breaker,
+}
+
+/// Whose turn it is to bring changes to an index.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Turn {
+    /// This copy's.
+    Mine,
+    /// Another's, who has not brought them yet.
+    Others,
+    /// Nobody's: they were brought.
+    Done,
+}
+
+impl Turns {
+    /// Of the copies on a store, whose log is called so.
+    pub fn new(live: Arc<dyn Live>, log: String) -> Self {
+        Self {
+            live,
+            log,
+            me: Uuid::now_v7().to_string(),
+            breaker: Breaker::default(),
+        }
+    }
+
+    fn index(&self, model: &str) -> String {
+        format!("{}:index:{model}", self.log)
+    }
+
+    fn vectors(&self, model: &str) -> String {
+        format!("{}:vectors:{model}", self.log)
+    }
+
+    /// `None` when the live server does not answer.
+    async fn ask<T>(&self, asked: impl Future<Output = Result<T, StorageError>>) -> Option<T> {
+        if !self.breaker.admits() {
+            return None;
+        }
+        let answer = tokio::time::timeout(ANSWER, asked).await.ok().and_then(Result::ok);
+        self.breaker.tell(answer.is_some());
+        answer
+    }
+
+    /// Takes the turn at an index, to bring it what lies between two changes.
+    async fn take(&self, index: &str, from: Sequence, to: Sequence) -> Turn {
+        match self.ask(self.live.hold(index, &self.me, TERM)).await {
+            None => Turn::Mine,
+            Some(true) => match self.ask(self.live.begin(index, from.0)).await {
+                Some(place) if place >= to.0 => Turn::Done,
+                _ => Turn::Mine,
+            },
+            Some(false) => match self.ask(self.live.stands(index)).await {
+                Some(Some(place)) if place >= to.0 => Turn::Done,
+                _ => Turn::Others,
+            },
+        }
+    }
+
+    /// Tells the others how far an index has come by this copy.
+    async fn brought(&self, index: &str, to: Sequence) {
+        let told = async {
+            let Some(from) = self.live.stands(index).await?.filter(|from| *from < to.0) else {
+                return Ok(());
+            };
+            let batch = Batch {
+                log: index,
+                holder: &self.me,
+                from,
+                to: to.0,
+                entries: Vec::new(),
+                keep: 0,
+            };
+            self.live.append(&batch).await.map(drop)
+        };
+        self.ask(told).await;
+    }
+
+    /// How far an index has come by all copies.
+    pub(super) async fn place(&self, model: &str) -> Sequence {
+        let index = self.index(model);
+        Sequence(self.ask(self.live.stands(&index)).await.flatten().unwrap_or_default())
+    }
+
+    /// An index has nothing any more: how far it had come is not true.
+    pub(super) async fn forget(&self, model: &str) -> Result<(), Error> {
+        Ok(self.live.forget(&self.index(model)).await?)
+    }
+
+    /// Takes the turn at making vectors by a model, or keeps it; false when another copy is at it.
+    pub(super) async fn may_make(&self, model: &str) -> bool {
+        let turn = self.vectors(model);
+        self.ask(self.live.hold(&turn, &self.me, LONG_TERM)).await != Some(false)
+    }
+
+    /// Leaves making vectors by a model to the others.
+    pub(super) async fn made(&self, model: &str) {
+        self.give(&self.vectors(model)).await;
+    }
+
+    async fn give(&self, turn: &str) {
+        self.ask(self.live.release(turn, &self.me)).await;
+    }
+
+    /// Brings an index of a model that all copies share what is new, unless another copy does; `news` has the changes after one,
+    /// and `applied` hears how far the index is.
+    ///
+    /// # Errors
+    /// What the store says, or that the index can't be written.
+    pub(super) async fn follow<F>(
+        &self,
+        serving: &Serving,
+        news: impl Fn(Sequence) -> F,
+        applied: impl Fn(Sequence),
+    ) -> Result<(), Error>
+    where
+        F: Future<Output = Result<Option<Changes>, Error>>,
+    {
+        let index = self.index(&serving.model.identity);
+        let followed = self.bring(&index, serving, news, applied).await;
+        self.give(&index).await;
+        followed
+    }
+
+    async fn bring<F>(
+        &self,
+        index: &str,
+        serving: &Serving,
+        news: impl Fn(Sequence) -> F,
+        applied: impl Fn(Sequence),
+    ) -> Result<(), Error>
+    where
+        F: Future<Output = Result<Option<Changes>, Error>>,
+    {
+        while let Some(from) = serving.index.watermark() {
+            let Some(changes) = news(from).await? else { break };
+            let to = changes.at;
+            let turn = loop {
+                match self.take(index, from, to).await {
+                    Turn::Others => tokio::time::sleep(LOOK).await,
+                    turn => break turn,
+                }
+            };
+            if turn == Turn::Mine {
+                apply(serving, changes).await?;
+            }
+            serving.index.advance(to);
+            applied(to);
+            if turn == Turn::Mine {
+                self.brought(index, to).await;
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+    use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
+    use std::time::Instant;
+
+    use aeterna_storage::live::MemoryLive;
+    use aeterna_storage::{RedisLive, RedisOptions};
+    use async_trait::async_trait;
+
+    use super::*;
+    use crate::app::Model;
+    use crate::domain::Key;
+    use crate::store::code::Code;
+    use crate::store::{Among, Care, Condition, Entry, VectorIndex};
+
+    /// How many changes there are, and how many are read at a time.
+    const CHANGES: i64 = 100;
+    const PAGE: i64 = 7;
+
+    /// An index that all copies share, as one of them sees it.
+    #[derive(Default)]
+    struct Shared {
+        /// Up to where, for each time that something was applied by any copy.
+        applied: Arc<Mutex<Vec<i64>>>,
+        /// How far this copy knows it to be.
+        watermark: AtomicI64,
+        /// This copy never gets an answer.
+        hangs: AtomicBool,
+    }
+
+    #[async_trait]
+    impl VectorIndex for Shared {
+        async fn apply(&self, changes: Changes) -> Result<(), StorageError> {
+            if self.hangs.load(Ordering::SeqCst) {
+                std::future::pending::<()>().await;
+            }
+            tokio::time::sleep(Duration::from_millis(1)).await;
+            self.applied.lock().unwrap().push(changes.at.0);
+            Ok(())
+        }
+        fn advance(&self, watermark: Sequence) {
+            self.watermark.store(watermark.0, Ordering::SeqCst);
+        }
+        fn watermark(&self) -> Option<Sequence> {
+            Some(Sequence(self.watermark.load(Ordering::SeqCst)))
+        }
+        fn is_shared(&self) -> bool {
+            true
+        }
+        async fn search(&self, _: Code, _: Arc<Among>, _: usize) -> Result<Vec<(Key, f32)>, StorageError> {
+            Ok(Vec::new())
+        }
+        fn len(&self) -> usize {
+            0
+        }
+        fn bytes(&self) -> u64 {
+            0
+        }
+        async fn tend(&self) -> Result<Care, StorageError> {
+            Ok(Care {
+                condition: Condition::Well,
+                again: None,
+            })
+        }
+        async fn unlike(&self, _: Vec<Entry>) -> Result<Vec<Key>, StorageError> {
+            Ok(Vec::new())
+        }
+        async fn present(&self, _: Vec<Key>) -> Result<Vec<Key>, StorageError> {
+            Ok(Vec::new())
+        }
+        async fn keys(&self, _: Key, _: usize) -> Result<Vec<Key>, StorageError> {
+            Ok(Vec::new())
+        }
+    }
+
+    /// A copy of the service.
+    struct Copy {
+        turns: Turns,
+        index: Arc<Shared>,
+        serving: Serving,
+    }
+
+    impl Copy {
+        fn new(live: &Arc<dyn Live>, applied: &Arc<Mutex<Vec<i64>>>) -> Self {
+            let index = Arc::new(Shared {
+                applied: Arc::clone(applied),
+                ..Shared::default()
+            });
+            let model = Model {
+                name: "m".into(),
+                identity: "m@1".into(),
+                dimension: 8,
+                prefix: 8,
+            };
+            Self {
+                turns: Turns::new(Arc::clone(live), "log".into()),
+                index: Arc::clone(&index),
+                serving: Serving { model, index },
+            }
+        }
+
+        /// Follows to the end, and looks whether all that it is told is in has been applied.
+        async fn follow(&self) {
+            let news = async |after: Sequence| {
+                let changes = Changes {
+                    upserts: Vec::new(),
+                    removals: Vec::new(),
+                    at: Sequence((after.0 + PAGE).min(CHANGES)),
+                };
+                Ok((after.0 < CHANGES).then_some(changes))
+            };
+            let told = |at: Sequence| assert!(self.index.applied.lock().unwrap().contains(&at.0));
+            self.turns.follow(&self.serving, news, told).await.unwrap();
+            assert_eq!(self.index.watermark(), Some(Sequence(CHANGES)));
+        }
+    }
+
+    fn pages() -> Vec<i64> {
+        (0..CHANGES)
+            .step_by(PAGE as usize)
+            .map(|from| (from + PAGE).min(CHANGES))
+            .collect()
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn one_copy_brings_each_change_and_all_know_of_it() {
+        let (live, applied): (Arc<dyn Live>, _) = (Arc::new(MemoryLive::default()), Arc::default());
+        let copies = [0; 3].map(|_| Copy::new(&live, &applied));
+        futures::future::join_all(copies.iter().map(Copy::follow)).await;
+        assert_eq!(*applied.lock().unwrap(), pages());
+        // One that comes later has nothing to do.
+        Copy::new(&live, &applied).follow().await;
+        assert_eq!(applied.lock().unwrap().len(), pages().len());
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_copy_that_hangs_is_waited_for_only_until_its_turn_ends() {
+        let (live, applied): (Arc<dyn Live>, _) = (Arc::new(MemoryLive::default()), Arc::default());
+        let copies = [0; 2].map(|_| Copy::new(&live, &applied));
+        copies[0].index.hangs.store(true, Ordering::SeqCst);
+        let began = Instant::now();
+        tokio::select! {
+            biased;
+            () = copies[0].follow() => panic!("it hangs"),
+            () = copies[1].follow() => {}
+        }
+        assert!(began.elapsed() >= TERM);
+        assert_eq!(*applied.lock().unwrap(), pages());
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn without_a_live_server_each_copy_goes_on_by_itself() {
+        // Nobody listens on the discard port.
+        let options = RedisOptions::parse("redis", "//127.0.0.1:9").unwrap();
+        let (live, applied): (Arc<dyn Live>, _) = (Arc::new(RedisLive::new(options).unwrap()), Arc::default());
+        let copies = [0; 2].map(|_| Copy::new(&live, &applied));
+        futures::future::join_all(copies.iter().map(Copy::follow)).await;
+        let mut applied = applied.lock().unwrap().clone();
+        applied.sort_unstable();
+        let mut twice = [pages(), pages()].concat();
+        twice.sort_unstable();
+        assert_eq!(applied, twice);
+        assert!(copies[0].turns.may_make("m@1").await && copies[1].turns.may_make("m@1").await);
+    }
+
+    #[tokio::test]
+    async fn one_copy_makes_vectors_until_it_leaves_it_to_another() {
+        let (live, applied): (Arc<dyn Live>, _) = (Arc::new(MemoryLive::default()), Arc::default());
+        let [one, other] = [0; 2].map(|_| Copy::new(&live, &applied).turns);
+        assert!(one.may_make("m@1").await && one.may_make("m@1").await);
+        assert!(!other.may_make("m@1").await && other.may_make("m@2").await);
+        one.made("m@1").await;
+        assert!(other.may_make("m@1").await && !one.may_make("m@1").await);
+    }
+}
