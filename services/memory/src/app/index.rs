@@ -63,6 +63,8 @@ struct Pending {
     some: Notify,
     /// Every memory has a vector by the next model.
     switch: AtomicBool,
+    /// The index of which model has everything that there was when it was looked at, or can be brought it.
+    whole: Mutex<Option<Whole>>,
     /// An index that is to take over from the one of the same model; it has everything up to its watermark.
     ready: Mutex<Option<Serving>>,
     /// Why the index that serves can't follow.
@@ -71,6 +73,14 @@ struct Pending {
     followed: Mutex<Instant>,
     /// There may be files of an index that serves no longer.
     unsettled: AtomicBool,
+}
+
+/// An index of which it is known how far it is.
+struct Whole {
+    /// Of which model.
+    model: String,
+    /// Up to where this copy brings everything itself, whatever others have brought; `None`: it is to be found out.
+    alone: Option<Sequence>,
 }
 
 impl App {
@@ -90,6 +100,7 @@ impl Background {
             from: AtomicI64::new(0),
             some: Notify::new(),
             switch: AtomicBool::new(false),
+            whole: Mutex::new(None),
             ready: Mutex::new(None),
             behind: Mutex::new(None),
             followed: Mutex::new(Instant::now()),
@@ -122,32 +133,57 @@ impl Background {
 
     /// Finds out up to which change an index has everything, and fills one that has nothing.
     async fn complete(&self, serving: &Serving, stop: &CancellationToken) -> Result<(), Error> {
-        if serving.index.watermark().is_some() {
+        let model = &serving.model.identity;
+        let whole = lock(&self.pending.whole)
+            .as_ref()
+            .is_some_and(|whole| whole.model == *model);
+        if whole && serving.index.watermark().is_some() {
             return Ok(());
         }
+        *lock(&self.pending.whole) = None;
         tend(serving).await?;
-        let (turns, model) = (self.turns_at(serving), &serving.model.identity);
-        let brought = match turns {
+        let filled = serving.index.filled().map(|(_, at)| at);
+        let brought = match self.turns_at(serving) {
             Some(turns) => turns.place(model).await,
-            None => Sequence::default(),
+            None => None,
         };
-        let known = serving.index.watermark().unwrap_or_default().max(brought);
-        if self.is_ahead(known, stop).await? {
+        let known = [serving.index.watermark(), filled, brought].into_iter().flatten().max();
+        if let Some(known) = known
+            && self.is_ahead(known, stop).await?
+        {
             tracing::warn!(
                 "the vector index is ahead of the store, which was put back to an earlier time; it is filled anew"
             );
             let cleared = serving.index.clear().await;
             cleared.map_err(|error| Error::unavailable("the vector index can't be cleared").caused_by(error))?;
-            if let Some(turns) = turns {
-                turns.forget(model).await?;
-            }
             tend(serving).await?;
         }
         if serving.index.watermark().is_none() {
             let count = self.fill(serving, stop).await?;
             tracing::info!(vectors = count, "filled the vector index from the relational store");
         }
+        *lock(&self.pending.whole) = Some(Whole {
+            model: model.clone(),
+            alone: None,
+        });
         Ok(())
+    }
+
+    /// Up to which change this copy brings everything to an index itself, since others may have brought it when it was not as
+    /// it is now, or to fewer replicas; `None` while nobody says how far they are.
+    async fn alone(&self, turns: &Turns, serving: &Serving) -> Result<Option<Sequence>, Error> {
+        let known = lock(&self.pending.whole).as_ref().and_then(|whole| whole.alone);
+        if known.is_some() {
+            return Ok(known);
+        }
+        let Some(place) = turns.place(&serving.model.identity).await else {
+            return Ok(None);
+        };
+        let alone = Some(place.max(self.app.store.last_sequence().await?));
+        if let Some(whole) = lock(&self.pending.whole).as_mut() {
+            whole.alone = alone;
+        }
+        Ok(alone)
     }
 
     /// Whether an index has a change that the store does not have. A node of the store that lags knows less than there is.
@@ -167,6 +203,8 @@ impl Background {
         let (mut after, end) = match serving.index.filled() {
             Some((after, end)) => {
                 tracing::info!(after = after.0, "going on with filling the vector index");
+                // What comes after it is read from the outbox: no node may be asked that does not have it.
+                app.store.reach(end).await?;
                 (after, end)
             }
             None => (Key(0), app.store.last_sequence().await?),
@@ -352,10 +390,13 @@ impl Background {
         if let Some(watermark) = serving.index.watermark() {
             indexed(watermark);
         }
-        match self.turns_at(serving) {
-            Some(turns) => turns.follow(serving, |after| self.news(serving, after), indexed).await,
-            None => self.apply_new(serving, indexed).await,
+        if let Some(turns) = self.turns_at(serving)
+            && let Some(alone) = self.alone(turns, serving).await?
+            && serving.index.watermark() >= Some(alone)
+        {
+            return turns.follow(serving, |after| self.news(serving, after), indexed).await;
         }
+        self.apply_new(serving, indexed).await
     }
 
     /// Applies what is new in the outbox to an index, and tells how far it is.

@@ -18,8 +18,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use async_trait::async_trait;
-use qdrant_client::qdrant::{CollectionParams, QueryPoints, ReplicaState, RetrievedPoint, ScoredPoint, vectors_config};
+use qdrant_client::qdrant::{
+    CollectionParams, QueryPoints, ReplicaState, RetrievedPoint, ScoredPoint, Value, vectors_config,
+};
 use qdrant_client::{Qdrant, QdrantError};
+use uuid::Uuid;
 
 use super::{Among, Care, Changes, Condition, Entry, StorageError, VectorIndex, plain_name};
 use crate::domain::{Key, Sequence};
@@ -128,6 +131,8 @@ struct State {
     ready: bool,
     /// Everything up to this change is in.
     watermark: Option<Sequence>,
+    /// Names the making of the collection.
+    made: Option<String>,
     /// How far it is filled, while that is all.
     filled: Option<(Key, Sequence)>,
     /// The same as the watermark at a time when every replica was well; changes after it are applied once more when `missed`.
@@ -206,10 +211,8 @@ impl QdrantIndex {
             self.ask(CREATE, async |node| node.create_field_index(field.clone()).await)
                 .await?;
         }
-        let marked = self.ask(WRITE, async |node| node.get_points(requests::marked(name)).await);
-        let marked = marked.await?.result;
-        let marked = marked.first().map(|point| &point.payload);
-        let watermark = marked.and_then(requests::watermark);
+        let marked = self.marked().await?;
+        let watermark = requests::watermark(&marked);
         let mut state = self.state();
         // Somebody else who did the same may have gone on already.
         if state.ready {
@@ -218,12 +221,25 @@ impl QdrantIndex {
         *state = State {
             ready: true,
             watermark,
-            filled: marked.and_then(requests::filled),
+            filled: requests::filled(&marked),
+            made: requests::made(&marked),
             safe: watermark.unwrap_or_default(),
             marked: watermark.unwrap_or_default(),
             ..State::default()
         };
         Ok(())
+    }
+
+    /// What the collection says of itself; one that is new begins to.
+    async fn marked(&self) -> Result<HashMap<String, Value>, StorageError> {
+        let name = self.name.as_str();
+        let begin = requests::begin(name, &Uuid::now_v7().to_string());
+        self.ask(WRITE, async |node| node.upsert_points(begin.clone()).await)
+            .await?;
+        let marked = self.ask(WRITE, async |node| node.get_points(requests::marked(name)).await);
+        let marked = marked.await?.result.into_iter().next();
+        let gone = || StorageError::Unavailable("a Qdrant node has not heard of the collection's mark".into());
+        marked.map(|point| point.payload).ok_or_else(gone)
     }
 
     /// Says how a collection differs from the settings.
@@ -325,8 +341,9 @@ impl QdrantIndex {
             (again, Some(state.safe).filter(|safe| *safe > state.marked))
         };
         if let Some(mark) = mark {
-            let name = self.name.as_str();
-            self.ask(WRITE, async |node| node.upsert_points(requests::mark(name, mark)).await)
+            let made = self.state().made.clone();
+            let request = requests::mark(&self.name, made.as_deref(), mark);
+            self.ask(WRITE, async |node| node.upsert_points(request.clone()).await)
                 .await?;
             self.state().marked = mark;
         }
@@ -408,11 +425,10 @@ impl VectorIndex for QdrantIndex {
     }
 
     async fn fill_to(&self, upto: Key, at: Sequence) -> Result<(), StorageError> {
-        let name = self.name.as_str();
-        self.ask(WRITE, async |node| {
-            node.upsert_points(requests::fill_to(name, upto, at)).await
-        })
-        .await?;
+        let made = self.state().made.clone();
+        let request = requests::fill_to(&self.name, made.as_deref(), upto, at);
+        self.ask(WRITE, async |node| node.upsert_points(request.clone()).await)
+            .await?;
         let mut state = self.state();
         // What was filled of a collection that is gone counts no longer.
         if state.ready {

@@ -2,7 +2,8 @@
 //!
 //! A turn is a lease of the live server, and how far a shared index has come is a place kept beside it. Both only save work:
 //! whatever is done twice is done right, so that a copy goes on by itself when the live server is away, and a turn whose holder
-//! has died ends by itself.
+//! has died or hangs ends by itself. What was brought before a copy knew the index counts for nothing: the index remembers how
+//! far all of its replicas are, and from there on the copy brings everything itself once (`Background::catch_up`).
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,7 +11,7 @@ use std::time::Duration;
 use aeterna_error::Error;
 use aeterna_rpc::Breaker;
 use aeterna_storage::StorageError;
-use aeterna_storage::live::{Batch, Live};
+use aeterna_storage::live::{Appended, Batch, Live};
 use uuid::Uuid;
 
 use super::apply;
@@ -36,11 +37,21 @@ pub struct Turns {
     breaker: Breaker,
 }
 
+/// Which vectors are made. What one copy is about never keeps another one from the other: copies may still answer by the model
+/// before, and what they write goes on being pending for those that do not.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Vectors {
+    /// Those that memories lack by the model that answers.
+    Pending,
+    /// All, by the next model.
+    Anew,
+}
+
 /// Whose turn it is to bring changes to an index.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Turn {
-    /// This copy's.
-    Mine,
+    /// This copy's, and how far the index has come by all of them, when that is known.
+    Mine(Option<i64>),
     /// Another's, who has not brought them yet.
     Others,
     /// Nobody's: they were brought.
@@ -62,8 +73,8 @@ impl Turns {
         format!("{}:index:{model}", self.log)
     }
 
-    fn vectors(&self, model: &str) -> String {
-        format!("{}:vectors:{model}", self.log)
+    fn making(&self, what: Vectors, model: &str) -> String {
+        format!("{}:{what:?}:{model}", self.log).to_lowercase()
     }
 
     /// `None` when the live server does not answer.
@@ -79,11 +90,16 @@ impl Turns {
     /// Takes the turn at an index, to bring it what lies between two changes.
     async fn take(&self, index: &str, from: Sequence, to: Sequence) -> Turn {
         match self.ask(self.live.hold(index, &self.me, TERM)).await {
-            None => Turn::Mine,
-            Some(true) => match self.ask(self.live.begin(index, from.0)).await {
-                Some(place) if place >= to.0 => Turn::Done,
-                _ => Turn::Mine,
-            },
+            None => Turn::Mine(None),
+            Some(true) => {
+                let place = self.ask(self.live.begin(index, from.0)).await;
+                if place.is_none_or(|place| place < to.0) {
+                    return Turn::Mine(place);
+                }
+                // One that is far behind keeps nobody waiting.
+                self.give(index).await;
+                Turn::Done
+            }
             Some(false) => match self.ask(self.live.stands(index)).await {
                 Some(Some(place)) if place >= to.0 => Turn::Done,
                 _ => Turn::Others,
@@ -92,44 +108,37 @@ impl Turns {
     }
 
     /// Tells the others how far an index has come by this copy.
-    async fn brought(&self, index: &str, to: Sequence) {
-        let told = async {
-            let Some(from) = self.live.stands(index).await?.filter(|from| *from < to.0) else {
-                return Ok(());
-            };
-            let batch = Batch {
-                log: index,
-                holder: &self.me,
-                from,
-                to: to.0,
-                entries: Vec::new(),
-                keep: 0,
-            };
-            self.live.append(&batch).await.map(drop)
+    async fn brought(&self, index: &str, from: i64, to: Sequence) {
+        let batch = Batch {
+            log: index,
+            holder: &self.me,
+            from,
+            to: to.0,
+            entries: Vec::new(),
+            keep: 0,
         };
-        self.ask(told).await;
+        let told = self.ask(self.live.append(&batch)).await;
+        // It took longer than the turn.
+        if told == Some(Appended::NotHeld) && self.ask(self.live.hold(index, &self.me, TERM)).await == Some(true) {
+            self.ask(self.live.append(&batch)).await;
+        }
     }
 
-    /// How far an index has come by all copies.
-    pub(super) async fn place(&self, model: &str) -> Sequence {
-        let index = self.index(model);
-        Sequence(self.ask(self.live.stands(&index)).await.flatten().unwrap_or_default())
-    }
-
-    /// An index has nothing any more: how far it had come is not true.
-    pub(super) async fn forget(&self, model: &str) -> Result<(), Error> {
-        Ok(self.live.forget(&self.index(model)).await?)
+    /// How far an index has come by all copies; `None` when nobody says.
+    pub(super) async fn place(&self, model: &str) -> Option<Sequence> {
+        let stands = self.ask(self.live.stands(&self.index(model))).await?;
+        Some(Sequence(stands.unwrap_or_default()))
     }
 
     /// Takes the turn at making vectors by a model, or keeps it; false when another copy is at it.
-    pub(super) async fn may_make(&self, model: &str) -> bool {
-        let turn = self.vectors(model);
+    pub(super) async fn may_make(&self, what: Vectors, model: &str) -> bool {
+        let turn = self.making(what, model);
         self.ask(self.live.hold(&turn, &self.me, LONG_TERM)).await != Some(false)
     }
 
     /// Leaves making vectors by a model to the others.
-    pub(super) async fn made(&self, model: &str) {
-        self.give(&self.vectors(model)).await;
+    pub(super) async fn made(&self, what: Vectors, model: &str) {
+        self.give(&self.making(what, model)).await;
     }
 
     async fn give(&self, turn: &str) {
@@ -175,13 +184,13 @@ impl Turns {
                     turn => break turn,
                 }
             };
-            if turn == Turn::Mine {
+            if matches!(turn, Turn::Mine(_)) {
                 apply(serving, changes).await?;
             }
             serving.index.advance(to);
             applied(to);
-            if turn == Turn::Mine {
-                self.brought(index, to).await;
+            if let Turn::Mine(Some(from)) = turn {
+                self.brought(index, from, to).await;
             }
         }
         Ok(())
@@ -340,6 +349,23 @@ mod tests {
     }
 
     #[tokio::test(flavor = "multi_thread")]
+    async fn what_took_longer_than_a_turn_was_brought_all_the_same() {
+        let (live, applied): (Arc<dyn Live>, _) = (Arc::new(MemoryLive::default()), Arc::default());
+        let Copy { turns, .. } = Copy::new(&live, &applied);
+        assert_eq!(turns.take("i", Sequence(1), Sequence(5)).await, Turn::Mine(Some(1)));
+        live.release("i", &turns.me).await.unwrap();
+        turns.brought("i", 1, Sequence(5)).await;
+        assert_eq!(live.stands("i").await.unwrap(), Some(5));
+        // Not when somebody else has gone on.
+        turns.give("i").await;
+        assert!(live.hold("i", "another", LONG_TERM).await.unwrap());
+        turns.brought("i", 5, Sequence(9)).await;
+        assert_eq!(live.stands("i").await.unwrap(), Some(5));
+        assert_eq!(turns.take("i", Sequence(1), Sequence(5)).await, Turn::Done);
+        assert_eq!(turns.take("i", Sequence(5), Sequence(9)).await, Turn::Others);
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
     async fn without_a_live_server_each_copy_goes_on_by_itself() {
         // Nobody listens on the discard port.
         let options = RedisOptions::parse("redis", "//127.0.0.1:9").unwrap();
@@ -351,16 +377,19 @@ mod tests {
         let mut twice = [pages(), pages()].concat();
         twice.sort_unstable();
         assert_eq!(applied, twice);
-        assert!(copies[0].turns.may_make("m@1").await && copies[1].turns.may_make("m@1").await);
+        for copy in copies {
+            assert!(copy.turns.may_make(Vectors::Pending, "m@1").await);
+        }
     }
 
     #[tokio::test]
     async fn one_copy_makes_vectors_until_it_leaves_it_to_another() {
         let (live, applied): (Arc<dyn Live>, _) = (Arc::new(MemoryLive::default()), Arc::default());
         let [one, other] = [0; 2].map(|_| Copy::new(&live, &applied).turns);
-        assert!(one.may_make("m@1").await && one.may_make("m@1").await);
-        assert!(!other.may_make("m@1").await && other.may_make("m@2").await);
-        one.made("m@1").await;
-        assert!(other.may_make("m@1").await && !one.may_make("m@1").await);
+        let may = async |copy: &Turns| copy.may_make(Vectors::Pending, "m@1").await;
+        assert!(may(&one).await && may(&one).await && !may(&other).await);
+        assert!(other.may_make(Vectors::Pending, "m@2").await && other.may_make(Vectors::Anew, "m@1").await);
+        one.made(Vectors::Pending, "m@1").await;
+        assert!(may(&other).await && !may(&one).await);
     }
 }

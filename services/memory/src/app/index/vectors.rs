@@ -12,6 +12,7 @@ use aeterna_types::TenantId;
 use futures::future::try_join_all;
 use tokio_util::sync::CancellationToken;
 
+use super::turns::Vectors;
 use super::{Background, LONGEST, NOTHING, PAUSE, TAKEN_OVER, TOLD};
 use crate::app::Model;
 use crate::domain::Key;
@@ -35,9 +36,10 @@ impl Background {
     /// Embeds memories whose vectors are pending, since the embedding service was away or the model is another one now.
     pub(super) async fn make_up(&self, stop: &CancellationToken) {
         loop {
+            let model = self.app.serving().model.clone();
             let outcome = tokio::select! {
-                () = stop.cancelled() => break,
-                outcome = self.make_up_some() => outcome,
+                () = stop.cancelled() => break self.leave_making(Vectors::Pending, &model).await,
+                outcome = self.make_up_some(&model) => outcome,
             };
             let pause = match outcome {
                 Ok(Made::Some) => continue,
@@ -52,43 +54,46 @@ impl Background {
                     PAUSE
                 }
             };
-            self.leave_making(&self.app.serving().model).await;
+            self.leave_making(Vectors::Pending, &model).await;
             tokio::select! {
-                () = stop.cancelled() => return,
+                () = stop.cancelled() => break,
                 () = self.pending.some.notified(), if pause == Duration::MAX => {}
                 () = tokio::time::sleep(pause), if pause != Duration::MAX => {}
             }
         }
-        self.leave_making(&self.app.serving().model).await;
     }
 
     /// Whether this copy makes vectors by a model, and no other.
-    async fn may_make(&self, model: &Model) -> bool {
+    async fn may_make(&self, what: Vectors, model: &Model) -> bool {
         match &self.turns {
-            Some(turns) => turns.may_make(&model.identity).await,
+            Some(turns) => turns.may_make(what, &model.identity).await,
             None => true,
         }
     }
 
-    async fn leave_making(&self, model: &Model) {
+    async fn leave_making(&self, what: Vectors, model: &Model) {
         if let Some(turns) = &self.turns {
-            turns.made(&model.identity).await;
+            turns.made(what, &model.identity).await;
         }
     }
 
     /// Embeds some of them, and leaves it to the outbox to tell the index.
-    async fn make_up_some(&self) -> Result<Made, Error> {
+    async fn make_up_some(&self, model: &Model) -> Result<Made, Error> {
         let app = &self.app;
         // What is written from here on lowers the mark again.
         let from = self.pending.from.swap(NOTHING, Ordering::SeqCst);
         if from == NOTHING {
             return Ok(Made::Nothing);
         }
-        if !self.may_make(&app.serving().model).await {
+        if app.serving().model.identity != model.identity {
+            self.pending.from.fetch_min(from, Ordering::SeqCst);
+            return Ok(Made::Some);
+        }
+        if !self.may_make(Vectors::Pending, model).await {
             self.pending.from.fetch_min(from, Ordering::SeqCst);
             return Ok(Made::Elsewhere);
         }
-        let looked = self.embed_after(Key(from.saturating_sub(1))).await;
+        let looked = self.embed_after(model, Key(from.saturating_sub(1))).await;
         let next = match &looked {
             Ok(next) => *next,
             Err(_) => from,
@@ -99,9 +104,8 @@ impl Background {
     }
 
     /// Where to go on.
-    async fn embed_after(&self, after: Key) -> Result<i64, Error> {
-        let model = self.app.serving().model.clone();
-        match self.embed_page(&model, after).await? {
+    async fn embed_after(&self, model: &Model, after: Key) -> Result<i64, Error> {
+        match self.embed_page(model, after).await? {
             Some((last, stored)) => {
                 tracing::debug!(memories = stored, "made up vectors that were pending");
                 Ok(last.0 + 1)
@@ -146,7 +150,7 @@ impl Background {
         let (mut after, mut done, mut told) = (Key(0), 0, Instant::now());
         let (mut in_this_pass, mut pause) = (0, PAUSE);
         while !stop.is_cancelled() {
-            let wait = if self.may_make(next).await {
+            let wait = if self.may_make(Vectors::Anew, next).await {
                 let page = tokio::select! {
                     () = stop.cancelled() => break,
                     page = self.embed_page(next, after) => page,
@@ -187,13 +191,13 @@ impl Background {
             } else {
                 PAUSE
             };
-            self.leave_making(next).await;
+            self.leave_making(Vectors::Anew, next).await;
             tokio::select! {
                 () = stop.cancelled() => {}
                 () = tokio::time::sleep(wait) => {}
             }
         }
-        self.leave_making(next).await;
+        self.leave_making(Vectors::Anew, next).await;
         if stop.is_cancelled() {
             return;
         }

@@ -3,7 +3,9 @@
 //! A point has a memory's number; the payload says whose it is, in which scope, and with which change of the outbox it was
 //! written (`at`). An upsert passes over points that have a later one, so that a delayed writer never overwrites what is newer,
 //! whatever the order in which replicas hear of it. A removal leaves a point without a vector behind for a while, for the same
-//! reason. One more point remembers up to which change everything is in, or, while the collection is filled, how far that is.
+//! reason. One more point, the mark, remembers up to which change everything is in, or, while the collection is filled, how far
+//! that is. It says which making of the collection it speaks of, so that whoever has not noticed that it was deleted and made
+//! anew does not say of the new one what was true of the old one.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
@@ -15,8 +17,8 @@ use qdrant_client::qdrant::{
     QueryPoints, QueryPointsBuilder, Range, ReadConsistencyType, RetrievedPoint, ScalarQuantizationBuilder,
     ScrollPoints, ScrollPointsBuilder, SearchParamsBuilder, SparseVectorConfig, SparseVectorParamsBuilder,
     UpdateCollection, UpdateCollectionBuilder, UpsertPoints, UpsertPointsBuilder, Value, Vector, VectorInput,
-    VectorParamsBuilder, VectorParamsMap, Vectors, VectorsConfig, point_id::PointIdOptions, read_consistency,
-    value::Kind, vector_output, vectors, vectors_config,
+    VectorParamsBuilder, VectorParamsMap, Vectors, VectorsConfig, WriteOrdering, WriteOrderingType,
+    point_id::PointIdOptions, read_consistency, value::Kind, vector_output, vectors, vectors_config,
 };
 
 use super::QdrantOptions;
@@ -41,6 +43,8 @@ const GONE: &str = "gone";
 /// Up to which memory the collection is filled, and as of which change: only while it is.
 const FILLED: &str = "filled";
 const AS_OF: &str = "as_of";
+/// Names the making of the collection, in the mark. Collections of versions before have none.
+const MADE: &str = "made";
 /// The point that remembers up to which change everything is in, which is its `at`.
 const MARK: u64 = u64::MAX;
 /// Milliseconds after which another replica is asked.
@@ -132,23 +136,50 @@ pub fn remove(name: &str, keys: &[Key], at: Sequence, now: i64) -> UpsertPoints 
     newer(name, removals.collect(), at)
 }
 
+/// Begins the mark of a collection, unless there is one.
+pub fn begin(name: &str, made: &str) -> UpsertPoints {
+    // No change has this place, so that nothing is overwritten.
+    let mut begin = newer(name, vec![marking(Some(made), [(AT, Value::from(0))])], Sequence(-1));
+    // Of several who begin, all replicas must take the same for the first.
+    begin.ordering = Some(WriteOrdering {
+        r#type: WriteOrderingType::Strong.into(),
+    });
+    begin
+}
+
 /// Remembers up to which change everything is in.
-pub fn mark(name: &str, watermark: Sequence) -> UpsertPoints {
-    newer(
-        name,
-        vec![point(MARK, [(AT, Value::from(watermark.0))], HashMap::new())],
-        watermark,
-    )
+pub fn mark(name: &str, made: Option<&str>, watermark: Sequence) -> UpsertPoints {
+    let point = marking(made, [(AT, Value::from(watermark.0))]);
+    same(newer(name, vec![point], watermark), made)
 }
 
 /// Remembers up to which memory the collection is filled, as of a change, unless everything is in.
-pub fn fill_to(name: &str, upto: Key, as_of: Sequence) -> UpsertPoints {
+pub fn fill_to(name: &str, made: Option<&str>, upto: Key, as_of: Sequence) -> UpsertPoints {
     let payload = [
         (FILLED, Value::from(upto.0)),
         (AS_OF, Value::from(as_of.0)),
         (AT, Value::from(0)),
     ];
-    newer(name, vec![point(MARK, payload, HashMap::new())], Sequence(0))
+    same(newer(name, vec![marking(made, payload)], Sequence(0)), made)
+}
+
+fn marking<const N: usize>(made: Option<&str>, payload: [(&str, Value); N]) -> PointStruct {
+    let mut mark = point(MARK, payload, HashMap::new());
+    mark.payload
+        .extend(made.map(|made| (MADE.to_owned(), Value::from(made))));
+    mark
+}
+
+/// Only where the mark speaks of this making of the collection.
+fn same(mut request: UpsertPoints, made: Option<&str>) -> UpsertPoints {
+    let same = match made {
+        Some(made) => Condition::matches(MADE, made.to_owned()),
+        None => Condition::is_empty(MADE),
+    };
+    if let Some(filter) = &mut request.update_filter {
+        filter.must.push(same);
+    }
+    request
 }
 
 /// Upserts points that are not there from a later change.
@@ -190,7 +221,15 @@ pub fn marked(name: &str) -> GetPoints {
 
 /// What [`mark`] remembered.
 pub fn watermark(payload: &HashMap<String, Value>) -> Option<Sequence> {
-    number(payload, AT).filter(|_| filled(payload).is_none()).map(Sequence)
+    number(payload, AT).filter(|at| *at > 0).map(Sequence)
+}
+
+/// Which making of the collection [`begin`] has named.
+pub fn made(payload: &HashMap<String, Value>) -> Option<String> {
+    match &payload.get(MADE)?.kind {
+        Some(Kind::StringValue(made)) => Some(made.clone()),
+        _ => None,
+    }
 }
 
 /// What [`fill_to`] remembered.

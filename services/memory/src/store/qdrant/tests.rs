@@ -28,7 +28,7 @@ fn of(uri: &str, key: Option<String>) -> Arc<Cluster> {
     let options = QdrantOptions::parse(uri.strip_prefix("qdrant:").unwrap())
         .unwrap()
         .with_key(key);
-    let store = uuid::Uuid::now_v7().simple().to_string().chars().rev().collect();
+    let store = Uuid::now_v7().simple().to_string().chars().rev().collect();
     Arc::new(Cluster::new(options, store).unwrap())
 }
 
@@ -94,6 +94,8 @@ async fn a_server_conforms() {
     assert!(matches!(wrong, StorageError::Broken(_)), "{wrong:?}");
 
     // A collection that is lost is made anew.
+    let old = cluster.index(MODEL, 128);
+    old.tend().await.unwrap();
     cluster.delete(&cluster.name(MODEL)).await.unwrap();
     // Each node hears of it at its own time.
     let noticed = async {
@@ -106,6 +108,13 @@ async fn a_server_conforms() {
     assert_eq!(index.watermark(), None);
     index.apply(changes(vec![entry(1, "one", 1)], &[], 8)).await.unwrap();
     assert_eq!(keys(&index, "one", 1).await, [1]);
+    // Whoever has not noticed says nothing of the new one.
+    old.advance(Sequence(9));
+    old.remember(Some(Sequence(9)), true).await.unwrap();
+    old.fill_to(Key(9), Sequence(9)).await.unwrap();
+    let next = cluster.index(MODEL, 128);
+    next.tend().await.unwrap();
+    assert_eq!((next.watermark(), next.filled()), (None, None));
     index.clear().await.unwrap();
     assert_eq!(index.watermark(), None);
     cluster.remove(MODEL).await.unwrap();
