@@ -105,8 +105,8 @@ lab-status: ## show who is who in the lab, lag and health
 lab-down: ## kill everything in the lab and remove its directory
 	@$(LAB) down
 
-lab-drill: lab-programs ## break the lab under load and check that nothing was lost (DRILL=primary-killed|…|all; without DRILL: list them)
-	@$(LAB) drill $(LAB_UP) $(DRILL)
+lab-drill: lab-programs ## break the lab under load and check that nothing was lost (DRILL=primary-killed|…|all, TABLE=FILE; without DRILL: list them)
+	@$(LAB) drill $(LAB_UP) $(if $(TABLE),--table "$(TABLE)") $(DRILL)
 
 clean: ## remove what was built (installed tools and data stay)
 	cargo clean

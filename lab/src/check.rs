@@ -28,7 +28,8 @@ pub struct Verdict {
     pub phantom: u64,
     /// Reads by the holder of a token that did not see what it stands for.
     pub went_back: u64,
-    /// Acknowledged memories that a watcher was not told of, or not in the order in which they were added, or twice.
+    /// Acknowledged memories that a watcher, or a reader of the live streams, was not told of, or not in the order in which they
+    /// were added, or twice. After a gap in a stream its reader has asked the store for what was acknowledged before.
     pub untold: u64,
 }
 
@@ -46,6 +47,11 @@ pub fn check(operations: &[Operation], stored: &Stored) -> Verdict {
     let mut acknowledged = BTreeSet::new();
     let mut told = BTreeMap::<&str, u64>::new();
     let mut last = BTreeMap::<&str, u64>::new();
+    let (mut streamed, mut place) = (BTreeSet::new(), 0);
+    let gaps = operations
+        .iter()
+        .filter(|read| read.kind == Kind::Fan && read.outcome == Outcome::Failed("Gap".into()));
+    let gap = gaps.map(|read| read.at).max();
     for operation in operations {
         let done = operation.outcome == Outcome::Done;
         match operation.kind {
@@ -58,6 +64,9 @@ pub fn check(operations: &[Operation], stored: &Stored) -> Verdict {
                 if operation.outcome == Outcome::Doubled || done {
                     acknowledged.insert(write);
                 }
+                if gap.is_some_and(|gap| operation.at <= gap) {
+                    streamed.insert(operation.key.as_str());
+                }
             }
             // One writer adds its memories in the order of their values.
             Kind::Hear if done => {
@@ -66,7 +75,12 @@ pub fn check(operations: &[Operation], stored: &Stored) -> Verdict {
                 let before = last.insert(writer, operation.value).unwrap_or(0);
                 verdict.untold += u64::from(operation.value <= before);
             }
-            Kind::Hear => {}
+            Kind::Fan if done => {
+                streamed.insert(operation.key.as_str());
+                verdict.untold += u64::from(operation.value <= place);
+                place = operation.value;
+            }
+            Kind::Hear | Kind::Fan => {}
             Kind::Read | Kind::Search | Kind::Near => {
                 if done && operation.value < operation.floor {
                     verdict.went_back += 1;
@@ -81,7 +95,7 @@ pub fn check(operations: &[Operation], stored: &Stored) -> Verdict {
             _ => stored.counters.get(*key).is_some_and(|values| values.contains(value)),
         };
         verdict.lost += u64::from(!there);
-        verdict.untold += u64::from(*kind == Kind::Add && !told.contains_key(key));
+        verdict.untold += u64::from(*kind == Kind::Add && !(told.contains_key(key) && streamed.contains(key)));
     }
     for (content, count) in &stored.contents {
         verdict.duplicated += count.saturating_sub(1);
@@ -111,6 +125,7 @@ mod tests {
             operation(Kind::Add, "a", 0, 1, failed()),
             operation(Kind::Add, "a", 0, 2, Outcome::Done),
             operation(Kind::Hear, "a", 1, 2, Outcome::Done),
+            operation(Kind::Fan, "a", 7, 2, Outcome::Done),
             operation(Kind::Add, "b", 0, 3, failed()),
             operation(Kind::Count, "c", 1, 4, Outcome::Done),
             operation(Kind::Count, "c", 2, 5, Outcome::Done),
@@ -163,12 +178,21 @@ mod tests {
         assert_eq!(verdict(set(&[2, 1])), [3, 0, 0, 1, 0, 0]);
         let unsent = |_: &mut Vec<_>, stored: &mut Stored| _ = stored.contents.insert("z".into(), 1);
         assert_eq!(verdict(unsent), [3, 0, 0, 1, 0, 0]);
-        assert_eq!(verdict(|operations, _| operations[6].value = 1), [3, 0, 0, 0, 1, 0]);
+        assert_eq!(verdict(|operations, _| operations[7].value = 1), [3, 0, 0, 0, 1, 0]);
         assert_eq!(verdict(|operations, _| _ = operations.remove(2)), [3, 0, 0, 0, 0, 1]);
         assert_eq!(
             verdict(|operations, _| operations.insert(2, operations[2].clone())),
             [3, 0, 0, 0, 0, 1]
         );
+        // The same of the streams, but for what was acknowledged before a gap.
+        assert_eq!(verdict(|operations, _| _ = operations.remove(3)), [3, 0, 0, 0, 0, 1]);
+        assert_eq!(
+            verdict(|operations, _| operations.insert(3, operations[3].clone())),
+            [3, 0, 0, 0, 0, 1]
+        );
+        let gap = |at: u64| operation(Kind::Fan, "", 0, at, Outcome::Failed("Gap".into()));
+        assert_eq!(verdict(|operations, _| operations[3] = gap(2)), [3, 0, 0, 0, 0, 0]);
+        assert_eq!(verdict(|operations, _| operations[3] = gap(1)), [3, 0, 0, 0, 0, 1]);
     }
 
     #[test]

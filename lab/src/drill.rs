@@ -9,12 +9,15 @@ use anyhow::Context as _;
 use serde::Serialize;
 
 use crate::check::{Verdict, check};
-use crate::drills::Drill;
+use crate::drills::{Drill, Goals};
+use crate::fan::Fan;
 use crate::history::{self, Kind, Operation, Outcome};
 use crate::load::Load;
 
 /// How long the load runs before and after the fault.
 const CALM: Duration = Duration::from_secs(5);
+/// Reads never stop for longer, in seconds.
+const READS: f64 = 2.0;
 /// How long the stores may take to be whole, before and after.
 const WHOLE: Duration = Duration::from_secs(180);
 
@@ -37,15 +40,36 @@ pub struct Report {
     pub vectors_stopped_s: f64,
     /// The longest time in which no watcher was told of anything.
     pub live_stopped_s: f64,
+    /// The longest time in which the live streams had nothing new.
+    pub fan_out_stopped_s: f64,
     /// The longest time from the first attempt of an Add to a watcher's being told.
     pub live_slowest_s: f64,
     /// What the history says.
     #[serde(flatten)]
     pub verdict: Verdict,
-    /// Failed attempts, by code; each was repeated until it succeeded.
+    /// Failed attempts, by code. Each call was repeated as its error told until it succeeded: none failed.
     pub errors: BTreeMap<String, u64>,
+    /// What is aimed at.
+    pub goals: Goals,
     /// The time from the fault until all nodes took part again and each commit was on two of them, in seconds.
     pub redundant_again_s: f64,
+}
+
+impl Report {
+    /// The goals that it missed. They are told, and decide nothing: a machine that is busy is no defect.
+    pub fn missed(&self) -> Vec<String> {
+        let goals = [
+            ("writes", self.writes_stopped_s, self.goals.writes_s),
+            ("fan-out", self.fan_out_stopped_s, self.goals.fan_out_s),
+            ("reads", self.reads_stopped_s, Some(READS)),
+        ];
+        let missed = goals
+            .into_iter()
+            .filter(|(_, took, goal)| goal.is_some_and(|goal| *took >= goal));
+        missed
+            .map(|(what, _, goal)| format!("{what} < {} s", goal.unwrap_or_default()))
+            .collect()
+    }
 }
 
 /// Runs one on a lab that is whole. The history is left in the lab's directory.
@@ -60,7 +84,8 @@ pub async fn run(lab: &Lab, drill: Drill, say: impl Fn(&str)) -> anyhow::Result<
     whole(lab).await?;
     lab.served(WHOLE).await?;
     let name = drill.name();
-    let load = Load::start(lab.channel()?, &format!("{name}-{:08x}", rand::random::<u32>())).await?;
+    let run = format!("{name}-{:08x}", rand::random::<u32>());
+    let load = Load::start(lab.channel()?, Fan::new(lab).await?, &run).await?;
     // At any moment of Patroni's rounds: how long a lease goes on depends on it.
     tokio::time::sleep(CALM + lab.timings().round().mul_f64(rand::random())).await;
     say(&format!("{name}: under load, now it is broken …"));
@@ -88,8 +113,10 @@ pub async fn run(lab: &Lab, drill: Drill, say: impl Fn(&str)) -> anyhow::Result<
         searches_stopped_s: stopped(&[Kind::Search]),
         vectors_stopped_s: stopped(&[Kind::Near]),
         live_stopped_s: stopped(&[Kind::Hear]),
+        fan_out_stopped_s: stopped(&[Kind::Fan]),
         live_slowest_s: seconds(slowest(&operations, from)),
         verdict: check(&operations, &stored),
+        goals: drill.goals(lab.timings()),
         errors: errors(&operations),
         redundant_again_s: seconds(redundant),
     })

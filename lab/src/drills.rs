@@ -2,9 +2,10 @@
 
 use std::time::Duration;
 
-use aeterna_testkit::lab::{Lab, Part};
+use aeterna_testkit::lab::{Lab, Part, Timings};
 use anyhow::Context as _;
 use clap::ValueEnum;
+use serde::Serialize;
 
 use crate::history::Kind;
 use crate::load::Load;
@@ -51,7 +52,32 @@ pub enum Drill {
     RollingRestart,
 }
 
+/// What a drill aims at, in seconds; reads never stop for longer than two in any of them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+pub struct Goals {
+    /// Writes stop for less.
+    pub writes_s: Option<f64>,
+    /// The live streams stop for less.
+    pub fan_out_s: Option<f64>,
+}
+
 impl Drill {
+    /// What it aims at.
+    pub fn goals(self, timings: Timings) -> Goals {
+        let tuned = timings == Timings::Tuned;
+        let writes_s = match self {
+            Self::PrimaryKilled => Some(if tuned { 20.0 } else { 30.0 }),
+            Self::PostgresKilled => Some(10.0),
+            Self::Switchover => Some(3.0),
+            _ => None,
+        };
+        let fan_out_s = match self {
+            Self::RedisMasterKilled => Some(if tuned { 3.0 } else { 10.0 }),
+            _ => None,
+        };
+        Goals { writes_s, fan_out_s }
+    }
+
     /// Its name on the command line.
     pub fn name(self) -> String {
         let value = self.to_possible_value();
@@ -172,8 +198,10 @@ impl Drill {
                 near_again(load).await?;
             }
             Self::ServiceKilled => {
+                // Any of them: one holds the lease of the live streams.
+                let memory = if rand::random() { "memory1" } else { "memory2" };
                 broken();
-                die_and_return(lab, load, &["memory1", "embedding1"]).await?;
+                die_and_return(lab, load, &[memory, "embedding1"]).await?;
                 lab.served(START).await?;
             }
             Self::RollingRestart => {

@@ -19,6 +19,8 @@ pub enum Kind {
     Read,
     /// A watcher was told of an added memory; `took` is the time since its Add was asked for, as far as that is known.
     Hear,
+    /// A reader of the live streams read of an added memory; the value is its place. A gap counts as failed.
+    Fan,
     /// A memory was searched for by a holder of the token of its Add: 1 is found, which `floor` wants.
     Search,
     /// The same by its vector alone; an answer without the dense arm counts as failed.

@@ -16,8 +16,10 @@ use prost_types::FieldMask;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tonic::{Code, Request, Response, Status, Streaming};
+use tonic_types::StatusExt as _;
 
 use crate::check::Stored;
+use crate::fan::{Acknowledged, Fan};
 use crate::history::{History, Kind, Operation, Outcome};
 
 type Client = MemoryServiceClient<AnyChannel>;
@@ -52,12 +54,13 @@ pub struct Load {
     callers: JoinSet<anyhow::Result<()>>,
     /// The counters' identifiers, by the names of their writers.
     counters: BTreeMap<String, String>,
+    acknowledged: Acknowledged,
     client: Client,
 }
 
 impl Load {
     /// Starts one; `run` keeps it apart from others on the same stores.
-    pub async fn start(channel: AnyChannel, run: &str) -> anyhow::Result<Self> {
+    pub async fn start(channel: AnyChannel, fan: Fan, run: &str) -> anyhow::Result<Self> {
         let client = Client::new(channel);
         let history = Arc::new(History::new());
         let (stop, stopping) = watch::channel(false);
@@ -66,8 +69,11 @@ impl Load {
             stop,
             callers: JoinSet::new(),
             counters: BTreeMap::new(),
+            acknowledged: Acknowledged::default(),
             client: client.clone(),
         };
+        let reads = fan.follow(Arc::clone(&history), load.acknowledged.clone(), stopping.clone());
+        load.callers.spawn(reads);
         let asked = Arc::<Mutex<HashMap<String, Duration>>>::default();
         for number in 0..WRITERS {
             let name = format!("{run}-{number}");
@@ -76,6 +82,7 @@ impl Load {
                 history: Arc::clone(&history),
                 stopping: stopping.clone(),
                 asked: Arc::clone(&asked),
+                acknowledged: load.acknowledged.clone(),
                 name: name.clone(),
             };
             let counter = caller.counter().await?;
@@ -112,7 +119,9 @@ impl Load {
             ended.context("a caller panicked")??;
         }
         let stored = self.stored().await?;
-        Ok((self.history.all(), stored))
+        let mut operations = self.history.all();
+        self.acknowledged.name(&mut operations);
+        Ok((operations, stored))
     }
 
     async fn stored(&self) -> anyhow::Result<Stored> {
@@ -196,6 +205,7 @@ struct Caller {
     stopping: watch::Receiver<bool>,
     /// When each memory was first asked for.
     asked: Arc<Mutex<HashMap<String, Duration>>>,
+    acknowledged: Acknowledged,
     name: String,
 }
 
@@ -245,12 +255,13 @@ impl Caller {
         *self.stopping.borrow()
     }
 
-    /// Whether to try once more.
-    async fn again(&self, over: &mut Option<Instant>) -> anyhow::Result<()> {
+    /// Waits as long as it is told before it tries once more.
+    async fn again(&self, failed: &Status, over: &mut Option<Instant>) -> anyhow::Result<()> {
         if self.is_over() && over.get_or_insert_with(Instant::now).elapsed() > GRACE {
             bail!("a write was not acknowledged within {GRACE:?} after the load");
         }
-        tokio::time::sleep(PAUSE).await;
+        let told = failed.get_details_retry_info().and_then(|retry| retry.retry_delay);
+        tokio::time::sleep(told.unwrap_or(PAUSE)).await;
         Ok(())
     }
 
@@ -327,13 +338,17 @@ impl Caller {
                 };
                 Ok((0, outcome))
             });
-            if let Ok(added) = added.await? {
-                told.token = added.consistency_token;
-                told.content = content;
-                told.embedded = added.memory.is_some_and(|memory| !memory.embedding_model.is_empty());
-                return Ok(());
+            match added.await? {
+                Ok(added) => {
+                    told.token = added.consistency_token;
+                    let memory = added.memory.context("an Add answers with the memory")?;
+                    told.embedded = !memory.embedding_model.is_empty();
+                    self.acknowledged.add(memory.id, content.clone());
+                    told.content = content;
+                    return Ok(());
+                }
+                Err(failed) => self.again(&failed, &mut over).await?,
             }
-            self.again(&mut over).await?;
         }
     }
 
@@ -362,13 +377,15 @@ impl Caller {
             let mut client = self.client.clone();
             let call = client.update(timed(message.clone()));
             let updated = self.attempt(&subject, call, |_| Ok((next, Outcome::Done)));
-            if let Ok(updated) = updated.await? {
-                told.counter = updated.memory.context("an Update answers with the memory")?;
-                told.count = next;
-                told.token = updated.consistency_token;
-                return Ok(());
+            match updated.await? {
+                Ok(updated) => {
+                    told.counter = updated.memory.context("an Update answers with the memory")?;
+                    told.count = next;
+                    told.token = updated.consistency_token;
+                    return Ok(());
+                }
+                Err(failed) => self.again(&failed, &mut over).await?,
             }
-            self.again(&mut over).await?;
         }
     }
 

@@ -35,6 +35,9 @@ enum Command {
     Drill {
         /// Its name, or `all`; without one, they are listed
         name: Option<String>,
+        /// Where the table of several drills is written
+        #[arg(long)]
+        table: Option<PathBuf>,
         #[command(flatten)]
         up: Up,
     },
@@ -132,7 +135,11 @@ async fn run(Arguments { directory, command }: Arguments) -> anyhow::Result<Exit
                 println!("{:<20} {}", drill.name(), about.unwrap_or_default());
             }
         }
-        Command::Drill { name: Some(name), up } => return drill(&directory, &name, &up).await,
+        Command::Drill {
+            name: Some(name),
+            table,
+            up,
+        } => return drill(&directory, &name, table.as_deref(), &up).await,
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -157,7 +164,7 @@ async fn show(lab: &Lab) {
     println!("{table}");
 }
 
-async fn drill(directory: &Path, name: &str, up: &Up) -> anyhow::Result<ExitCode> {
+async fn drill(directory: &Path, name: &str, file: Option<&Path>, up: &Up) -> anyhow::Result<ExitCode> {
     let drills = match name {
         "all" => Drill::value_variants().to_vec(),
         one => match Drill::from_str(one, false) {
@@ -191,7 +198,11 @@ async fn drill(directory: &Path, name: &str, up: &Up) -> anyhow::Result<ExitCode
         }
     }
     if reports.len() > 1 {
-        eprintln!("{}", table(&reports));
+        let table = table(&reports).to_string();
+        eprintln!("{table}");
+        if let Some(file) = file {
+            std::fs::write(file, table + "\n").with_context(|| format!("write {}", file.display()))?;
+        }
     }
     if let Some(error) = failure {
         // Left as it is, for a look at the logs.
@@ -214,14 +225,20 @@ fn table(reports: &[Report]) -> Table {
         "searches",
         "vectors",
         "live",
+        "fan-out",
         "redundant again",
         "acknowledged",
         "lost",
         "twice",
         "phantom",
+        "goals",
     ]);
     for report in reports {
         let verdict = report.verdict;
+        let missed = match report.missed() {
+            missed if missed.is_empty() => "met".into(),
+            missed => format!("MISSED: {}", missed.join(", ")),
+        };
         let seconds = |value: f64| format!("{value:.1} s");
         table.add_row([
             report.drill.clone(),
@@ -230,11 +247,13 @@ fn table(reports: &[Report]) -> Table {
             seconds(report.searches_stopped_s),
             seconds(report.vectors_stopped_s),
             seconds(report.live_stopped_s),
+            seconds(report.fan_out_stopped_s),
             seconds(report.redundant_again_s),
             verdict.acknowledged.to_string(),
             verdict.lost.to_string(),
             verdict.duplicated.to_string(),
             (verdict.phantom + verdict.went_back + verdict.untold).to_string(),
+            missed,
         ]);
     }
     table

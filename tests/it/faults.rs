@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use aeterna_proto::memory::v1::memory_service_client::MemoryServiceClient;
 use aeterna_proto::memory::v1::{
-    AddRequest, BatchAddRequest, GetRequest, ListRequest, Memory, SearchRequest, UpdateRequest,
+    AddRequest, BatchAddRequest, GetRequest, ListRequest, Memory, SearchRequest, UpdateRequest, WatchRequest,
 };
 use aeterna_rpc::AnyChannel;
 use aeterna_storage::rusqlite::Connection;
@@ -91,6 +91,57 @@ async fn a_full_disk_refuses_writes_keeps_what_is_there_and_ends_by_itself() {
         assert!(client.get(get).await.is_ok(), "{id} was acknowledged and is lost");
     }
     assert!(search(&mut client, "room again").await > 0);
+    assert_eq!(program.stop().await, Some(0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn without_its_live_server_a_service_does_everything_and_says_so() {
+    let data = tempfile::tempdir().unwrap();
+    // Nobody listens on the discard port.
+    let flags = [
+        "serve",
+        "--embedding.model_dirs",
+        "",
+        "--memory.live",
+        "redis://127.0.0.1:9",
+    ];
+    let program = Program::start(&built("aeterna"), &flags, data.path()).await;
+    let mut client = MemoryServiceClient::new(program.channel());
+    let request = WatchRequest {
+        scope: user("ann"),
+        ..Default::default()
+    };
+    let mut watching = client.watch(request).await.unwrap().into_inner();
+    let added = client.add(item("the boat sails".into())).await.unwrap().into_inner();
+    let query = SearchRequest {
+        scope: user("ann"),
+        query: "boat".into(),
+        consistency_token: added.consistency_token,
+        ..Default::default()
+    };
+    let found = client.search(query).await.unwrap().into_inner();
+    assert!(found.results.len() == 1 && !found.degraded, "{found:?}");
+    let told = tokio::time::timeout(Duration::from_secs(10), watching.message()).await;
+    assert_eq!(
+        told.unwrap().unwrap().unwrap().memory.unwrap().content,
+        "the boat sails"
+    );
+    let ask = "GET /readyz HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n";
+    let ready = async {
+        loop {
+            let ready = aeterna_testkit::http(program.address, ask).await.unwrap();
+            if ready.contains("\"live\":\"degraded") {
+                return ready;
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    };
+    let ready = tokio::time::timeout(Duration::from_secs(30), ready).await.unwrap();
+    assert!(
+        ready.starts_with("HTTP/1.1 200") && ready.contains("other copies hear of a change"),
+        "{ready}"
+    );
+    drop(watching);
     assert_eq!(program.stop().await, Some(0));
 }
 

@@ -60,6 +60,16 @@ async fn no_acknowledged_write_is_lost_when_nodes_and_copies_are_killed() {
         "{output}"
     );
     // What it is while all is well, a person sees too.
-    let away: Vec<_> = lab.status().await.into_iter().filter(|member| !member.well).collect();
+    let members = lab.status().await;
+    let away: Vec<_> = members.iter().filter(|member| !member.well).collect();
     assert!(away.is_empty(), "{away:?}");
+    let copy = members.iter().find(|member| member.name == "memory1").unwrap();
+    assert!(copy.remark.contains("live 0.0 s behind"), "{copy:?}");
+    // Nothing is left of it.
+    lab.down().unwrap();
+    assert!(!place.path().exists());
+    for member in members {
+        let bound = std::net::TcpListener::bind(("127.0.0.1", member.port));
+        assert!(bound.is_ok(), "{member:?}: {bound:?}");
+    }
 }

@@ -71,6 +71,68 @@ fn masked(answer: &str) -> String {
     out.trim_end().to_owned()
 }
 
+/// Runs a script beside a server, in a directory: whether it succeeded, and what it said.
+async fn run(script: &str, program: &Program, directory: &Path) -> (bool, String) {
+    let path = format!(
+        "{}:{}:{}",
+        cache().join("tools/bin").display(),
+        built("aeterna").parent().unwrap().display(),
+        std::env::var("PATH").unwrap()
+    );
+    let output = tokio::process::Command::new("bash")
+        .args(["-e", "-c", script])
+        .current_dir(directory)
+        .env("PATH", path)
+        .env("AETERNA_URL", format!("http://{}", program.address))
+        .stdin(Stdio::null())
+        .output()
+        .await
+        .unwrap();
+    let told = [output.stdout, output.stderr].map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
+    (output.status.success(), told.concat())
+}
+
+/// The blocks of a page in a language.
+fn blocks<'a>(page: &'a str, language: &str) -> Vec<&'a str> {
+    let begin = format!("```{language}\n");
+    let after = page.split(begin.as_str()).skip(1);
+    after.map(|rest| rest.split("```").next().unwrap()).collect()
+}
+
+#[tokio::test]
+async fn what_the_page_on_memory_says_can_be_done() {
+    let page = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/memory.md");
+    let page = std::fs::read_to_string(page).unwrap();
+    let [data, here] = [0; 2].map(|_| tempfile::tempdir().unwrap());
+    let flags = ["serve", "--embedding.model_dirs", ""];
+    let program = Program::start(&built("aeterna"), &flags, data.path()).await;
+    let dump = r#"{"results": [{"memory": "Ann lives in Turin", "user_id": "ann"}]}"#;
+    std::fs::write(here.path().join("mem0.json"), dump).unwrap();
+    // What the page says at its beginning.
+    let mut shorter = "call() { grpcurl -plaintext \"$@\"; }\n".to_owned();
+    for (short, service) in [("M", "Memory"), ("K", "Knowledge"), ("P", "Policy")] {
+        let alias = format!("{short}=aeterna.memory.v1.{service}Service");
+        assert!(page.contains(&alias), "{alias}");
+        shorter += &format!("{alias}\n");
+    }
+    let scripts = blocks(&page, "sh");
+    assert!(scripts.len() >= 3, "{scripts:?}");
+    for script in scripts {
+        let script = script.replace("127.0.0.1:7700", &program.address.to_string());
+        let (done, told) = run(&format!("{shorter}{script}"), &program, here.path()).await;
+        assert!(done, "{script}{told}");
+    }
+    let filters = page.split("| wanted | filter |").nth(1).unwrap();
+    let filters = filters.split("\n\n").next().unwrap();
+    let filters: Vec<&str> = filters.split('`').skip(1).step_by(2).collect();
+    assert!(filters.len() >= 8, "{filters:?}");
+    for filter in filters {
+        let (done, told) = run(&format!("aeterna list --filter '{filter}'"), &program, here.path()).await;
+        assert!(done, "{filter}: {told}");
+    }
+    assert_eq!(program.stop().await, Some(0));
+}
+
 #[tokio::test]
 async fn the_readme_tells_what_a_server_answers() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
@@ -82,29 +144,10 @@ async fn the_readme_tells_what_a_server_answers() {
     let flags = ["serve", "--embedding.model_dirs", model.to_str().unwrap()];
     let binary = built("aeterna");
     let program = Program::start(&binary, &flags, data.path()).await;
-    let path = format!(
-        "{}:{}:{}",
-        cache().join("tools/bin").display(),
-        binary.parent().unwrap().display(),
-        std::env::var("PATH").unwrap()
-    );
     let update = std::env::var_os("UPDATE_DOCS").is_some();
     for Example { command, answer, text } in examples {
         let here = command.replace("127.0.0.1:7700", &program.address.to_string());
-        let output = tokio::process::Command::new("bash")
-            .args(["-c", &here])
-            .current_dir(&root)
-            .env("PATH", &path)
-            .env("AETERNA_URL", format!("http://{}", program.address))
-            .stdin(Stdio::null())
-            .output()
-            .await
-            .unwrap();
-        let told = format!(
-            "{}{}",
-            String::from_utf8_lossy(&output.stdout),
-            String::from_utf8_lossy(&output.stderr)
-        );
+        let (_, told) = run(&here, &program, &root).await;
         if update && masked(&told) != masked(&answer) {
             let asked = text.strip_suffix(&answer).unwrap();
             page = page.replacen(&text, &format!("{asked}{told}"), 1);

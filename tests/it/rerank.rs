@@ -8,7 +8,7 @@ use aeterna_proto::embedding::v1::RerankRequest;
 use aeterna_proto::embedding::v1::embedding_service_client::EmbeddingServiceClient;
 use aeterna_proto::memory::v1::memory_service_client::MemoryServiceClient;
 use aeterna_proto::memory::v1::{SearchRequest, SearchWeights};
-use aeterna_testkit::refusal;
+use aeterna_testkit::{Program, built, refusal};
 use serde_json::{Value, json};
 
 use crate::notes::{item, user};
@@ -206,12 +206,62 @@ async fn a_cross_encoder_orders_what_was_found() {
     sandbox.stop().await;
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cross_encoder_that_hangs_or_is_gone_only_degrades() {
+    let [model, one, two] = [0; 3].map(|_| tempfile::tempdir().unwrap());
+    write_model(model.path(), true);
+    let dir = model.path().display().to_string();
+    let flags = ["--embedding.model_dirs", "", "--embedding.reranker_dir", &dir];
+    let embedding = Program::start(&built("aeterna-embedding"), &flags, one.path()).await;
+    let (address, url) = (embedding.address, format!("http://{}", embedding.address));
+    let memory = Program::start(&built("aeterna-memory"), &["--memory.embedding", &url], two.path()).await;
+    let mut client = MemoryServiceClient::new(memory.channel());
+    for text in ["the cat sleeps", "the boat sails"] {
+        client.add(item("ann", text)).await.unwrap();
+    }
+    let mut search = async || {
+        let request = SearchRequest {
+            scope: user("ann"),
+            query: "who sleeps".into(),
+            rerank: true,
+            explain: true,
+            ..Default::default()
+        };
+        let found = client.search(request).await.unwrap().into_inner();
+        assert_eq!(found.results[0].memory.as_ref().unwrap().content, "the cat sleeps");
+        let reranked = found.results[0].breakdown.as_ref().unwrap().rerank.is_some();
+        let told = found.degraded_reasons.iter().any(|why| why.starts_with("not reranked"));
+        assert_eq!(
+            (found.degraded, told),
+            (!reranked, !reranked),
+            "{:?}",
+            found.degraded_reasons
+        );
+        reranked
+    };
+    assert!(search().await);
+    embedding.signal("STOP").await;
+    assert!(!search().await);
+    embedding.kill().await;
+    assert!(!search().await);
+    let embedding = Program::start_at(address, &built("aeterna-embedding"), &flags, one.path(), &[]).await;
+    for attempt in 0.. {
+        if search().await {
+            break;
+        }
+        assert!(attempt < 200, "it is not asked again:\n{}", memory.log());
+        tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+    }
+    memory.stop().await;
+    embedding.stop().await;
+}
+
 #[tokio::test]
 async fn a_directory_that_is_no_cross_encoder_is_refused_by_name() {
     let dir = tempfile::tempdir().unwrap();
     write_model(dir.path(), false);
     let data = tempfile::tempdir().unwrap();
-    let started = tokio::process::Command::new(aeterna_testkit::built("aeterna"))
+    let started = tokio::process::Command::new(built("aeterna"))
         .args([
             "serve",
             "--listen",

@@ -8,7 +8,7 @@ use aeterna_proto::memory::v1::{
     BatchAddRequest, ChangeKind, DeleteRequest, Memory, UpdateRequest, WatchRequest, WatchResponse,
 };
 use aeterna_rpc::AnyChannel;
-use aeterna_testkit::{NEVER, SECRET, bearing, refusal};
+use aeterna_testkit::{NEVER, Program, SECRET, bearing, built, refusal};
 use tonic::Streaming;
 
 use crate::notes::{item, user};
@@ -276,32 +276,73 @@ async fn no_tenant_hears_of_another() {
     sandbox.stop().await;
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn thousands_of_watchers_are_told_while_half_of_them_sleep() {
-    const WATCHERS: usize = 10_000;
-    let sandbox = Sandbox::start(&[]).await;
-    let [(_, channel), _] = sandbox.ways();
-    let mut client = MemoryServiceClient::new(channel);
-    let mut watchers = Vec::with_capacity(WATCHERS);
-    for _ in 0..WATCHERS {
-        let request = WatchRequest {
-            scope: user("ann"),
-            ..Default::default()
-        };
-        watchers.push(client.watch(request).await.unwrap().into_inner());
+    const CONNECTIONS: usize = 50;
+    const EACH: usize = 200;
+    const CHANGES: usize = 10;
+    const BYTES: usize = 24 << 10;
+    let data = tempfile::tempdir().unwrap();
+    let flags = [
+        "serve",
+        "--embedding.model_dirs",
+        "",
+        "--limits.concurrent_requests",
+        "20000",
+    ];
+    let program = Program::start(&built("aeterna"), &flags, data.path()).await;
+    let content = |n: usize| format!("news {n} {}", "x".repeat(BYTES));
+    let (mut clients, mut asleep, mut awake) = (Vec::new(), Vec::new(), Vec::new());
+    for connection in 0..CONNECTIONS {
+        let client = MemoryServiceClient::new(program.channel());
+        let watching = (0..EACH).map(async |_| {
+            let request = WatchRequest {
+                scope: user("ann"),
+                ..Default::default()
+            };
+            let opened = client.clone().watch(request).await;
+            opened
+                .unwrap_or_else(|status| panic!("{status:?}\n{}", program.log()))
+                .into_inner()
+        });
+        let watching = futures::future::join_all(watching).await;
+        match connection % 2 {
+            0 => asleep.extend(watching),
+            _ => awake.extend(watching),
+        }
+        clients.push(client);
     }
-    let awake = watchers.split_off(WATCHERS / 2);
+    let before = program.peak_memory();
     let listening: Vec<_> = awake
         .into_iter()
-        .map(|mut stream| tokio::spawn(async move { next(&mut stream).await.memory.unwrap().content }))
+        .map(|mut stream| {
+            tokio::spawn(async move {
+                for n in 0..CHANGES {
+                    let told = next(&mut stream).await.memory.unwrap().content;
+                    assert!(told.starts_with(&format!("news {n} ")), "{n}: {}", &told[..20]);
+                }
+            })
+        })
         .collect();
-    tokio::task::yield_now().await;
-    add(&mut client, "ann", "news").await;
+    let mut client = MemoryServiceClient::new(program.channel());
+    for n in 0..CHANGES {
+        add(&mut client, "ann", &content(n)).await;
+    }
     for one in listening {
-        assert_eq!(one.await.unwrap(), "news");
+        one.await.unwrap();
     }
-    for stream in &mut watchers {
-        assert_eq!(next(stream).await.memory.unwrap().content, "news");
-    }
-    sandbox.stop().await;
+    // One that sleeps takes a message or two, whatever there is to tell.
+    let taken = program.peak_memory() - before;
+    let all = (asleep.len() * CHANGES * BYTES) as u64;
+    assert!(taken < all / 3, "{taken} bytes more, and {all} wait");
+    // Those of one connection wake up: what others on it have not read would keep one of them waiting.
+    let waking = asleep[..EACH].iter_mut().map(async |stream| {
+        for n in 0..CHANGES {
+            let told = next(stream).await.memory.unwrap().content;
+            assert!(told.starts_with(&format!("news {n} ")), "{n}: {}", &told[..20]);
+        }
+    });
+    futures::future::join_all(waking).await;
+    drop((asleep, clients));
+    program.stop().await;
 }

@@ -14,6 +14,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use sqlx::migrate::MigrateError;
 use sqlx::{AssertSqlSafe, Connection as _, PgConnection};
 use tokio::task::JoinHandle;
 
@@ -28,6 +29,9 @@ pub use session::Session;
 const CONNECT: Duration = Duration::from_secs(2);
 /// How long before what failed is tried again.
 const AGAIN: Duration = Duration::from_millis(50);
+/// How long a migration waits for a table, and how long it tries in all.
+const LOCK: Duration = Duration::from_secs(1);
+const LOCKS: Duration = Duration::from_secs(60);
 /// How often a transaction is repeated that others got in the way of.
 const COLLISIONS: u32 = 10;
 
@@ -397,19 +401,33 @@ pub async fn migrate(
             .execute(&mut connection)
             .await?;
         check_schema(&mut connection, migrations.len() as i64, true).await?;
-        migrator(migrations)
-            .run(&mut connection)
-            .await
-            .map_err(|error| StorageError::Broken(Box::new(error)))?;
-        sqlx::raw_sql(AssertSqlSafe(grants.to_owned()))
-            .execute(&mut connection)
-            .await?;
+        // What waits for a lock on a table keeps everybody else from the table: it gives way, and tries again.
+        let limit = format!("SET lock_timeout = '{}ms'", LOCK.as_millis());
+        sqlx::raw_sql(AssertSqlSafe(limit)).execute(&mut connection).await?;
+        let since = Instant::now();
+        while let Err(error) = migrator(migrations).run(&mut connection).await {
+            if !waited_for_lock(&error) || since.elapsed() > LOCKS {
+                return Err(StorageError::Broken(Box::new(error)));
+            }
+            tracing::info!("a table of the schema is in use; it is changed when that ends");
+            tokio::time::sleep(LOCK).await;
+        }
+        let grants = format!("RESET lock_timeout; {grants}");
+        sqlx::raw_sql(AssertSqlSafe(grants)).execute(&mut connection).await?;
         connection.close().await?;
         Ok(())
     };
     let migrated = migrated.await;
     postgres.close().await;
     migrated
+}
+
+fn waited_for_lock(error: &MigrateError) -> bool {
+    let (MigrateError::Execute(error) | MigrateError::ExecuteMigration(error, _)) = error else {
+        return false;
+    };
+    // lock_not_available: https://www.postgresql.org/docs/current/errcodes-appendix.html
+    error.as_database_error().and_then(|error| error.code()).as_deref() == Some("55P03")
 }
 
 /// Refuses a schema that a newer version wrote, and one that is not up to date unless it is about to be brought there.

@@ -104,7 +104,20 @@ impl Program {
     /// # Panics
     /// When it does not become ready; with its log.
     pub async fn start_with(binary: &Path, arguments: &[&str], data: &Path, environment: &[(&str, &str)]) -> Self {
-        let address = free_address();
+        Self::start_at(free_address(), binary, arguments, data, environment).await
+    }
+
+    /// The same at an address: one that was there before, for instance.
+    ///
+    /// # Panics
+    /// When it does not become ready; with its log.
+    pub async fn start_at(
+        address: SocketAddr,
+        binary: &Path,
+        arguments: &[&str],
+        data: &Path,
+        environment: &[(&str, &str)],
+    ) -> Self {
         std::fs::create_dir_all(data).expect("the data directory can be made");
         let log = data.join("log.txt");
         let sink = std::fs::File::options()
@@ -177,13 +190,35 @@ impl Program {
         self.child.kill().await.expect("a child can be killed");
     }
 
+    /// Sends it a signal: `STOP` and `CONT`, for instance.
+    ///
+    /// # Panics
+    /// When it can't be sent.
+    pub async fn signal(&self, name: &str) {
+        let sent = Command::new("kill")
+            .args(["-s", name, &self.id().to_string()])
+            .status()
+            .await;
+        assert!(sent.is_ok_and(|status| status.success()), "{name} can be sent");
+    }
+
+    /// The most memory that it has had resident until now, in bytes.
+    ///
+    /// # Panics
+    /// When the system does not say.
+    pub fn peak_memory(&self) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.id())).expect("a process has a status");
+        let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+        let number = peak.and_then(|peak| peak.split_whitespace().next()?.parse::<u64>().ok());
+        number.expect("the status says the peak in KiB") * 1024
+    }
+
     /// Asks it to stop, as `kill` does, and waits for its exit code.
     ///
     /// # Panics
     /// When it does not stop within a minute.
     pub async fn stop(mut self) -> Option<i32> {
-        let sent = Command::new("kill").arg(self.id().to_string()).status().await;
-        assert!(sent.is_ok_and(|status| status.success()), "SIGTERM can be sent");
+        self.signal("TERM").await;
         let ended = tokio::time::timeout(Duration::from_secs(60), self.child.wait()).await;
         let ended = ended.unwrap_or_else(|_| panic!("the program does not stop:\n{}", self.log()));
         ended.expect("a child can be waited for").code()

@@ -85,7 +85,7 @@ pub async fn migrate(
     let (_, host, services) = load(sources, &Role::ALL)?;
     let config = services.memory.context("the memory service is among the roles")?;
     let moved = memory::migrate_from(&config, &host.data_dir, from, tell).await;
-    moved.map_err(|error| anyhow::Error::msg(error.to_string()))
+    moved.map_err(|error| anyhow::Error::msg(error.chain()))
 }
 
 /// Compares the index and the live streams with the store of the settings, and mends them unless it is `dry`.
@@ -100,7 +100,8 @@ pub async fn reconcile(
     let (_, host, services) = load(sources, &Role::ALL)?;
     let config = services.memory.context("the memory service is among the roles")?;
     let reconciled = memory::reconcile(&config, &host.data_dir, dry, tell).await;
-    reconciled.map_err(|error| anyhow::Error::msg(error.to_string()))
+    // Whoever looks after the stores is told the cause.
+    reconciled.map_err(|error| anyhow::Error::msg(error.chain()))
 }
 
 /// Starts the services.

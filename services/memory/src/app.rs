@@ -123,6 +123,8 @@ const AWAY_PATIENCE: Duration = Duration::from_millis(50);
 /// How long a call waits for vectors, and for each text more: a model that hangs must not use up the time in which the call
 /// can be answered without it.
 const MODEL_PATIENCE: (Duration, Duration) = (Duration::from_secs(5), Duration::from_millis(20));
+/// How long a call waits for each text that the cross-encoder reads.
+const READ_PATIENCE: Duration = Duration::from_millis(200);
 
 /// Wakes those who follow the outbox when there may be something new.
 #[derive(Debug)]
@@ -252,23 +254,34 @@ impl App {
         texts: Vec<String>,
         query: bool,
     ) -> Result<Vec<Vec<f32>>, Error> {
+        let (first, each) = MODEL_PATIENCE;
+        let patience = first + each * u32::try_from(texts.len()).unwrap_or(u32::MAX);
+        self.soon(context, patience, self.embed(context, model, texts, query))
+            .await
+    }
+
+    /// What the embedding service answers a caller who waits; an error in time to answer without it.
+    async fn soon<T>(
+        &self,
+        context: &RequestContext,
+        mut patience: Duration,
+        asked: impl Future<Output = Result<T, Error>>,
+    ) -> Result<T, Error> {
         if !self.breaker.admits() {
             let message = "the embedding service did not answer of late, and is left alone for a moment";
             return Err(Error::unavailable(message));
         }
-        let (first, each) = MODEL_PATIENCE;
-        let mut patience = first + each * u32::try_from(texts.len()).unwrap_or(u32::MAX);
         let half = |deadline: Instant| deadline.saturating_duration_since(Instant::now()) / 2;
         let cut = context
             .deadline()
             .map_or(patience, |deadline| patience.min(half(deadline)));
         // What a hasty caller does not wait for says nothing about the service.
         let hasty = std::mem::replace(&mut patience, cut) > cut;
-        let embedded = tokio::time::timeout(patience, self.embed(context, model, texts, query)).await;
-        if embedded.is_ok() || !hasty {
-            self.breaker.tell(embedded.is_ok());
+        let answer = tokio::time::timeout(patience, asked).await;
+        if answer.is_ok() || !hasty {
+            self.breaker.tell(answer.is_ok());
         }
-        embedded.unwrap_or_else(|_| {
+        answer.unwrap_or_else(|_| {
             let message = format!(
                 "the embedding service did not answer within {} ms",
                 patience.as_millis()
@@ -286,11 +299,12 @@ impl App {
             query: query.to_owned(),
             texts,
         };
-        let answer = self.embedding().rerank(context.request(message)).await;
-        let scores = answer
-            .map_err(|status| aeterna_error::from_status(&status))?
-            .into_inner()
-            .scores;
+        let patience = MODEL_PATIENCE.0 + READ_PATIENCE * u32::try_from(wanted).unwrap_or(u32::MAX);
+        let read = async {
+            let answer = self.embedding().rerank(context.request(message)).await;
+            answer.map_err(|status| aeterna_error::from_status(&status))
+        };
+        let scores = self.soon(context, patience, read).await?.into_inner().scores;
         if scores.len() == wanted && scores.iter().all(|score| (0.0..=1.0).contains(score)) {
             Ok(scores)
         } else {

@@ -104,7 +104,8 @@ pub const SETTINGS: &[Setting] = &[
         "flat:vectors",
         "The vector index: `flat:DIRECTORY`, relative to the data directory, or `qdrant://host1:6334,host2,host3/PREFIX`, where the \
          names of its collections begin with the prefix (`aeterna`). With `?shards=6&replicas=2&consistency=1`, how collections are \
-         made: how many replicas have each shard, and how many of them must have a change before it counts; with `&tls=true`, TLS.",
+         made: how many replicas have each shard, and how many of them must have a change before it counts; with `&read=quorum` \
+         (`one`, `majority`, `all`), of how many replicas a search takes only what all or most of them have; with `&tls=true`, TLS.",
     ),
     Setting::secret(
         "memory.index_key",

@@ -359,9 +359,49 @@ impl Lab {
         None
     }
 
+    /// What a service or a proxy says of itself, and whether it is well: what is away, and how far it is behind.
+    async fn service_says(&self, member: &str) -> Option<String> {
+        let answer = client().get(format!("http://127.0.0.1:{}/readyz", self.port(member)));
+        let state: Value = answer.send().await.ok()?.json().await.ok()?;
+        let services = state["services"].as_object()?.values();
+        let dependencies = services.filter_map(Value::as_object).flatten();
+        let mut said: Vec<String> = dependencies
+            .filter(|(_, state)| *state != "up")
+            .map(|(name, state)| format!("{name} {}", state.as_str().unwrap_or_default()))
+            .collect();
+        said.dedup();
+        let metrics = self.get(member, "/metrics").await?.text().await.ok()?;
+        for what in ["index", "live"] {
+            let name = format!("aeterna_memory_{what}_lag_seconds");
+            let line = metrics.lines().find(|line| line.starts_with(&name));
+            let lag = line.and_then(|line| line.rsplit(' ').next()?.parse::<f64>().ok());
+            said.extend(lag.map(|lag| format!("{what} {lag:.1} s behind")));
+        }
+        Some(said.join(", "))
+    }
+
+    /// How far a Redis server has come, by what it says of itself.
+    async fn redis_offset(&self, member: &str) -> Option<i64> {
+        let info = self.redis_says(member, &["INFO", "replication"]).await?;
+        let own = match info.contains("role:master") {
+            true => "master_repl_offset:",
+            false => "slave_repl_offset:",
+        };
+        info.lines()
+            .find_map(|line| line.strip_prefix(own))?
+            .trim()
+            .parse()
+            .ok()
+    }
+
     /// Who is who, and who is well.
     pub async fn status(&self) -> Vec<Member> {
         let nodes = self.postgres().await;
+        let master = self.redis_master().await;
+        let written = match &master {
+            Some(master) => self.redis_offset(master).await,
+            None => None,
+        };
         let mut lines = Vec::new();
         for name in self.members() {
             let mut well = self.answers(&name).await;
@@ -403,9 +443,28 @@ impl Lab {
                 role = value("role:").replace("slave", "replica");
                 remark = match role.as_str() {
                     "master" => format!("{} replicas", value("connected_slaves:")),
-                    "replica" => format!("link {}", value("master_link_status:")),
+                    "replica" => {
+                        let behind = written.zip(self.redis_offset(&name).await);
+                        // What was written since the master was asked.
+                        let behind = behind.map_or("?".into(), |(all, own)| (all - own).max(0).to_string());
+                        format!("link {}, {behind} bytes behind", value("master_link_status:"))
+                    }
                     _ => String::new(),
                 };
+            }
+            if name.starts_with("sentinel") {
+                role = "sentinel".into();
+                remark = match &master {
+                    Some(master) => format!("the master is {master}"),
+                    None => "no master".into(),
+                };
+            }
+            if self.is_service(&name) {
+                role = "copy".into();
+                remark = self.service_says(&name).await.unwrap_or_default();
+            }
+            if ["haproxy", "envoy"].contains(&name.as_str()) {
+                role = "proxy".into();
             }
             lines.push(Member {
                 role,

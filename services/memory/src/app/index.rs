@@ -320,13 +320,13 @@ impl Background {
 
     /// Looks after the index that serves, says how it is, and applies once more what a part of it may have missed.
     async fn look_after(&self, stop: &CancellationToken) {
-        let (mut tended, mut condition) = (None::<Instant>, Condition::Well);
+        let (mut tended, mut condition, mut differs) = (None::<Instant>, Condition::Well, None);
         while !stop.is_cancelled() {
             if tended.is_none_or(|at| at.elapsed() > FLUSH) {
                 let serving = self.app.serving();
                 let cared = match tend(&serving).await {
                     Ok(care) => {
-                        condition = care.condition;
+                        (condition, differs) = (care.condition, care.differs);
                         self.repair(&serving, care.again, stop).await
                     }
                     Err(error) => Err(error),
@@ -338,7 +338,7 @@ impl Background {
                 tended = Some(Instant::now());
             }
             let behind = lock(&self.pending.behind).clone();
-            let state = match behind.as_deref().or(condition.trouble()) {
+            let state = match behind.as_deref().or(condition.trouble()).or(differs.as_deref()) {
                 Some(what) => Dependency::Degraded(what.to_owned()),
                 None => Dependency::Up,
             };

@@ -25,9 +25,9 @@ pub fn log_of(store: &str) -> String {
 }
 
 /// How long a copy that does not answer keeps the lease.
-const TERM: Duration = Duration::from_secs(3);
+const TERM: Duration = Duration::from_millis(1500);
 /// How often the lease is renewed, and what failed is tried again.
-const PAUSE: Duration = Duration::from_secs(1);
+const PAUSE: Duration = Duration::from_millis(500);
 /// The least time between two wake-ups.
 const BETWEEN: Duration = Duration::from_millis(5);
 /// Changes appended at a time.

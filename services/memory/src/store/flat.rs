@@ -470,6 +470,7 @@ impl VectorIndex for Arc<FlatIndex> {
         blocking(move || index.flush()).await?;
         Ok(Care {
             condition: Condition::Well,
+            differs: None,
             again: None,
         })
     }

@@ -17,9 +17,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use aeterna_rpc::Breaker;
 use async_trait::async_trait;
 use qdrant_client::qdrant::{
-    CollectionParams, QueryPoints, ReplicaState, RetrievedPoint, ScoredPoint, Value, vectors_config,
+    CollectionConfig, Distance, Modifier, QueryPoints, ReplicaState, RetrievedPoint, ScoredPoint, Value, vectors_config,
 };
 use qdrant_client::{Qdrant, QdrantError};
 use uuid::Uuid;
@@ -53,6 +54,8 @@ const COUNTED: Duration = Duration::from_secs(60);
 #[derive(Debug)]
 pub struct Cluster {
     nodes: Nodes,
+    /// In front of all of them, for searches.
+    breaker: Breaker,
     options: QdrantOptions,
     /// The relational store that they follow.
     store: String,
@@ -66,6 +69,7 @@ impl Cluster {
     pub fn new(options: QdrantOptions, store: String) -> Result<Self, StorageError> {
         Ok(Self {
             nodes: Nodes::new(&options)?,
+            breaker: Breaker::default(),
             options,
             store,
         })
@@ -133,6 +137,8 @@ struct State {
     watermark: Option<Sequence>,
     /// Names the making of the collection.
     made: Option<String>,
+    /// How it is not as the settings say.
+    differs: Vec<String>,
     /// How far it is filled, while that is all.
     filled: Option<(Key, Sequence)>,
     /// The same as the watermark at a time when every replica was well; changes after it are applied once more when `missed`.
@@ -179,13 +185,19 @@ impl QdrantIndex {
         }
         let Cluster { nodes, options, .. } = &*self.cluster;
         let name = self.name.as_str();
+        let mut differs = Vec::new();
         match nodes.call(WRITE, async |node| node.collection_info(name).await).await {
             Ok(info) => {
-                let params = info
-                    .result
-                    .and_then(|info| info.config)
-                    .and_then(|config| config.params);
-                self.compare(params.unwrap_or_default())?;
+                let config = info.result.and_then(|info| info.config);
+                differs = self.compare(config.unwrap_or_default())?;
+                if !differs.is_empty() {
+                    let differs = differs.join(", ");
+                    tracing::warn!(
+                        collection = name,
+                        differs,
+                        "the collection is not as `memory.index` says, and stays so; delete it, and it is made and filled anew"
+                    );
+                }
             }
             Err(Failed::Missing) => {
                 let collection = requests::collection(name, self.prefix, options);
@@ -223,6 +235,7 @@ impl QdrantIndex {
             watermark,
             filled: requests::filled(&marked),
             made: requests::made(&marked),
+            differs,
             safe: watermark.unwrap_or_default(),
             marked: watermark.unwrap_or_default(),
             ..State::default()
@@ -242,25 +255,47 @@ impl QdrantIndex {
         marked.map(|point| point.payload).ok_or_else(gone)
     }
 
-    /// Says how a collection differs from the settings.
-    fn compare(&self, params: CollectionParams) -> Result<(), StorageError> {
+    /// How a collection differs from the settings.
+    ///
+    /// # Errors
+    /// When it can't be used as it is.
+    fn compare(&self, config: CollectionConfig) -> Result<Vec<String>, StorageError> {
         let (name, options) = (&self.name, &self.cluster.options);
+        let useless = |why: String| {
+            let message = format!("the collection `{name}` {why}; delete it, and it is made and filled anew");
+            StorageError::Broken(message.into())
+        };
+        let params = config.params.unwrap_or_default();
         let dense = match params.vectors_config.and_then(|vectors| vectors.config) {
             Some(vectors_config::Config::ParamsMap(mut named)) => named.map.remove(requests::DENSE),
             _ => None,
         };
-        let size = dense.map_or(0, |dense| dense.size);
-        if size != self.prefix as u64 {
-            let message = format!(
-                "the collection `{name}` has vectors of {size} dimensions and not {}; delete it, and it is made and filled anew",
-                self.prefix
-            );
-            return Err(StorageError::Broken(message.into()));
+        let dense = dense.unwrap_or_default();
+        if dense.size != self.prefix as u64 {
+            let (size, prefix) = (dense.size, self.prefix);
+            return Err(useless(format!("has vectors of {size} dimensions and not {prefix}")));
         }
-        let texts = params.sparse_vectors_config.unwrap_or_default();
-        if !texts.map.contains_key(requests::LEXICAL) {
-            let message = format!("the collection `{name}` keeps no texts; delete it, and it is made and filled anew");
-            return Err(StorageError::Broken(message.into()));
+        if dense.distance() != Distance::Cosine {
+            let distance = dense.distance().as_str_name();
+            return Err(useless(format!("compares vectors by {distance} and not by Cosine")));
+        }
+        let mut texts = params.sparse_vectors_config.unwrap_or_default();
+        let Some(texts) = texts.map.remove(requests::LEXICAL) else {
+            return Err(useless("keeps no texts".into()));
+        };
+        let mut differs = Vec::new();
+        if texts.modifier() != Modifier::Idf {
+            differs.push("words are not weighed by how rare they are (the modifier `idf`)".to_owned());
+        }
+        if dense.quantization_config.is_none() {
+            differs.push("vectors are not quantized".to_owned());
+        }
+        if dense
+            .hnsw_config
+            .and_then(|graph| graph.payload_m)
+            .is_none_or(|m| m == 0)
+        {
+            differs.push("tenants have no graphs of their own (`payload_m`)".to_owned());
         }
         for (what, found, wanted) in [
             ("shards", Some(params.shard_number), options.shards),
@@ -269,16 +304,10 @@ impl QdrantIndex {
         ] {
             let found = found.unwrap_or(1);
             if found != wanted {
-                tracing::warn!(
-                    collection = name,
-                    found,
-                    wanted,
-                    "`{what}` in `memory.index` is not what the collection was made with, which stays; delete the collection, and \
-                     it is made and filled anew"
-                );
+                differs.push(format!("`{what}` is {found} and not {wanted}"));
             }
         }
-        Ok(())
+        Ok(differs)
     }
 
     /// What is wrong with the replicas.
@@ -305,8 +334,17 @@ impl QdrantIndex {
     /// What a query finds, best first.
     async fn found(&self, request: Option<QueryPoints>) -> Result<Vec<(Key, f32)>, StorageError> {
         let Some(request) = request else { return Ok(Vec::new()) };
-        let found = self.ask(SEARCH, async |node| node.query(request.clone()).await);
-        let found = found.await?.result;
+        let request = requests::read(request, self.cluster.options.read);
+        if !self.cluster.breaker.admits() {
+            let message = "no Qdrant node answered of late, and they are left alone for a moment";
+            return Err(StorageError::Unavailable(message.into()));
+        }
+        let found = self.ask(SEARCH, async |node| node.query(request.clone()).await).await;
+        // A refusal is an answer.
+        self.cluster
+            .breaker
+            .tell(!matches!(found, Err(StorageError::Unavailable(_))));
+        let found = found?.result;
         let key = |point: &ScoredPoint| requests::key(point.id.as_ref());
         Ok(found
             .iter()
@@ -485,8 +523,10 @@ impl VectorIndex for QdrantIndex {
         }
         let again = self.remember(watermark, unwell.is_none()).await?;
         self.tidy().await?;
+        let differs = self.state().differs.join(", ");
         Ok(Care {
             condition: unwell.map_or(Condition::Well, Condition::Weak),
+            differs: (!differs.is_empty()).then(|| format!("the collection is not as `memory.index` says: {differs}")),
             again,
         })
     }

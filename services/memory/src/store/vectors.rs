@@ -53,6 +53,8 @@ pub struct Changes {
 pub struct Care {
     /// What stands to serve it.
     pub condition: Condition,
+    /// How it is not as the settings say, and works all the same.
+    pub differs: Option<String>,
     /// Changes after this one are to be applied once more, for a part of the index may have missed some of them.
     pub again: Option<Sequence>,
 }

@@ -259,6 +259,7 @@ mod tests {
         async fn tend(&self) -> Result<Care, StorageError> {
             Ok(Care {
                 condition: Condition::Well,
+                differs: None,
                 again: None,
             })
         }

@@ -1,4 +1,5 @@
 use std::sync::Arc;
+use std::time::Instant;
 
 use aeterna_testkit::PostgresServer;
 
@@ -70,6 +71,112 @@ async fn the_wall_stands_in_the_database_too() {
     store.close().await;
 }
 
+/// Every table with rows of tenants, and everything that a session of the service's role can try from behind the wall.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_statement_reaches_another_tenants_rows() {
+    let server = PostgresServer::start(&["fsync=off"]);
+    let store = store(&server).await;
+    conformance::relational(Arc::new(store.clone())).await;
+    store.close().await;
+    // What the suite has removed again.
+    server.sql("aeterna", "INSERT INTO policies VALUES ('one', 'a', '{}')");
+    let tables =
+        "SELECT table_name FROM information_schema.columns WHERE table_schema = 'public' AND column_name = 'tenant'";
+    let tables = server.sql("aeterna", tables);
+    let tables: Vec<&str> = tables.lines().collect();
+    assert!(tables.len() >= 12, "{tables:?}");
+    for table in tables {
+        let digest = format!("SELECT count(*), md5(string_agg(t::text, ',' ORDER BY t::text)) FROM {table} t");
+        let before = server.sql("aeterna", &digest);
+        assert!(!before.starts_with("0|"), "{table} has something to protect");
+        let row = server.sql("aeterna", &format!("SELECT to_json(t) FROM {table} t LIMIT 1"));
+        for setting in ["SELECT", "SET aeterna.tenant = ''", "SET aeterna.tenant = 'nobody'"] {
+            let count = |statement: &str| {
+                let query =
+                    format!("SET ROLE service; {setting}; WITH done AS ({statement}) SELECT count(*) FROM done");
+                server.sql("aeterna", &query)
+            };
+            for statement in [
+                format!("SELECT 1 FROM {table}"),
+                format!("UPDATE {table} SET tenant = 'nobody' RETURNING 1"),
+                format!("DELETE FROM {table} RETURNING 1"),
+            ] {
+                assert_eq!(count(&statement), "0", "{setting}: {statement}");
+            }
+            let insert = format!(
+                "SET ROLE service; {setting}; DO $do$ BEGIN \
+                 INSERT INTO {table} OVERRIDING SYSTEM VALUE SELECT * FROM json_populate_record(NULL::{table}, $row${row}$row$); \
+                 RAISE 'it was inserted'; EXCEPTION WHEN insufficient_privilege THEN NULL; END $do$"
+            );
+            server.sql("aeterna", &insert);
+        }
+        assert_eq!(server.sql("aeterna", &digest), before, "{table}");
+    }
+    // What looks over the wall keeps to the tenant by itself, or tells numbers only.
+    let all = "(SELECT array_agg(DISTINCT term) FROM all_terms)";
+    server.sql(
+        "aeterna",
+        "CREATE TABLE all_terms AS SELECT unnest(terms) AS term FROM texts; GRANT SELECT ON all_terms TO service",
+    );
+    let owner = server.sql("aeterna", "SELECT tenant FROM texts LIMIT 1");
+    for call in [
+        format!("SELECT 1 FROM documents_with({all}) d WHERE d.documents > 0"),
+        format!("SELECT 1 FROM ranked({all}, (SELECT array_agg(1) FROM all_terms)::float8[], 1, NULL, 1000)"),
+        format!(
+            "SELECT 1 FROM ranked_of({all}, (SELECT array_agg(1) FROM all_terms)::float8[], 1, NULL, \
+             (SELECT array_agg(n) FROM generate_series(1, 10000) n))"
+        ),
+    ] {
+        let count = |tenant: &str| {
+            let query = format!(
+                "SET ROLE service; SET aeterna.tenant = '{tenant}'; WITH done AS ({call}) SELECT count(*) FROM done"
+            );
+            server.sql("aeterna", &query)
+        };
+        assert_eq!(count("nobody"), "0", "{call}");
+        assert_ne!(count(&owner), "0", "{call}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_migration_waits_for_a_table_without_keeping_others_from_it() {
+    const FIRST: &[(&str, &str)] = &[("a table", "CREATE TABLE things (name text)")];
+    const SECOND: &[(&str, &str)] = &[FIRST[0], ("a column", "ALTER TABLE things ADD COLUMN size bigint")];
+    let server = Arc::new(PostgresServer::start(&["fsync=off"]));
+    let (_, owner) = options(&server);
+    postgres::migrate(&owner, FIRST, "SELECT").await.unwrap();
+    let run = async |statements: &'static str| {
+        let server = Arc::clone(&server);
+        let ran = tokio::task::spawn_blocking(move || (server.sql("aeterna", statements), Instant::now()));
+        ran.await.unwrap()
+    };
+    let long = "BEGIN; SELECT count(*) FROM things; SELECT pg_sleep(5); COMMIT";
+    let migrating = async {
+        // Once somebody reads for a long time.
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        let began = Instant::now();
+        (began, postgres::migrate(&owner, SECOND, "SELECT").await)
+    };
+    let writing = async {
+        let mut done = Vec::new();
+        while done.len() < 100 {
+            done.push(run("INSERT INTO things (name) VALUES ('a')").await.1);
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        done
+    };
+    let ((_, read), (began, migrated), written) = tokio::join!(run(long), migrating, writing);
+    migrated.unwrap();
+    // It has waited for the reader by then, and not all the time.
+    let between = began + Duration::from_secs(1)..read;
+    assert!(
+        written.iter().any(|done| between.contains(done)),
+        "{between:?}: {written:?}"
+    );
+    let columns = "SELECT count(*), count(size) FROM things";
+    assert_eq!(server.sql("aeterna", columns), "100|0");
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_commit_whose_wait_for_the_standby_was_cancelled_is_not_called_done() {
     // No standby of this name ever comes, so that every commit waits.
@@ -117,8 +224,8 @@ async fn a_commit_whose_wait_for_the_standby_was_cancelled_is_not_called_done() 
 }
 
 async fn cancelled_again(server: &PostgresServer, cancel: &str) {
-    let until = std::time::Instant::now() + Duration::from_secs(8);
-    while std::time::Instant::now() < until {
+    let until = Instant::now() + Duration::from_secs(8);
+    while Instant::now() < until {
         server.sql("postgres", cancel);
         tokio::time::sleep(Duration::from_millis(100)).await;
     }

@@ -3,6 +3,8 @@
 use std::fmt;
 use std::str::FromStr;
 
+use qdrant_client::qdrant::ReadConsistencyType;
+
 /// How Qdrant is reached.
 #[derive(Clone, PartialEq, Eq)]
 pub struct QdrantOptions {
@@ -16,6 +18,8 @@ pub struct QdrantOptions {
     pub(super) replicas: u32,
     /// Replicas that must have a change before it counts.
     pub(super) consistency: u32,
+    /// How many replicas a search asks; `None`: one.
+    pub(super) read: Option<ReadConsistencyType>,
     /// What the nodes ask for.
     pub(super) key: Option<String>,
 }
@@ -28,7 +32,7 @@ impl fmt::Debug for QdrantOptions {
 }
 
 impl QdrantOptions {
-    /// From what follows `qdrant:` in a URI: `//host1:6334,host2,host3/aeterna?shards=6&replicas=2&consistency=1&tls=true`.
+    /// From what follows `qdrant:` in a URI: `//host1:6334,host2,host3/aeterna?shards=6&replicas=2&consistency=1&read=one&tls=true`.
     ///
     /// # Errors
     /// What is wrong with it.
@@ -40,16 +44,25 @@ impl QdrantOptions {
         if hosts.contains('@') {
             return Err("a key in the URI would be shown; set it in the setting beside this one".into());
         }
-        let (mut shards, mut replicas, mut consistency, mut tls) = (None, 2, 1, false);
+        let (mut shards, mut replicas, mut consistency, mut read, mut tls) = (None, 2, 1, None, false);
         for parameter in query.split('&').filter(|parameter| !parameter.is_empty()) {
             match parameter.split_once('=') {
                 Some(("shards", value)) => shards = Some(number("shards", value)?),
                 Some(("replicas", value)) => replicas = number("replicas", value)?,
                 Some(("consistency", value)) => consistency = number("consistency", value)?,
+                Some(("read", value)) => {
+                    read = match value {
+                        "one" => None,
+                        "majority" => Some(ReadConsistencyType::Majority),
+                        "quorum" => Some(ReadConsistencyType::Quorum),
+                        "all" => Some(ReadConsistencyType::All),
+                        _ => return Err("`read` is `one`, `majority`, `quorum` or `all`".into()),
+                    }
+                }
                 Some(("tls", value)) => tls = value.parse().map_err(|_| "`tls` is `true` or `false`")?,
                 _ => {
                     return Err(format!(
-                        "`{parameter}` is unknown; there are shards, replicas, consistency and tls"
+                        "`{parameter}` is unknown; there are shards, replicas, consistency, read and tls"
                     ));
                 }
             }
@@ -83,6 +96,7 @@ impl QdrantOptions {
             prefix: prefix.into(),
             replicas,
             consistency,
+            read,
             key: None,
         })
     }
@@ -106,7 +120,8 @@ mod tests {
 
     #[test]
     fn nodes_and_what_collections_are_like_are_read_from_the_uri() {
-        let options = QdrantOptions::parse("//h1:7000,h2,[::1]:7001/team?replicas=3&consistency=2&tls=true").unwrap();
+        let options =
+            QdrantOptions::parse("//h1:7000,h2,[::1]:7001/team?replicas=3&consistency=2&read=quorum&tls=true").unwrap();
         let options = options.with_key(Some("secret".into()));
         assert_eq!(
             options.nodes,
@@ -114,6 +129,7 @@ mod tests {
         );
         let made = (options.shards, options.replicas, options.consistency);
         assert_eq!((made, options.prefix.as_str()), ((6, 3, 2), "team"));
+        assert_eq!(options.read, Some(ReadConsistencyType::Quorum));
         assert!(!format!("{options:?}").contains("secret"));
         let plain = QdrantOptions::parse("//h").unwrap();
         assert_eq!(
@@ -133,6 +149,7 @@ mod tests {
             ("//h/a b", "letters, digits"),
             ("//h?replicas=0", "`replicas` is a number"),
             ("//h?replicas=2&consistency=3", "can't be more"),
+            ("//h?read=two", "`read` is"),
             ("//h?tls=yes", "`tls` is"),
             ("//h?quorum=1", "`quorum=1` is unknown"),
         ] {

@@ -14,11 +14,11 @@ use qdrant_client::qdrant::{
     CreateFieldIndexCollection, CreateFieldIndexCollectionBuilder, DeletePoints, DeletePointsBuilder, Distance,
     FieldType, Filter, GetPoints, GetPointsBuilder, HnswConfigDiffBuilder, IntegerIndexParamsBuilder,
     KeywordIndexParamsBuilder, Modifier, NamedVectors, PointId, PointStruct, QuantizationSearchParamsBuilder, Query,
-    QueryPoints, QueryPointsBuilder, Range, ReadConsistencyType, RetrievedPoint, ScalarQuantizationBuilder,
-    ScrollPoints, ScrollPointsBuilder, SearchParamsBuilder, SparseVectorConfig, SparseVectorParamsBuilder,
-    UpdateCollection, UpdateCollectionBuilder, UpsertPoints, UpsertPointsBuilder, Value, Vector, VectorInput,
-    VectorParamsBuilder, VectorParamsMap, Vectors, VectorsConfig, WriteOrdering, WriteOrderingType,
-    point_id::PointIdOptions, read_consistency, value::Kind, vector_output, vectors, vectors_config,
+    QueryPoints, QueryPointsBuilder, Range, ReadConsistency, ReadConsistencyType, RetrievedPoint,
+    ScalarQuantizationBuilder, ScrollPoints, ScrollPointsBuilder, SearchParamsBuilder, SparseVectorConfig,
+    SparseVectorParamsBuilder, UpdateCollection, UpdateCollectionBuilder, UpsertPoints, UpsertPointsBuilder, Value,
+    Vector, VectorInput, VectorParamsBuilder, VectorParamsMap, Vectors, VectorsConfig, WriteOrdering,
+    WriteOrderingType, point_id::PointIdOptions, read_consistency, value::Kind, vector_output, vectors, vectors_config,
 };
 
 use super::QdrantOptions;
@@ -289,6 +289,14 @@ fn visible(among: &Among) -> Option<Filter> {
         filter.must_not.push(Condition::has_id(excluded));
     }
     Some(filter)
+}
+
+/// The same asked of more replicas than one.
+pub fn read(mut request: QueryPoints, consistency: Option<ReadConsistencyType>) -> QueryPoints {
+    request.read_consistency = consistency.map(|of| ReadConsistency {
+        value: Some(read_consistency::Value::Type(of.into())),
+    });
+    request
 }
 
 /// Asks for the memories that have the best of some terms; `None` when none is allowed.

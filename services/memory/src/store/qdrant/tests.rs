@@ -1,5 +1,7 @@
 use std::collections::{BTreeMap, HashSet};
 
+use qdrant_client::qdrant::{CollectionParams, ReadConsistencyType, VectorParams};
+
 use aeterna_testkit::lab::{Extent, Lab, Part, Scratch, Setup, secrets};
 
 use super::*;
@@ -90,6 +92,21 @@ async fn a_server_conforms() {
     let next = cluster.index(MODEL, 128);
     next.tend().await.unwrap();
     assert_eq!((next.len(), next.watermark()), (301, Some(Sequence(7))));
+    assert_eq!(next.tend().await.unwrap().differs, None);
+    // Settings that differ are told.
+    let options = QdrantOptions {
+        replicas: 1,
+        shards: 2,
+        ..cluster.options.clone()
+    };
+    let other = Arc::new(Cluster::new(options, cluster.store.clone()).unwrap());
+    let index_of_other = other.index(MODEL, 128);
+    index_of_other.tend().await.unwrap();
+    let differs = index_of_other.tend().await.unwrap().differs.unwrap();
+    assert!(
+        differs.contains("`shards` is") && differs.contains("`replicas` is 2 and not 1"),
+        "{differs}"
+    );
     let wrong = cluster.index(MODEL, 64).tend().await.unwrap_err();
     assert!(matches!(wrong, StorageError::Broken(_)), "{wrong:?}");
 
@@ -192,8 +209,37 @@ async fn a_node_may_be_away() {
         }
     };
     write(1..100, 1).await;
+    let others = (0..2_000).map(|n| entry(10_000 + n, "two", 50_000 + n as u32));
+    index.apply(changes(others.collect(), &[], 1)).await.unwrap();
     assert!(matches!(index.tend().await.unwrap().condition, Condition::Well));
+    // Of queries that are no memory's text, what is found of the exact ten nearest.
+    let recall = async || {
+        let mut found = 0;
+        for query in 0..40 {
+            let vector = conformance::vector(90_000 + query, 128);
+            let cosine = |n: i64| {
+                let other = conformance::vector(50_000 + n as u32, 128);
+                vector.iter().zip(&other).map(|(a, b)| a * b).sum::<f32>()
+            };
+            let mut exact: Vec<i64> = (0..2_000).collect();
+            exact.sort_by(|a, b| cosine(*b).total_cmp(&cosine(*a)));
+            let near = index
+                .search(Code::encode(&vector).unwrap(), among("two"), 20)
+                .await
+                .unwrap();
+            let near: HashSet<i64> = near.into_iter().map(|(key, _)| key.0 - 10_000).collect();
+            found += exact[..10].iter().filter(|key| near.contains(key)).count();
+        }
+        found as f64 / 400.0
+    };
+    let whole = recall().await;
+    assert!(whole >= 0.99, "{whole}");
     lab.kill("qdrant2", Part::All).await.unwrap();
+    let without_one = recall().await;
+    assert!(
+        without_one >= whole - 0.005,
+        "{without_one}, and {whole} with all nodes"
+    );
     write(100..200, 2).await;
     all_found(200).await;
     let care = index.tend().await.unwrap();
@@ -260,6 +306,9 @@ fn requests_have_their_shape() {
     ] {
         assert!(text.contains(part), "{part}: {text}");
     }
+    for part in ["\"lexical\"", "modifier: Some(Idf)", "on_disk: Some(true)"] {
+        assert!(text.contains(part), "{part}: {text}");
+    }
     let fields = format!("{:?}", requests::fields("c"));
     assert!(fields.contains("is_tenant: Some(true)"), "{fields}");
 
@@ -299,6 +348,35 @@ fn requests_have_their_shape() {
     for part in ["Keyword(\"ann\")", "\"scope\"", "must_not: [Condition"] {
         assert!(text.contains(part), "{part}: {text}");
     }
+    // Words by their checksums, each as much as the server says that it tells.
+    let terms = ["boat".to_owned(), "boat".to_owned(), "sails".to_owned()];
+    let words = requests::lexical("c", &terms, &wanted, 9).unwrap();
+    let text = format!("{words:?}");
+    for part in [
+        "values: [1.0, 1.0]",
+        "using: Some(\"lexical\")",
+        "Keyword(\"ann\")",
+        "limit: Some(9)",
+    ] {
+        assert!(text.contains(part), "{part}: {text}");
+    }
+    let near = requests::nearest("c", 64, &query, &wanted, 9).unwrap();
+    let text = format!("{:?} {:?}", near.params, near.using);
+    for part in ["hnsw_ef: Some(256)", "rescore: Some(false)", "\"dense\""] {
+        assert!(text.contains(part), "{part}: {text}");
+    }
+    // One replica is asked, unless it is said otherwise.
+    assert_eq!(requests::read(near.clone(), None).read_consistency, None);
+    let quorum = requests::read(near, Some(ReadConsistencyType::Quorum)).read_consistency;
+    assert!(format!("{quorum:?}").contains("Type(Quorum)"), "{quorum:?}");
+    // The mark moves only where it speaks of the same making of the collection.
+    let mark = format!("{:?}", requests::mark("c", Some("m1"), Sequence(5)));
+    assert!(
+        mark.contains("lte: Some(5.0)") && mark.contains("Keyword(\"m1\")"),
+        "{mark}"
+    );
+    let fill = format!("{:?}", requests::fill_to("c", None, Key(7), Sequence(5)));
+    assert!(fill.contains("lte: Some(0.0)") && fill.contains("IsEmpty"), "{fill}");
     wanted.only = Some([Key(3), Key(4)].into());
     let text = shape(&wanted);
     assert!(text.contains("Num(4)") && !text.contains("Num(3)"), "{text}");
@@ -307,6 +385,83 @@ fn requests_have_their_shape() {
         requests::nearest("c", 64, &query, &wanted, 9).is_none(),
         "nothing is allowed"
     );
+}
+
+#[test]
+fn a_collection_that_is_not_as_it_should_be_is_told() {
+    let index = offline().index(MODEL, 128);
+    let compare = |change: fn(&mut CollectionParams)| {
+        let made = requests::collection("c", 128, &index.cluster.options);
+        let mut params = CollectionParams {
+            shard_number: made.shard_number.unwrap(),
+            replication_factor: made.replication_factor,
+            write_consistency_factor: made.write_consistency_factor,
+            vectors_config: made.vectors_config,
+            sparse_vectors_config: made.sparse_vectors_config,
+            ..CollectionParams::default()
+        };
+        change(&mut params);
+        let config = CollectionConfig {
+            params: Some(params),
+            ..CollectionConfig::default()
+        };
+        match index.compare(config) {
+            Ok(differs) => differs.join(", "),
+            Err(error) => error.to_string(),
+        }
+    };
+    fn dense(params: &mut CollectionParams) -> &mut VectorParams {
+        match params.vectors_config.as_mut().unwrap().config.as_mut().unwrap() {
+            vectors_config::Config::ParamsMap(named) => named.map.get_mut(requests::DENSE).unwrap(),
+            other => panic!("{other:?}"),
+        }
+    }
+    assert_eq!(compare(|_| ()), "");
+    for (change, part) in [
+        (
+            (|params| dense(params).size = 64) as fn(&mut CollectionParams),
+            "64 dimensions",
+        ),
+        (
+            |params| dense(params).set_distance(Distance::Dot),
+            "compares vectors by Dot",
+        ),
+        (|params| dense(params).quantization_config = None, "not quantized"),
+        (|params| dense(params).hnsw_config = None, "`payload_m`"),
+        (|params| params.sparse_vectors_config = None, "keeps no texts"),
+        (
+            |params| {
+                let texts = params.sparse_vectors_config.as_mut().unwrap();
+                texts.map.get_mut(requests::LEXICAL).unwrap().modifier = None;
+            },
+            "`idf`",
+        ),
+        (|params| params.shard_number = 1, "`shards` is 1 and not 6"),
+        (
+            |params| params.replication_factor = Some(1),
+            "`replicas` is 1 and not 2",
+        ),
+        (
+            |params| params.write_consistency_factor = None,
+            "`consistency` is 1 and not 2",
+        ),
+    ] {
+        let said = compare(change);
+        assert!(said.contains(part), "{part}: {said}");
+    }
+}
+
+#[tokio::test]
+async fn nodes_that_do_not_answer_are_left_alone_for_a_moment() {
+    let cluster = offline();
+    let index = cluster.index(MODEL, 128);
+    let query = Code::encode(&conformance::vector(1, 128)).unwrap();
+    let mut said = String::new();
+    for _ in 0..4 {
+        let error = index.search(query.clone(), among("one"), 3).await.unwrap_err();
+        said = format!("{error:?}");
+    }
+    assert!(said.contains("left alone"), "{said}");
 }
 
 #[tokio::test]
