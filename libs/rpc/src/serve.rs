@@ -78,8 +78,8 @@ async fn metrics(State(telemetry): State<Telemetry>) -> Response {
 /// Calls under way on one connection.
 const STREAMS: u32 = 1000;
 /// Bytes that a connection, and a call on it, may send before they are read.
-const CONNECTION_WINDOW: u32 = 8 << 20;
-const STREAM_WINDOW: u32 = 1 << 20;
+const CONNECTION_WINDOW: u32 = 2 << 20;
+const STREAM_WINDOW: u32 = 512 << 10;
 
 /// A listener with everything mounted on it.
 #[derive(Debug)]
