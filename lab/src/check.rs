@@ -48,6 +48,7 @@ pub fn check(operations: &[Operation], stored: &Stored) -> Verdict {
     let mut told = BTreeMap::<&str, u64>::new();
     let mut last = BTreeMap::<&str, u64>::new();
     let (mut streamed, mut place) = (BTreeSet::new(), 0);
+    let mut asked = BTreeMap::new();
     let gaps = operations
         .iter()
         .filter(|read| read.kind == Kind::Fan && read.outcome == Outcome::Failed("Gap".into()));
@@ -64,7 +65,10 @@ pub fn check(operations: &[Operation], stored: &Stored) -> Verdict {
                 if operation.outcome == Outcome::Doubled || done {
                     acknowledged.insert(write);
                 }
-                if gap.is_some_and(|gap| operation.at <= gap) {
+                let first = *asked
+                    .entry(operation.key.as_str())
+                    .or_insert(operation.at.saturating_sub(operation.took));
+                if gap.is_some_and(|gap| first <= gap) {
                     streamed.insert(operation.key.as_str());
                 }
             }
@@ -192,7 +196,7 @@ mod tests {
         );
         let gap = |at: u64| operation(Kind::Fan, "", 0, at, Outcome::Failed("Gap".into()));
         assert_eq!(verdict(|operations, _| operations[3] = gap(2)), [3, 0, 0, 0, 0, 0]);
-        assert_eq!(verdict(|operations, _| operations[3] = gap(1)), [3, 0, 0, 0, 0, 1]);
+        assert_eq!(verdict(|operations, _| operations[3] = gap(0)), [3, 0, 0, 0, 0, 1]);
     }
 
     #[test]

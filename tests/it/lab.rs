@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use aeterna_lab::Drill;
 use aeterna_proto::memory::v1::memory_service_client::MemoryServiceClient;
-use aeterna_testkit::lab::{Extent, Lab, Scratch, Setup, secrets};
+use aeterna_testkit::lab::{Extent, Lab, Part, Scratch, Setup, secrets};
 use aeterna_testkit::{Program, built, cache};
 
 use crate::notes::item;
@@ -65,11 +65,13 @@ async fn no_acknowledged_write_is_lost_when_nodes_and_copies_are_killed() {
     assert!(away.is_empty(), "{away:?}");
     let copy = members.iter().find(|member| member.name == "memory1").unwrap();
     assert!(copy.remark.contains("live 0.0 s behind"), "{copy:?}");
-    // Nothing is left of it.
+    // Nothing is left of it; a process that has ended and that nobody has asked about has no command line.
+    let all = members.iter().flat_map(|member| lab.pids(&member.name, Part::All));
+    let all: Vec<u32> = all.collect();
     lab.down().unwrap();
-    assert!(!place.path().exists());
-    for member in members {
-        let bound = std::net::TcpListener::bind(("127.0.0.1", member.port));
-        assert!(bound.is_ok(), "{member:?}: {bound:?}");
+    assert!(!place.path().exists() && all.len() > 20, "{all:?}");
+    for pid in all {
+        let command = std::fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        assert_eq!(command, "", "{pid} is left");
     }
 }

@@ -29,7 +29,7 @@ async fn add(client: &mut Client, name: &str, content: &str) -> Memory {
 /// The next event that is no heartbeat.
 async fn next(stream: &mut Streaming<WatchResponse>) -> WatchResponse {
     loop {
-        let event = tokio::time::timeout(Duration::from_secs(10), stream.message()).await;
+        let event = tokio::time::timeout(Duration::from_secs(60), stream.message()).await;
         let event = event.expect("an event comes").unwrap().expect("the stream goes on");
         if !event.heartbeat {
             return event;

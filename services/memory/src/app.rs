@@ -173,6 +173,8 @@ pub struct App {
     pub(crate) embedder: AnyChannel,
     /// In front of the embedding service, for callers who wait.
     pub(crate) breaker: Breaker,
+    /// In front of its cross-encoder, which takes longer.
+    pub(crate) reader: Breaker,
     pub(crate) credentials: Credentials,
     pub(crate) clock: Arc<dyn Clock>,
     pub(crate) metrics: Metrics,
@@ -256,38 +258,8 @@ impl App {
     ) -> Result<Vec<Vec<f32>>, Error> {
         let (first, each) = MODEL_PATIENCE;
         let patience = first + each * u32::try_from(texts.len()).unwrap_or(u32::MAX);
-        self.soon(context, patience, self.embed(context, model, texts, query))
-            .await
-    }
-
-    /// What the embedding service answers a caller who waits; an error in time to answer without it.
-    async fn soon<T>(
-        &self,
-        context: &RequestContext,
-        mut patience: Duration,
-        asked: impl Future<Output = Result<T, Error>>,
-    ) -> Result<T, Error> {
-        if !self.breaker.admits() {
-            let message = "the embedding service did not answer of late, and is left alone for a moment";
-            return Err(Error::unavailable(message));
-        }
-        let half = |deadline: Instant| deadline.saturating_duration_since(Instant::now()) / 2;
-        let cut = context
-            .deadline()
-            .map_or(patience, |deadline| patience.min(half(deadline)));
-        // What a hasty caller does not wait for says nothing about the service.
-        let hasty = std::mem::replace(&mut patience, cut) > cut;
-        let answer = tokio::time::timeout(patience, asked).await;
-        if answer.is_ok() || !hasty {
-            self.breaker.tell(answer.is_ok());
-        }
-        answer.unwrap_or_else(|_| {
-            let message = format!(
-                "the embedding service did not answer within {} ms",
-                patience.as_millis()
-            );
-            Err(Error::unavailable(message))
-        })
+        let embedded = self.embed(context, model, texts, query);
+        soon(&self.breaker, context, patience, embedded).await
     }
 
     /// How well texts answer a query, 0 to 1 each, by the embedding service's cross-encoder.
@@ -304,7 +276,7 @@ impl App {
             let answer = self.embedding().rerank(context.request(message)).await;
             answer.map_err(|status| aeterna_error::from_status(&status))
         };
-        let scores = self.soon(context, patience, read).await?.into_inner().scores;
+        let scores = soon(&self.reader, context, patience, read).await?.into_inner().scores;
         if scores.len() == wanted && scores.iter().all(|score| (0.0..=1.0).contains(score)) {
             Ok(scores)
         } else {
@@ -368,6 +340,36 @@ impl App {
     fn background(&self, tenant: TenantId) -> RequestContext {
         RequestContext::background(tenant, &self.credentials)
     }
+}
+
+/// What the embedding service answers a caller who waits; an error in time to answer without it.
+async fn soon<T>(
+    breaker: &Breaker,
+    context: &RequestContext,
+    mut patience: Duration,
+    asked: impl Future<Output = Result<T, Error>>,
+) -> Result<T, Error> {
+    if !breaker.admits() {
+        let message = "the embedding service did not answer of late, and is left alone for a moment";
+        return Err(Error::unavailable(message));
+    }
+    let half = |deadline: Instant| deadline.saturating_duration_since(Instant::now()) / 2;
+    let cut = context
+        .deadline()
+        .map_or(patience, |deadline| patience.min(half(deadline)));
+    // What a hasty caller does not wait for says nothing about the service.
+    let hasty = std::mem::replace(&mut patience, cut) > cut;
+    let answer = tokio::time::timeout(patience, asked).await;
+    if answer.is_ok() || !hasty {
+        breaker.tell(answer.is_ok());
+    }
+    answer.unwrap_or_else(|_| {
+        let message = format!(
+            "the embedding service did not answer within {} ms",
+            patience.as_millis()
+        );
+        Err(Error::unavailable(message))
+    })
 }
 
 /// At most `bytes` bytes of a text, cut at a character.

@@ -396,6 +396,7 @@ pub async fn build(config: Config, deps: Deps) -> Result<Service, Error> {
         wanted,
         embedder: deps.embedder,
         breaker: Breaker::default(),
+        reader: Breaker::default(),
         credentials: deps.credentials,
         clock: Arc::new(SystemClock),
         metrics: metrics::Metrics::new(&deps.meter),

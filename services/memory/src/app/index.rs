@@ -147,8 +147,12 @@ impl Background {
             Some(turns) => turns.place(model).await,
             None => None,
         };
-        let known = [serving.index.watermark(), filled, brought].into_iter().flatten().max();
-        if let Some(known) = known
+        if let (Some(turns), Some(brought)) = (self.turns_at(serving), brought)
+            && self.is_ahead(brought, stop).await?
+        {
+            turns.forget(model).await;
+        }
+        if let Some(known) = serving.index.watermark().max(filled)
             && self.is_ahead(known, stop).await?
         {
             tracing::warn!(
@@ -213,7 +217,8 @@ impl Background {
         while !stop.is_cancelled() {
             let states = app.store.scan(&serving.model.identity, after, 2000, false).await?;
             let Some(last) = states.last() else { break };
-            after = last.key;
+            let (from, upto) = (after, last.key);
+            after = upto;
             let upserts: Vec<Entry> = states.iter().map(Entry::from).collect();
             count += upserts.iter().filter(|entry| entry.code.is_some()).count();
             let removals = Vec::new();
@@ -226,7 +231,7 @@ impl Background {
                 },
             )
             .await?;
-            let noted = serving.index.fill_to(after, end).await;
+            let noted = serving.index.fill_to(from, upto, end).await;
             noted.map_err(|error| Error::unavailable("the vector index can't be written").caused_by(error))?;
             if told.elapsed() > TOLD {
                 tracing::info!(vectors = count, "filling the vector index");
@@ -234,7 +239,7 @@ impl Background {
             }
         }
         if !stop.is_cancelled() {
-            serving.index.advance(end);
+            serving.index.fill_all(after, end);
         }
         Ok(count)
     }

@@ -216,6 +216,7 @@ impl QdrantIndex {
             }
             Err(failed) => return Err(failed.into()),
         }
+        let marked = self.marked().await?;
         let hasty = requests::hasty(name);
         self.ask(WRITE, async |node| node.update_collection(hasty.clone()).await)
             .await?;
@@ -223,7 +224,6 @@ impl QdrantIndex {
             self.ask(CREATE, async |node| node.create_field_index(field.clone()).await)
                 .await?;
         }
-        let marked = self.marked().await?;
         let watermark = requests::watermark(&marked);
         let mut state = self.state();
         // Somebody else who did the same may have gone on already.
@@ -245,14 +245,38 @@ impl QdrantIndex {
 
     /// What the collection says of itself; one that is new begins to.
     async fn marked(&self) -> Result<HashMap<String, Value>, StorageError> {
-        let name = self.name.as_str();
-        let begin = requests::begin(name, &Uuid::now_v7().to_string());
+        if let Some(marked) = self.mark().await? {
+            return Ok(marked);
+        }
+        let begin = requests::begin(&self.name, &Uuid::now_v7().to_string());
         self.ask(WRITE, async |node| node.upsert_points(begin.clone()).await)
             .await?;
-        let marked = self.ask(WRITE, async |node| node.get_points(requests::marked(name)).await);
-        let marked = marked.await?.result.into_iter().next();
         let gone = || StorageError::Unavailable("a Qdrant node has not heard of the collection's mark".into());
-        marked.map(|point| point.payload).ok_or_else(gone)
+        self.mark().await?.ok_or_else(gone)
+    }
+
+    async fn mark(&self) -> Result<Option<HashMap<String, Value>>, StorageError> {
+        let request = requests::marked(&self.name);
+        let marked = self.ask(WRITE, async |node| node.get_points(request.clone()).await);
+        Ok(marked.await?.result.into_iter().next().map(|point| point.payload))
+    }
+
+    /// Looks whether the collection is the one that was there before, and how far others have come in filling it.
+    async fn recognize(&self) -> Result<(), StorageError> {
+        // A replica that lags may have none.
+        let Some(mark) = self.mark().await? else { return Ok(()) };
+        let mut state = self.state();
+        if state.made != requests::made(&mark) {
+            tracing::warn!(collection = self.name, "the collection was made anew by another copy");
+            *state = State::default();
+        } else if state.watermark.is_none() {
+            let watermark = requests::watermark(&mark);
+            state.watermark = watermark;
+            state.filled = state.filled.max(requests::filled(&mark));
+            state.safe = watermark.unwrap_or_default();
+            state.marked = state.safe;
+        }
+        Ok(())
     }
 
     /// How a collection differs from the settings.
@@ -339,12 +363,12 @@ impl QdrantIndex {
             let message = "no Qdrant node answered of late, and they are left alone for a moment";
             return Err(StorageError::Unavailable(message.into()));
         }
-        let found = self.ask(SEARCH, async |node| node.query(request.clone()).await).await;
-        // A refusal is an answer.
-        self.cluster
-            .breaker
-            .tell(!matches!(found, Err(StorageError::Unavailable(_))));
-        let found = found?.result;
+        let Cluster { nodes, breaker, .. } = &*self.cluster;
+        let found = nodes.call(SEARCH, async |node| node.query(request.clone()).await);
+        let found = found.await;
+        // A refusal is an answer, and so is that there is no such collection.
+        breaker.tell(!matches!(found, Err(Failed::Away(_))));
+        let found = found.map_err(|failed| self.failed(failed))?.result;
         let key = |point: &ScoredPoint| requests::key(point.id.as_ref());
         Ok(found
             .iter()
@@ -367,10 +391,18 @@ impl QdrantIndex {
         Ok(points)
     }
 
-    /// Remembers how far the index is when all of it is well.
-    async fn remember(&self, watermark: Option<Sequence>, well: bool) -> Result<Option<Sequence>, StorageError> {
+    /// Remembers how far the index was, in this making of the collection, when all of it is well.
+    async fn remember(
+        &self,
+        watermark: Option<Sequence>,
+        made: Option<String>,
+        well: bool,
+    ) -> Result<Option<Sequence>, StorageError> {
         let (again, mark) = {
             let mut state = self.state();
+            if state.made != made {
+                return Ok(None);
+            }
             state.missed |= !well && state.watermark.is_some();
             if let Some(watermark) = watermark.filter(|_| !state.missed) {
                 state.safe = state.safe.max(watermark);
@@ -379,11 +411,13 @@ impl QdrantIndex {
             (again, Some(state.safe).filter(|safe| *safe > state.marked))
         };
         if let Some(mark) = mark {
-            let made = self.state().made.clone();
             let request = requests::mark(&self.name, made.as_deref(), mark);
-            self.ask(WRITE, async |node| node.upsert_points(request.clone()).await)
+            self.ask(WRITE, async |node| node.overwrite_payload(request.clone()).await)
                 .await?;
-            self.state().marked = mark;
+            let mut state = self.state();
+            if state.made == made {
+                state.marked = mark;
+            }
         }
         Ok(again)
     }
@@ -445,7 +479,7 @@ impl VectorIndex for QdrantIndex {
     fn advance(&self, watermark: Sequence) {
         let mut state = self.state();
         // What was applied to a collection that is gone counts no longer.
-        if state.ready {
+        if state.watermark.is_some() {
             state.watermark = state.watermark.max(Some(watermark));
         }
     }
@@ -462,17 +496,33 @@ impl VectorIndex for QdrantIndex {
         self.state().filled
     }
 
-    async fn fill_to(&self, upto: Key, at: Sequence) -> Result<(), StorageError> {
-        let made = self.state().made.clone();
+    async fn fill_to(&self, from: Key, upto: Key, at: Sequence) -> Result<(), StorageError> {
+        // What was filled of a collection that is gone counts no longer.
+        let gone = || StorageError::Unavailable("the collection was made anew; it is filled from the beginning".into());
+        let goes_on = |state: &State| state.ready && state.filled.map_or(Key(0), |(filled, _)| filled) == from;
+        let made = {
+            let state = self.state();
+            if !goes_on(&state) {
+                return Err(gone());
+            }
+            state.made.clone()
+        };
         let request = requests::fill_to(&self.name, made.as_deref(), upto, at);
-        self.ask(WRITE, async |node| node.upsert_points(request.clone()).await)
+        self.ask(WRITE, async |node| node.overwrite_payload(request.clone()).await)
             .await?;
         let mut state = self.state();
-        // What was filled of a collection that is gone counts no longer.
-        if state.ready {
-            state.filled = Some((upto, at));
+        if state.made != made || !goes_on(&state) {
+            return Err(gone());
         }
+        state.filled = Some((upto, at));
         Ok(())
+    }
+
+    fn fill_all(&self, last: Key, at: Sequence) {
+        let mut state = self.state();
+        if state.ready && state.filled.map_or(Key(0), |(filled, _)| filled) == last {
+            state.watermark = state.watermark.max(Some(at));
+        }
     }
 
     fn keeps_texts(&self) -> bool {
@@ -511,8 +561,13 @@ impl VectorIndex for QdrantIndex {
             return Err(StorageError::Broken(message.into()));
         }
         self.prepare().await?;
+        self.recognize().await?;
+        self.prepare().await?;
         // What is applied after this moment may be missing where the replicas were looked at before.
-        let watermark = self.watermark();
+        let (watermark, made) = {
+            let state = self.state();
+            (state.watermark, state.made.clone())
+        };
         let mut unwell = self.unwell().await?;
         if !away.is_empty() {
             let all = versions.len() + away.len();
@@ -521,7 +576,7 @@ impl VectorIndex for QdrantIndex {
         if unwell.is_none() {
             self.cluster.nodes.trust();
         }
-        let again = self.remember(watermark, unwell.is_none()).await?;
+        let again = self.remember(watermark, made, unwell.is_none()).await?;
         self.tidy().await?;
         let differs = self.state().differs.join(", ");
         Ok(Care {
@@ -533,8 +588,10 @@ impl VectorIndex for QdrantIndex {
 
     fn repaired(&self, upto: Sequence) {
         let mut state = self.state();
-        state.safe = state.safe.max(upto);
-        state.missed = false;
+        if state.watermark.is_some() {
+            state.safe = state.safe.max(upto);
+            state.missed = false;
+        }
     }
 
     async fn unlike(&self, entries: Vec<Entry>) -> Result<Vec<Key>, StorageError> {

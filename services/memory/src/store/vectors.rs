@@ -81,7 +81,7 @@ pub trait VectorIndex: Send + Sync {
     /// When the index is away or can't be written; nothing or some of it was applied.
     async fn apply(&self, changes: Changes) -> Result<(), StorageError>;
 
-    /// Everything up to this change is in.
+    /// Everything up to this change is in, of an index that was whole; of one that is to be filled it says nothing.
     fn advance(&self, watermark: Sequence);
 
     /// The change up to which everything is in; `None`: it is not known, or the index must be filled first.
@@ -97,12 +97,17 @@ pub trait VectorIndex: Send + Sync {
         None
     }
 
-    /// While it is filled: memories up to this one are in, as of this change.
+    /// While it is filled: memories from one, which were in, up to another one are in, as of this change.
     ///
     /// # Errors
-    /// When the index is away.
-    async fn fill_to(&self, _upto: Key, _at: Sequence) -> Result<(), StorageError> {
+    /// When the index is away, or what was filled of it is not there any more.
+    async fn fill_to(&self, _from: Key, _upto: Key, _at: Sequence) -> Result<(), StorageError> {
         Ok(())
+    }
+
+    /// It is filled up to the last memory: everything up to this change is in.
+    fn fill_all(&self, _last: Key, at: Sequence) {
+        self.advance(at);
     }
 
     /// The nearest vectors by the quantized prefix, best first: candidates for rescoring.

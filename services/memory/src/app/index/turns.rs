@@ -6,7 +6,7 @@
 //! far all of its replicas are, and from there on the copy brings everything itself once (`Background::catch_up`).
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use aeterna_error::Error;
 use aeterna_rpc::Breaker;
@@ -130,6 +130,11 @@ impl Turns {
         Some(Sequence(stands.unwrap_or_default()))
     }
 
+    /// The store was put back to an earlier time: how far the index had come is not true any more.
+    pub(super) async fn forget(&self, model: &str) {
+        self.ask(self.live.forget(&self.index(model))).await;
+    }
+
     /// Takes the turn at making vectors by a model, or keeps it; false when another copy is at it.
     pub(super) async fn may_make(&self, what: Vectors, model: &str) -> bool {
         let turn = self.making(what, model);
@@ -178,8 +183,11 @@ impl Turns {
         while let Some(from) = serving.index.watermark() {
             let Some(changes) = news(from).await? else { break };
             let to = changes.at;
+            let since = Instant::now();
             let turn = loop {
                 match self.take(index, from, to).await {
+                    // Somebody who gets turns and brings nothing is not waited for.
+                    Turn::Others if since.elapsed() > 2 * TERM => break Turn::Mine(None),
                     Turn::Others => tokio::time::sleep(LOOK).await,
                     turn => break turn,
                 }
@@ -199,13 +207,11 @@ impl Turns {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Mutex;
-    use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
-    use std::time::Instant;
-
     use aeterna_storage::live::MemoryLive;
     use aeterna_storage::{RedisLive, RedisOptions};
     use async_trait::async_trait;
+    use std::sync::Mutex;
+    use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 
     use super::*;
     use crate::app::Model;

@@ -25,7 +25,7 @@ pub async fn vector_index(index: &dyn VectorIndex) {
             at: Sequence(at),
         };
         index.apply(changes).await.unwrap();
-        index.advance(Sequence(at));
+        index.fill_all(index.filled().map_or(Key(0), |(filled, _)| filled), Sequence(at));
     };
     let counted = async || {
         index.tend().await.unwrap();

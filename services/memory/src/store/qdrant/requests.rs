@@ -15,10 +15,11 @@ use qdrant_client::qdrant::{
     FieldType, Filter, GetPoints, GetPointsBuilder, HnswConfigDiffBuilder, IntegerIndexParamsBuilder,
     KeywordIndexParamsBuilder, Modifier, NamedVectors, PointId, PointStruct, QuantizationSearchParamsBuilder, Query,
     QueryPoints, QueryPointsBuilder, Range, ReadConsistency, ReadConsistencyType, RetrievedPoint,
-    ScalarQuantizationBuilder, ScrollPoints, ScrollPointsBuilder, SearchParamsBuilder, SparseVectorConfig,
-    SparseVectorParamsBuilder, UpdateCollection, UpdateCollectionBuilder, UpsertPoints, UpsertPointsBuilder, Value,
-    Vector, VectorInput, VectorParamsBuilder, VectorParamsMap, Vectors, VectorsConfig, WriteOrdering,
-    WriteOrderingType, point_id::PointIdOptions, read_consistency, value::Kind, vector_output, vectors, vectors_config,
+    ScalarQuantizationBuilder, ScrollPoints, ScrollPointsBuilder, SearchParamsBuilder, SetPayloadPoints,
+    SetPayloadPointsBuilder, SparseVectorConfig, SparseVectorParamsBuilder, UpdateCollection, UpdateCollectionBuilder,
+    UpsertPoints, UpsertPointsBuilder, Value, Vector, VectorInput, VectorParamsBuilder, VectorParamsMap, Vectors,
+    VectorsConfig, WriteOrdering, WriteOrderingType, point_id::PointIdOptions, read_consistency, value::Kind,
+    vector_output, vectors, vectors_config,
 };
 
 use super::QdrantOptions;
@@ -138,58 +139,56 @@ pub fn remove(name: &str, keys: &[Key], at: Sequence, now: i64) -> UpsertPoints 
 
 /// Begins the mark of a collection, unless there is one.
 pub fn begin(name: &str, made: &str) -> UpsertPoints {
+    let payload = [(AT, Value::from(0)), (MADE, Value::from(made))];
     // No change has this place, so that nothing is overwritten.
-    let mut begin = newer(name, vec![marking(Some(made), [(AT, Value::from(0))])], Sequence(-1));
+    let mut begin = newer(name, vec![point(MARK, payload, HashMap::new())], Sequence(-1));
     // Of several who begin, all replicas must take the same for the first.
     begin.ordering = Some(WriteOrdering {
-        r#type: WriteOrderingType::Strong.into(),
+        r#type: WriteOrderingType::Medium.into(),
     });
     begin
 }
 
 /// Remembers up to which change everything is in.
-pub fn mark(name: &str, made: Option<&str>, watermark: Sequence) -> UpsertPoints {
-    let point = marking(made, [(AT, Value::from(watermark.0))]);
-    same(newer(name, vec![point], watermark), made)
+pub fn mark(name: &str, made: Option<&str>, watermark: Sequence) -> SetPayloadPoints {
+    marking(name, made, watermark, &[(AT, watermark.0)])
 }
 
 /// Remembers up to which memory the collection is filled, as of a change, unless everything is in.
-pub fn fill_to(name: &str, made: Option<&str>, upto: Key, as_of: Sequence) -> UpsertPoints {
-    let payload = [
-        (FILLED, Value::from(upto.0)),
-        (AS_OF, Value::from(as_of.0)),
-        (AT, Value::from(0)),
-    ];
-    same(newer(name, vec![marking(made, payload)], Sequence(0)), made)
+pub fn fill_to(name: &str, made: Option<&str>, upto: Key, as_of: Sequence) -> SetPayloadPoints {
+    let payload = [(FILLED, upto.0), (AS_OF, as_of.0), (AT, 0)];
+    marking(name, made, Sequence(0), &payload)
 }
 
-fn marking<const N: usize>(made: Option<&str>, payload: [(&str, Value); N]) -> PointStruct {
-    let mut mark = point(MARK, payload, HashMap::new());
-    mark.payload
-        .extend(made.map(|made| (MADE.to_owned(), Value::from(made))));
-    mark
-}
-
-/// Only where the mark speaks of this making of the collection.
-fn same(mut request: UpsertPoints, made: Option<&str>) -> UpsertPoints {
+/// Writes the mark, where it speaks of this making of the collection and of no later change; it is never made by this.
+fn marking(name: &str, made: Option<&str>, at: Sequence, payload: &[(&str, i64)]) -> SetPayloadPoints {
     let same = match made {
         Some(made) => Condition::matches(MADE, made.to_owned()),
         None => Condition::is_empty(MADE),
     };
-    if let Some(filter) = &mut request.update_filter {
-        filter.must.push(same);
-    }
-    request
+    let mark = Filter::must([Condition::has_id([MARK]), not_later(at), same]);
+    let numbers = payload
+        .iter()
+        .map(|(name, number)| ((*name).to_owned(), Value::from(*number)));
+    let made = made.map(|made| (MADE.to_owned(), Value::from(made)));
+    SetPayloadPointsBuilder::new(name, numbers.chain(made).collect::<HashMap<String, Value>>())
+        .points_selector(mark)
+        .wait(true)
+        .build()
+}
+
+fn not_later(at: Sequence) -> Condition {
+    let range = Range {
+        lte: Some(at.0 as f64),
+        ..Range::default()
+    };
+    Condition::range(AT, range)
 }
 
 /// Upserts points that are not there from a later change.
 fn newer(name: &str, points: Vec<PointStruct>, at: Sequence) -> UpsertPoints {
-    let not_later = Range {
-        lte: Some(at.0 as f64),
-        ..Range::default()
-    };
     UpsertPointsBuilder::new(name, points)
-        .update_filter(Filter::must([Condition::range(AT, not_later)]))
+        .update_filter(Filter::must([not_later(at)]))
         .wait(true)
         .build()
 }

@@ -77,7 +77,7 @@ async fn a_server_conforms() {
     index.tend().await.unwrap();
     assert_eq!(index.watermark(), None, "it is to be filled");
     // Whoever goes on with filling it begins where that was interrupted.
-    index.fill_to(Key(40), Sequence(3)).await.unwrap();
+    index.fill_to(Key(0), Key(40), Sequence(3)).await.unwrap();
     let next = cluster.index(MODEL, 128);
     next.tend().await.unwrap();
     let filled = Some((Key(40), Sequence(3)));
@@ -87,7 +87,7 @@ async fn a_server_conforms() {
     );
     conformance::vector_index(&index).await;
     // It has everything by now, whoever fills it still.
-    next.fill_to(Key(50), Sequence(3)).await.unwrap();
+    next.fill_to(Key(40), Key(50), Sequence(3)).await.unwrap();
     // What it remembers is found by whoever comes next.
     let next = cluster.index(MODEL, 128);
     next.tend().await.unwrap();
@@ -127,11 +127,24 @@ async fn a_server_conforms() {
     assert_eq!(keys(&index, "one", 1).await, [1]);
     // Whoever has not noticed says nothing of the new one.
     old.advance(Sequence(9));
-    old.remember(Some(Sequence(9)), true).await.unwrap();
-    old.fill_to(Key(9), Sequence(9)).await.unwrap();
+    let made = old.state().made.clone();
+    old.remember(Some(Sequence(9)), made, true).await.unwrap();
     let next = cluster.index(MODEL, 128);
     next.tend().await.unwrap();
     assert_eq!((next.watermark(), next.filled()), (None, None));
+    // And when it looks, it notices.
+    old.tend().await.unwrap();
+    assert_eq!(old.watermark(), None);
+    assert_eq!(old.state().made, next.state().made);
+    // What one has filled, another goes on with; and what was filled of a collection that is gone, nobody.
+    next.fill_to(Key(0), Key(7), Sequence(9)).await.unwrap();
+    assert!(old.fill_to(Key(3), Key(9), Sequence(9)).await.is_err());
+    old.tend().await.unwrap();
+    assert_eq!(old.filled(), Some((Key(7), Sequence(9))));
+    old.fill_all(Key(3), Sequence(9));
+    assert_eq!(old.watermark(), None);
+    old.fill_all(Key(7), Sequence(9));
+    assert_eq!(old.watermark(), Some(Sequence(9)));
     index.clear().await.unwrap();
     assert_eq!(index.watermark(), None);
     cluster.remove(MODEL).await.unwrap();
@@ -178,14 +191,15 @@ async fn what_is_newer_stays() {
     assert_eq!(index.keys(Key(0), 10).await.unwrap(), [Key(2), Key(3)]);
     assert_eq!(index.keys(Key(2), 10).await.unwrap(), [Key(3)]);
     // What is remembered does not go back either.
-    index.advance(Sequence(base + 4));
+    index.fill_all(Key(0), Sequence(base + 4));
     index.tend().await.unwrap();
     let late = cluster.index(MODEL, 128);
     late.prepare().await.unwrap();
     late.state().marked = Sequence::default();
     late.state().watermark = Some(Sequence(base));
     late.state().safe = Sequence(base);
-    late.remember(Some(Sequence(base)), true).await.unwrap();
+    let made = late.state().made.clone();
+    late.remember(Some(Sequence(base)), made, true).await.unwrap();
     let next = cluster.index(MODEL, 128);
     next.prepare().await.unwrap();
     assert_eq!(next.watermark(), Some(Sequence(base + 4)));
@@ -201,7 +215,7 @@ async fn a_node_may_be_away() {
     let write = async |keys: std::ops::Range<i64>, at: i64| {
         let entries = keys.map(|key| entry(key, "one", key as u32)).collect();
         index.apply(changes(entries, &[], at)).await.unwrap();
-        index.advance(Sequence(at));
+        index.fill_all(Key(0), Sequence(at));
     };
     let all_found = async |upto: i64| {
         for key in 1..upto {
@@ -242,6 +256,9 @@ async fn a_node_may_be_away() {
     );
     write(100..200, 2).await;
     all_found(200).await;
+    // A copy that starts now, and another model's collection, do without the node.
+    cluster.index(MODEL, 128).tend().await.unwrap();
+    cluster.index("another-model@1", 64).tend().await.unwrap();
     let care = index.tend().await.unwrap();
     assert!(
         matches!(care.condition, Condition::Weak(_)) && care.again.is_none(),
@@ -524,11 +541,11 @@ fn a_loss_is_made_good_from_before_it() {
         .build()
         .unwrap();
     let at = |at: i64| {
-        index.advance(Sequence(at));
+        index.fill_all(Key(0), Sequence(at));
         index.state().marked = Sequence(1_000);
         index.watermark()
     };
-    let tended = |watermark, well| runtime.block_on(index.remember(watermark, well)).unwrap();
+    let tended = |watermark, well| runtime.block_on(index.remember(watermark, None, well)).unwrap();
     assert_eq!(tended(at(10), true), None);
     assert_eq!(tended(at(20), false), None, "not before all of it is back");
     assert_eq!(tended(at(30), true), Some(Sequence(10)));
