@@ -24,7 +24,8 @@ pub struct Verdict {
     pub lost: u64,
     /// Writes that are there more than once.
     pub duplicated: u64,
-    /// What is there although nobody sent it, or in an order in which nobody did.
+    /// What is there although nobody sent it, or in an order in which nobody did; and what watchers or readers of the streams
+    /// were told of and is not there.
     pub phantom: u64,
     /// Reads by the holder of a token that did not see what it stands for.
     pub went_back: u64,
@@ -47,7 +48,7 @@ pub fn check(operations: &[Operation], stored: &Stored) -> Verdict {
     let mut acknowledged = BTreeSet::new();
     let mut told = BTreeMap::<&str, u64>::new();
     let mut last = BTreeMap::<&str, u64>::new();
-    let (mut streamed, mut place) = (BTreeSet::new(), 0);
+    let (mut streamed, mut read, mut place) = (BTreeSet::new(), BTreeSet::new(), 0);
     let mut asked = BTreeMap::new();
     let gaps = operations
         .iter()
@@ -80,6 +81,7 @@ pub fn check(operations: &[Operation], stored: &Stored) -> Verdict {
                 verdict.untold += u64::from(operation.value <= before);
             }
             Kind::Fan if done => {
+                read.insert(operation.key.as_str());
                 streamed.insert(operation.key.as_str());
                 verdict.untold += u64::from(operation.value <= place);
                 place = operation.value;
@@ -93,6 +95,9 @@ pub fn check(operations: &[Operation], stored: &Stored) -> Verdict {
         }
     }
     verdict.acknowledged = acknowledged.len() as u64;
+    // Counters have been there before the load, and what nobody was acknowledged has no name but its identifier.
+    let there = |key: &str| stored.contents.contains_key(key) || key.contains(" counts ");
+    verdict.phantom += told.keys().chain(&read).filter(|key| !there(key)).count() as u64;
     for (kind, key, value) in &acknowledged {
         let there = match kind {
             Kind::Add => stored.contents.contains_key(*key),
@@ -164,7 +169,8 @@ mod tests {
         // What failed may be there or not.
         let there = |_: &mut Vec<_>, stored: &mut Stored| _ = stored.contents.insert("b".into(), 1);
         assert_eq!(verdict(there), [3, 0, 0, 0, 0, 0]);
-        assert_eq!(verdict(|_, stored| stored.contents.clear()), [3, 1, 0, 0, 0, 0]);
+        // Lost, and a watcher and a reader of the streams were told of it.
+        assert_eq!(verdict(|_, stored| stored.contents.clear()), [3, 1, 0, 2, 0, 0]);
         assert_eq!(verdict(|_, stored| stored.counters.clear()), [3, 2, 0, 0, 0, 0]);
         assert_eq!(
             verdict(|_, stored| *stored.contents.entry("a".into()).or_default() += 1),

@@ -86,6 +86,8 @@ impl Load {
                 name: name.clone(),
             };
             let counter = caller.counter().await?;
+            load.acknowledged
+                .add(counter.counter.id.clone(), counter.counter.content.clone());
             load.counters.insert(name, counter.counter.id.clone());
             let (tell, heard) = watch::channel(counter);
             // Before anything is written that it must be told of.

@@ -237,11 +237,6 @@ impl Postgres {
         }
     }
 
-    /// Whether a node is the primary, as far as the last look at all tells.
-    pub fn leads(&self, node: &Node) -> bool {
-        self.nodes.confirmed(node).is_some()
-    }
-
     /// How the nodes are at the moment, as far as the last look at them tells.
     pub fn condition(&self) -> Condition {
         self.nodes.condition()

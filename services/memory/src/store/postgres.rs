@@ -123,6 +123,20 @@ macro_rules! transaction {
 }
 use transaction;
 
+/// Reads what is told as done, `None` when there is nothing. What a node shows may be lost with it: a standby that nobody waits
+/// for may be ahead of the one that takes over, and a primary that dies may show what no standby has. So the primary reads it
+/// again, in a transaction that writes something of its own: its commit waits for the standby, and so for everything before.
+macro_rules! lasting {
+    ($store:expr, $tenant:expr, $session:ident => $work:expr) => {{
+        match $crate::store::postgres::reading!($store, $tenant, $session => $work) {
+            Ok(Some(_)) => {
+                $crate::store::postgres::transaction!($store, $tenant, true, 1, ($session, _places) => $work)
+            }
+            nothing => nothing,
+        }
+    }};
+}
+
 /// Ends a transaction that has nothing to commit. After a failure its connection is not used again.
 async fn settle<T>(session: Session, worked: Result<T, MemoryError>) -> Result<T, MemoryError> {
     if !worked.as_ref().is_err_and(MemoryError::is_failure) {
@@ -206,23 +220,15 @@ impl PostgresStore {
         }
     }
 
-    /// Waits until everything that can be read on the primary is sure to last: a transaction that commits now waits for the
-    /// standby, and so for everything before.
-    async fn outlast(&self, tenant: &str) -> Result<(), MemoryError> {
-        transaction!(self, tenant, true, 1, (_session, _places) => async { Ok(()) })
-    }
-
-    /// What was answered to a request id. An answer that is found is told only once it is sure to last.
+    /// What was answered to a request id, and is sure to last.
     async fn replayed<T: DeserializeOwned + Send>(
         &self,
         writer: &Writer,
         idempotency: &Idempotency,
     ) -> Result<Option<T>, MemoryError> {
-        let tenant = writer.tenant.as_str();
-        let found = reading!(self, tenant, session => write::answer(session, writer, idempotency))?;
-        let Some((digest, answer)) = found else { return Ok(None) };
-        self.outlast(tenant).await?;
-        answered(idempotency, &digest, &answer).map(Some)
+        let found = lasting!(self, writer.tenant.as_str(), session => write::answer(session, writer, idempotency))?;
+        let answer = found.map(|(digest, answer)| answered(idempotency, &digest, &answer));
+        answer.transpose()
     }
 }
 
@@ -390,30 +396,18 @@ impl Relational for PostgresStore {
         limit: usize,
     ) -> Result<Vec<domain::Change>, MemoryError> {
         let whose = tenant.map_or(SYSTEM, TenantId::as_str);
-        let mut attempts = self.database.attempts(true);
-        loop {
-            let (changes, writable) = reading!(self, whose, session => async {
-                let writable = (!read::is_standby(session).await?).then(|| std::sync::Arc::clone(session.node()));
-                Ok((read::changes(session, tenant, after, limit).await?, writable))
-            })?;
-            // What is told can't be taken back. A standby shows nothing that it does not have.
-            let Some(last) = changes.last() else { return Ok(changes) };
-            let lasts = match writable {
-                None => true,
-                Some(node) => {
-                    self.outlast(whose).await?;
-                    // What another node has made last says nothing of what this one showed.
-                    self.database.leads(&node)
-                }
-            };
-            if lasts {
-                // Whoever was told of a change must not read what was before it.
-                self.database.reach(last.sequence.0);
-                return Ok(changes);
-            }
-            let deposed = StorageError::Unavailable("the node that was read is the primary no more".into());
-            attempts.again(deposed).await?;
+        // Mostly there is nothing new, which any node may say. What is told can't be taken back: see `lasting`.
+        let first = reading!(self, whose, session => read::changes(session, tenant, after, 1))?;
+        if first.is_empty() {
+            return Ok(first);
         }
+        let changes: Vec<domain::Change> = transaction!(self, whose, true, 1, (session, _places) =>
+            read::changes(session, tenant, after, limit))?;
+        // Whoever was told of a change must not read what was before it.
+        if let Some(last) = changes.last() {
+            self.database.reach(last.sequence.0);
+        }
+        Ok(changes)
     }
 
     async fn last_sequence(&self) -> Result<Sequence, MemoryError> {
@@ -465,7 +459,7 @@ impl Relational for PostgresStore {
     }
 
     async fn import_progress(&self, writer: &Writer, id: &RequestId) -> Result<Option<Progress>, MemoryError> {
-        reading!(self, writer.tenant.as_str(), session => transfer::progress(session, writer, id))
+        lasting!(self, writer.tenant.as_str(), session => transfer::progress(session, writer, id))
     }
 
     async fn models(&self) -> Result<Vec<String>, MemoryError> {

@@ -280,11 +280,6 @@ pub async fn cosines(connection: &mut PgConnection, rescoring: &Rescoring) -> Re
 }
 
 /// Whether the node takes no writes of its own.
-pub async fn is_standby(connection: &mut PgConnection) -> Result<bool, MemoryError> {
-    let standby = sqlx::query_scalar("SELECT pg_is_in_recovery()");
-    standby.fetch_one(connection).await.map_err(storage)
-}
-
 pub async fn events(
     connection: &mut PgConnection,
     after: Sequence,

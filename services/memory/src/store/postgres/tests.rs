@@ -465,3 +465,56 @@ async fn what_a_primary_showed_at_its_end_is_not_waited_for_and_nothing_new_hide
     );
     store.close().await;
 }
+
+/// A standby that nobody waits for may be ahead of the one that takes over. What it shows is lost with the old primary: it is no
+/// answer to whoever repeats a request, no progress of an import, and nothing that watchers are told.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_only_a_standby_has_that_does_not_take_over_was_never_done() {
+    let mut primary = PostgresServer::start(&["fsync=off"]);
+    let first = store(&primary).await;
+    let [ahead, behind] = [0; 2].map(|_| primary.standby(&["fsync=off"]));
+    say(&first, "before").await.unwrap();
+    let has = async |server: &PostgresServer, count: &str| {
+        while server.sql("aeterna", "SELECT count(*) FROM memories") != count {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    has(&behind, "1").await;
+    behind.sql("postgres", "ALTER SYSTEM SET primary_conninfo = ''");
+    behind.sql("postgres", "SELECT pg_reload_conf()");
+    while primary.sql("postgres", "SELECT count(*) FROM pg_stat_replication") != "1" {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    let writer = ledger::system("many", Timestamp::default()).unwrap();
+    say(&first, "in doubt").await.unwrap();
+    let import: RequestId = "an-import".parse().unwrap();
+    let insert = "SET aeterna.tenant = 'many'; INSERT INTO imports SELECT tenant, subject, 'an-import', 7, sha256('x'), 0, '[]' FROM requests LIMIT 1";
+    primary.sql("aeterna", insert);
+    has(&ahead, "2").await;
+    while ahead.sql("aeterna", "SELECT count(*) FROM imports") == "0" {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    first.close().await;
+    primary.kill();
+    behind.sql("postgres", "SELECT pg_promote()");
+    let hosts = [&primary, &ahead, &behind].map(|server| format!("127.0.0.1:{}", server.port));
+    let hosts = format!("//service@{}/aeterna", hosts.join(","));
+    let mut options = PostgresOptions::parse(&hosts, None).unwrap();
+    options.spread = true;
+    let store = PostgresStore::open(&options, None).await.unwrap();
+    let idempotency = addition("in doubt").idempotency.unwrap();
+    // Each node is asked in its turn.
+    for _ in 0..6 {
+        let answered = store.replay(&writer, &idempotency).await.unwrap();
+        assert!(answered.is_none(), "{answered:?}");
+        assert!(store.import_progress(&writer, &import).await.unwrap().is_none());
+        let told = store.changes(None, Sequence::default(), 10).await.unwrap();
+        assert_eq!(told.len(), 1, "{told:?}");
+    }
+    say(&store, "in doubt").await.unwrap();
+    assert_eq!(behind.sql("aeterna", "SELECT count(*) FROM memories"), "2");
+    let answered = store.replay(&writer, &idempotency).await.unwrap();
+    assert!(answered.is_some());
+    assert_eq!(store.changes(None, Sequence::default(), 10).await.unwrap().len(), 2);
+    store.close().await;
+}
