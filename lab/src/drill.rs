@@ -85,7 +85,7 @@ pub async fn run(lab: &Lab, drill: Drill, say: impl Fn(&str)) -> anyhow::Result<
     lab.served(WHOLE).await?;
     let name = drill.name();
     let run = format!("{name}-{:08x}", rand::random::<u32>());
-    let load = Load::start(lab.channel()?, Fan::new(lab).await?, &run).await?;
+    let load = Load::start(lab.channel()?, Fan::new(lab, &run).await?, &run).await?;
     // At any moment of Patroni's rounds: how long a lease goes on depends on it.
     tokio::time::sleep(CALM + lab.timings().round().mul_f64(rand::random())).await;
     say(&format!("{name}: under load, now it is broken …"));

@@ -5,7 +5,7 @@ use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use aeterna_proto::memory::v1::{ChangeKind, WatchResponse};
+use aeterna_proto::memory::v1::{ChangeKind, Memory, WatchResponse};
 use aeterna_storage::live::{Live as _, Page};
 use aeterna_storage::{RedisLive, RedisOptions};
 use aeterna_testkit::lab::{Lab, secrets};
@@ -58,6 +58,8 @@ pub struct Fan {
     live: RedisLive,
     log: String,
     place: i64,
+    /// What the names of the load's users begin with: others may write meanwhile.
+    run: String,
 }
 
 impl Fan {
@@ -65,7 +67,7 @@ impl Fan {
     ///
     /// # Errors
     /// When the lab has no log yet.
-    pub async fn new(lab: &Lab) -> anyhow::Result<Self> {
+    pub async fn new(lab: &Lab, run: &str) -> anyhow::Result<Self> {
         let uri = lab.live();
         let (scheme, rest) = uri.split_once(':').context("a URI has a scheme")?;
         let options = RedisOptions::parse(scheme, rest).map_err(anyhow::Error::msg)?;
@@ -76,7 +78,12 @@ impl Fan {
         let log = format!("memory:{store}");
         let stands = live.stands(&log).await?;
         let place = stands.context("nobody has begun the live streams")?;
-        Ok(Self { live, log, place })
+        Ok(Self {
+            live,
+            log,
+            place,
+            run: run.to_owned(),
+        })
     }
 
     /// Follows until everything that was acknowledged has come.
@@ -94,8 +101,12 @@ impl Fan {
                     for (place, payload) in entries {
                         self.place = place;
                         let told = WatchResponse::decode(payload.as_slice())?;
+                        let ours = |memory: &Memory| {
+                            let scope = memory.scope.as_ref();
+                            scope.is_some_and(|scope| scope.user.starts_with(&self.run))
+                        };
                         if told.kind() == ChangeKind::Added
-                            && let Some(memory) = told.memory
+                            && let Some(memory) = told.memory.filter(ours)
                         {
                             seen.insert(memory.id.clone());
                             history.add(operation(&history, memory.id, place, Outcome::Done));
