@@ -14,6 +14,8 @@ mod seal;
 mod transfer;
 mod write;
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
 
 use aeterna_error::{Error, Reason};
@@ -56,6 +58,8 @@ const START: Duration = Duration::from_secs(60);
 pub struct PostgresStore {
     database: Postgres,
     counts: lexical::Cache,
+    /// The place up to which whoever follows the outbox was told everything.
+    followed: Arc<AtomicI64>,
 }
 
 /// Reads in a transaction that sees a tenant's rows; where a node is lost meanwhile, another one is asked.
@@ -137,6 +141,27 @@ macro_rules! lasting {
     }};
 }
 
+/// Reads what memories are like for whoever follows the outbox: on a node that has all that he was told. Commits come to a standby
+/// in their order, which is not that of their places, so that one with the last place may lack others.
+macro_rules! complete {
+    ($store:expr, $session:ident => $work:expr) => {{
+        let mut attempts = $store.database.attempts(true);
+        loop {
+            let followed = $store.followed.load(Ordering::SeqCst);
+            let read = reading!($store, SYSTEM, $session => async {
+                Ok(match read::has_all_before($session, followed).await? {
+                    true => Some($work.await?),
+                    false => None,
+                })
+            })?;
+            match read {
+                Some(read) => break Ok(read),
+                None => attempts.again(StorageError::Unavailable("the standby is behind".into())).await?,
+            }
+        }
+    }};
+}
+
 /// Ends a transaction that has nothing to commit. After a failure its connection is not used again.
 async fn settle<T>(session: Session, worked: Result<T, MemoryError>) -> Result<T, MemoryError> {
     if !worked.as_ref().is_err_and(MemoryError::is_failure) {
@@ -169,6 +194,7 @@ impl PostgresStore {
         Ok(Self {
             database,
             counts: lexical::Cache::default(),
+            followed: Arc::default(),
         })
     }
 
@@ -218,6 +244,12 @@ impl PostgresStore {
             within(1, write::begin_timeline(&mut session)).await?;
             self.database.commit(session, 0).await?;
         }
+    }
+
+    /// Whoever was told of a change must not read what was before it.
+    fn told(&self, last: Sequence) {
+        self.database.reach(last.0);
+        self.followed.fetch_max(last.0, Ordering::SeqCst);
     }
 
     /// What was answered to a request id, and is sure to last.
@@ -382,9 +414,8 @@ impl Relational for PostgresStore {
 
     async fn events(&self, after: Sequence, limit: usize) -> Result<Vec<IndexEvent>, MemoryError> {
         let events = reading!(self, SYSTEM, session => read::events(session, after, limit))?;
-        // Whoever was told of a change must not read what was before it.
         if let Some(last) = events.last() {
-            self.database.reach(last.sequence.0);
+            self.told(last.sequence);
         }
         Ok(events)
     }
@@ -403,16 +434,15 @@ impl Relational for PostgresStore {
         }
         let changes: Vec<domain::Change> = transaction!(self, whose, true, 1, (session, _places) =>
             read::changes(session, tenant, after, limit))?;
-        // Whoever was told of a change must not read what was before it.
         if let Some(last) = changes.last() {
-            self.database.reach(last.sequence.0);
+            self.told(last.sequence);
         }
         Ok(changes)
     }
 
     async fn last_sequence(&self) -> Result<Sequence, MemoryError> {
         let last = reading!(self, SYSTEM, session => read::last_sequence(session))?;
-        self.database.reach(last.0);
+        self.told(last);
         Ok(last)
     }
 
@@ -421,7 +451,7 @@ impl Relational for PostgresStore {
     }
 
     async fn states(&self, model: &str, keys: &[Key]) -> Result<Vec<IndexState>, MemoryError> {
-        reading!(self, SYSTEM, session => read::states(session, model, keys))
+        complete!(self, session => read::states(session, model, keys))
     }
 
     async fn state(&self, tenant: &TenantId, id: MemoryId, model: &str) -> Result<Option<IndexState>, MemoryError> {
@@ -429,7 +459,7 @@ impl Relational for PostgresStore {
     }
 
     async fn scan(&self, model: &str, after: Key, limit: usize, pending: bool) -> Result<Vec<IndexState>, MemoryError> {
-        reading!(self, SYSTEM, session => read::scan(session, model, after, limit, pending))
+        complete!(self, session => read::scan(session, model, after, limit, pending))
     }
 
     async fn put_codes(&self, model: &str, codes: &[(Key, i64, Code)], now: Timestamp) -> Result<usize, MemoryError> {

@@ -280,6 +280,12 @@ pub async fn cosines(connection: &mut PgConnection, rescoring: &Rescoring) -> Re
 }
 
 /// Whether the node takes no writes of its own.
+/// Whether a node has all changes up to a place. The primary has whatever there is.
+pub async fn has_all_before(connection: &mut PgConnection, place: i64) -> Result<bool, MemoryError> {
+    let query = sqlx::query_scalar("SELECT NOT pg_is_in_recovery() OR horizon() > $1");
+    query.bind(place).fetch_one(connection).await.map_err(storage)
+}
+
 pub async fn events(
     connection: &mut PgConnection,
     after: Sequence,

@@ -1,4 +1,3 @@
-use std::sync::Arc;
 use std::time::Instant;
 
 use aeterna_testkit::PostgresServer;
@@ -289,7 +288,7 @@ async fn a_killed_primary_takes_no_acknowledged_write_with_it() {
             tokio::spawn(async move {
                 let mut acknowledged = Vec::new();
                 for number in 0.. {
-                    if stop.load(std::sync::atomic::Ordering::SeqCst) {
+                    if stop.load(Ordering::SeqCst) {
                         break;
                     }
                     let text = format!("writer {writer} number {number}");
@@ -313,7 +312,7 @@ async fn a_killed_primary_takes_no_acknowledged_write_with_it() {
     standby.sql("postgres", "ALTER SYSTEM RESET synchronous_standby_names");
     standby.sql("postgres", "SELECT pg_promote()");
     tokio::time::sleep(Duration::from_secs(3)).await;
-    stop.store(true, std::sync::atomic::Ordering::SeqCst);
+    stop.store(true, Ordering::SeqCst);
     let mut acknowledged = Vec::new();
     for writer in writers {
         acknowledged.extend(writer.await.unwrap());
@@ -517,4 +516,63 @@ async fn what_only_a_standby_has_that_does_not_take_over_was_never_done() {
     assert!(answered.is_some());
     assert_eq!(store.changes(None, Sequence::default(), 10).await.unwrap().len(), 2);
     store.close().await;
+}
+
+/// Commits reach a standby in their order, and not in that of their places: one that has the last of some changes may lack others.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn whoever_follows_the_outbox_reads_no_node_that_lacks_what_he_was_told() {
+    let primary = Arc::new(PostgresServer::start(&["fsync=off"]));
+    // What this one acknowledges, the other one does not know of.
+    let writing = store(&primary).await;
+    let standby = primary.standby(&["fsync=off"]);
+    let mut options = both(&primary, &standby);
+    options.spread = true;
+    let store = PostgresStore::open(&options, None).await.unwrap();
+    say(&writing, "first").await.unwrap();
+    // The first change of a tenant waits for somebody else who makes it known, with its place taken.
+    let held = {
+        let primary = Arc::clone(&primary);
+        let insert = "BEGIN; INSERT INTO tenants (tenant) VALUES ('slow'); SELECT pg_sleep(3); ROLLBACK";
+        tokio::task::spawn_blocking(move || primary.sql("aeterna", insert))
+    };
+    let waits = async |what: &str| {
+        let query = format!("SELECT count(*) FROM pg_stat_activity WHERE wait_event = '{what}'");
+        while primary.sql("postgres", &query) == "0" {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    waits("PgSleep").await;
+    let slow = {
+        let store = writing.clone();
+        tokio::spawn(async move {
+            let writer = ledger::system("slow", Timestamp::default()).unwrap();
+            store
+                .add(&writer, vec![addition("slow")])
+                .await
+                .unwrap()
+                .pop()
+                .unwrap()
+                .unwrap()
+        })
+    };
+    waits("transactionid").await;
+    let second = say(&writing, "second").await.unwrap();
+    while standby.sql("aeterna", "SELECT count(*) FROM memories") != "2" {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    standby.sql("postgres", "SELECT pg_wal_replay_pause()");
+    held.await.unwrap();
+    let slow = slow.await.unwrap().sequence;
+    assert!(slow < second, "{slow:?} {second:?}");
+    // Nodes are asked in turn.
+    for _ in 0..6 {
+        let events = store.events(Sequence::default(), 10).await.unwrap();
+        let keys: Vec<Key> = events.iter().map(|event| event.key).collect();
+        assert_eq!(store.states("m@1", &keys).await.unwrap().len(), keys.len());
+        if events.last().is_some_and(|last| last.sequence == second) {
+            assert_eq!(store.scan("m@1", Key(0), 10, false).await.unwrap().len(), 3);
+        }
+    }
+    store.close().await;
+    writing.close().await;
 }
