@@ -54,7 +54,11 @@ impl Postgres {
         let watching = tokio::spawn(nodes::watch(Arc::clone(&nodes)));
         Self {
             nodes,
-            floor: Arc::default(),
+            // Each node is asked once at least: it may not have the schema yet.
+            floor: Arc::new(Mutex::new(Floor {
+                count: 1,
+                ..Floor::default()
+            })),
             has_all,
             watching: Arc::new(watching),
             patience: options.patience,

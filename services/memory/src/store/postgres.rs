@@ -46,8 +46,8 @@ pub const MIGRATIONS: &[(&str, &str)] = &[
 
 /// Whose rows the service works on when it works for all tenants; no tenant has this name.
 const SYSTEM: &str = "*";
-/// Whether a node has some places of the outbox.
-const HAS_ALL: &str = "SELECT has_all($1)";
+/// Whether a node has the newest schema, and some places of the outbox.
+const HAS_ALL: &str = "SELECT has_all($1) AND EXISTS (SELECT 1 FROM _sqlx_migrations WHERE version = 2 AND success)";
 /// How long a write may take before its commit, and each of its items more.
 const WORK: (Duration, Duration) = (Duration::from_secs(3), Duration::from_millis(20));
 /// How long the start waits for a primary.
@@ -183,6 +183,7 @@ impl PostgresStore {
     /// # Errors
     /// When there is no primary, the schema is of another version, or the role of the service would go round row-level security.
     pub async fn open(options: &PostgresOptions, owner: Option<&PostgresOptions>) -> Result<Self, MemoryError> {
+        const { assert!(MIGRATIONS.len() == 2, "`HAS_ALL` names the newest one") };
         if let Some(owner) = owner {
             let mut owner = owner.clone();
             owner.patience = START;

@@ -518,6 +518,20 @@ async fn what_only_a_standby_has_that_does_not_take_over_was_never_done() {
     store.close().await;
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_standby_that_has_not_got_the_schema_yet_is_not_read() {
+    let primary = PostgresServer::start(&["fsync=off"]);
+    let standby = primary.standby(&["fsync=off", "recovery_min_apply_delay=5s"]);
+    let mut options = both(&primary, &standby);
+    options.spread = true;
+    let owner = options.as_user("owner", None);
+    let store = PostgresStore::open(&options, Some(&owner)).await.unwrap();
+    for _ in 0..6 {
+        assert!(store.note("anything").await.unwrap().is_none());
+    }
+    store.close().await;
+}
+
 /// Commits reach a standby in their order, and not in that of their places: one that has the last of some changes may lack others.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn whoever_follows_the_outbox_reads_no_node_that_lacks_what_he_was_told() {
