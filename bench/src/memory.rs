@@ -128,7 +128,7 @@ async fn measure(args: &Args, server: &Program) -> anyhow::Result<Value> {
             "add_p99_ms": percentile(&adds, 99),
             "search_p50_ms": percentile(&searches, 50),
             "search_p99_ms": percentile(&searches, 99),
-            "rss_bytes": rss(server.id())?,
+            "rss_bytes": server.resident_memory(),
         });
         eprintln!("{point}");
         growth.push(point);
@@ -222,12 +222,4 @@ async fn search(mut client: Client, left: Arc<AtomicUsize>, n: usize, seed: u64)
         );
     }
     Ok(latencies)
-}
-
-/// Resident memory of a process, in bytes.
-fn rss(id: u32) -> anyhow::Result<u64> {
-    let status = std::fs::read_to_string(format!("/proc/{id}/status")).context("read the server's memory")?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
-    let kilobytes = line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok());
-    Ok(kilobytes.context("the kernel tells the server's memory")? * 1024)
 }

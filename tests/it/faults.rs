@@ -9,7 +9,7 @@ use aeterna_proto::memory::v1::{
 };
 use aeterna_rpc::AnyChannel;
 use aeterna_storage::rusqlite::Connection;
-use aeterna_testkit::{Program, built, refusal};
+use aeterna_testkit::{Program, built, readyz, refusal};
 use tonic::Code;
 
 use crate::notes::user;
@@ -126,10 +126,9 @@ async fn without_its_live_server_a_service_does_everything_and_says_so() {
         told.unwrap().unwrap().unwrap().memory.unwrap().content,
         "the boat sails"
     );
-    let ask = "GET /readyz HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n";
     let ready = async {
         loop {
-            let ready = aeterna_testkit::http(program.address, ask).await.unwrap();
+            let ready = readyz(program.address).await.unwrap();
             if ready.contains("\"live\":\"degraded") {
                 return ready;
             }

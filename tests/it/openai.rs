@@ -12,7 +12,7 @@ use aeterna_proto::memory::v1::memory_service_client::MemoryServiceClient;
 use aeterna_proto::memory::v1::{BatchAddRequest, SearchRequest, SearchResponse, StatsRequest};
 use aeterna_rpc::AnyChannel;
 use aeterna_testkit::lab::{Extent, Lab, Part, Scratch, Setup, secrets};
-use aeterna_testkit::{Program, built, http, refusal};
+use aeterna_testkit::{Program, built, readyz, refusal};
 use axum::extract::State;
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::IntoResponse as _;
@@ -345,8 +345,7 @@ async fn a_hanging_server_leaves_time_to_answer_without_it() {
 
 /// What is ready at an address, by dependency.
 async fn ready(sandbox: &Sandbox) -> String {
-    let request = "GET /readyz HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n";
-    http(sandbox.address, request).await.unwrap()
+    readyz(sandbox.address).await.unwrap()
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -16,3 +16,11 @@ pub async fn http(address: SocketAddr, request: &str) -> std::io::Result<String>
     stream.read_to_end(&mut answer).await?;
     Ok(String::from_utf8_lossy(&answer).into_owned())
 }
+
+/// What a process says of its readiness: the whole answer to GET /readyz.
+///
+/// # Errors
+/// When the connection fails.
+pub async fn readyz(address: SocketAddr) -> std::io::Result<String> {
+    http(address, "GET /readyz HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").await
+}

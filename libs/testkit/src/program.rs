@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use aeterna_rpc::AnyChannel;
 use tokio::process::{Child, Command};
 
-use crate::http;
+use crate::readyz;
 
 /// How long a start may take.
 const START: Duration = Duration::from_secs(60);
@@ -143,9 +143,8 @@ impl Program {
 
     async fn wait_until_ready(&mut self) {
         let began = Instant::now();
-        let request = "GET /readyz HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n";
         loop {
-            if let Ok(Ok(answer)) = tokio::time::timeout(Duration::from_secs(1), http(self.address, request)).await
+            if let Ok(Ok(answer)) = tokio::time::timeout(Duration::from_secs(1), readyz(self.address)).await
                 && answer.starts_with("HTTP/1.1 200")
             {
                 return;
@@ -202,15 +201,27 @@ impl Program {
         assert!(sent.is_ok_and(|status| status.success()), "{name} can be sent");
     }
 
+    /// The memory that it has resident, in bytes.
+    ///
+    /// # Panics
+    /// When the system does not say.
+    pub fn resident_memory(&self) -> u64 {
+        self.memory("VmRSS:")
+    }
+
     /// The most memory that it has had resident until now, in bytes.
     ///
     /// # Panics
     /// When the system does not say.
     pub fn peak_memory(&self) -> u64 {
+        self.memory("VmHWM:")
+    }
+
+    fn memory(&self, what: &str) -> u64 {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.id())).expect("a process has a status");
-        let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
-        let number = peak.and_then(|peak| peak.split_whitespace().next()?.parse::<u64>().ok());
-        number.expect("the status says the peak in KiB") * 1024
+        let size = status.lines().find_map(|line| line.strip_prefix(what));
+        let number = size.and_then(|size| size.split_whitespace().next()?.parse::<u64>().ok());
+        number.expect("the status says it in KiB") * 1024
     }
 
     /// Asks it to stop, as `kill` does, and waits for its exit code.

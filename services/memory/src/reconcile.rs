@@ -89,10 +89,8 @@ impl Parts<'_> {
         }
         if !self.dry && found.left == 0 {
             // It may have been filled by this.
-            match self.index.filled() {
-                Some((last, _)) => self.index.fill_all(last, end),
-                None => self.index.fill_all(Key(0), end),
-            }
+            let last = self.index.filled().map_or(Key(0), |(last, _)| last);
+            self.index.fill_all(last, end);
             self.index.advance(end);
             self.index.tend().await.map_err(away)?;
         }

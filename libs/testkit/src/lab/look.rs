@@ -63,6 +63,12 @@ fn client() -> &'static reqwest::Client {
     })
 }
 
+/// What follows a key at the beginning of a line of Redis.
+fn field<'i>(info: &'i str, key: &str) -> &'i str {
+    let value = info.lines().find_map(|line| line.strip_prefix(key));
+    value.unwrap_or("").trim()
+}
+
 impl Lab {
     async fn get(&self, port: &str, path: &str) -> Option<reqwest::Response> {
         let url = format!("http://127.0.0.1:{}{path}", self.port(port));
@@ -258,10 +264,7 @@ impl Lab {
         let Some(master) = self.redis_master().await else {
             return false;
         };
-        let info = self
-            .redis_says(&master, &["INFO", "replication"])
-            .await
-            .unwrap_or_default();
+        let info = self.redis_info(&master).await;
         let well = info
             .lines()
             .filter(|line| line.starts_with("slave") && line.contains("state=online"));
@@ -359,7 +362,7 @@ impl Lab {
         None
     }
 
-    /// What a service or a proxy says of itself, and whether it is well: what is away, and how far it is behind.
+    /// What a service says of itself: what is away, and how far it is behind.
     async fn service_says(&self, member: &str) -> Option<String> {
         let answer = client().get(format!("http://127.0.0.1:{}/readyz", self.port(member)));
         let state: Value = answer.send().await.ok()?.json().await.ok()?;
@@ -380,26 +383,20 @@ impl Lab {
         Some(said.join(", "))
     }
 
-    /// How far a Redis server has come, by what it says of itself.
-    async fn redis_offset(&self, member: &str) -> Option<i64> {
-        let info = self.redis_says(member, &["INFO", "replication"]).await?;
-        let own = match info.contains("role:master") {
-            true => "master_repl_offset:",
-            false => "slave_repl_offset:",
-        };
-        info.lines()
-            .find_map(|line| line.strip_prefix(own))?
-            .trim()
-            .parse()
-            .ok()
+    /// What a Redis server says of its replication.
+    async fn redis_info(&self, member: &str) -> String {
+        let info = self.redis_says(member, &["INFO", "replication"]).await;
+        info.unwrap_or_default()
     }
 
     /// Who is who, and who is well.
     pub async fn status(&self) -> Vec<Member> {
         let nodes = self.postgres().await;
         let master = self.redis_master().await;
-        let written = match &master {
-            Some(master) => self.redis_offset(master).await,
+        let written: Option<i64> = match &master {
+            Some(master) => field(&self.redis_info(master).await, "master_repl_offset:")
+                .parse()
+                .ok(),
             None => None,
         };
         let mut lines = Vec::new();
@@ -430,21 +427,13 @@ impl Lab {
                 }
             }
             if name.starts_with("redis") {
-                let info = self
-                    .redis_says(&name, &["INFO", "replication"])
-                    .await
-                    .unwrap_or_default();
-                let value = |key: &str| {
-                    info.lines()
-                        .find_map(|line| line.strip_prefix(key))
-                        .unwrap_or("")
-                        .trim()
-                };
+                let info = self.redis_info(&name).await;
+                let value = |key: &str| field(&info, key);
                 role = value("role:").replace("slave", "replica");
                 remark = match role.as_str() {
                     "master" => format!("{} replicas", value("connected_slaves:")),
                     "replica" => {
-                        let behind = written.zip(self.redis_offset(&name).await);
+                        let behind = written.zip(value("slave_repl_offset:").parse::<i64>().ok());
                         // What was written since the master was asked.
                         let behind = behind.map_or("?".into(), |(all, own)| (all - own).max(0).to_string());
                         format!("link {}, {behind} bytes behind", value("master_link_status:"))

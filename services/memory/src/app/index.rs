@@ -143,11 +143,8 @@ impl Background {
         *lock(&self.pending.whole) = None;
         tend(serving).await?;
         let filled = serving.index.filled().map(|(_, at)| at);
-        let brought = match self.turns_at(serving) {
-            Some(turns) => turns.place(model).await,
-            None => None,
-        };
-        if let (Some(turns), Some(brought)) = (self.turns_at(serving), brought)
+        if let Some(turns) = self.turns_at(serving)
+            && let Some(brought) = turns.place(model).await
             && self.is_ahead(brought, stop).await?
         {
             turns.forget(model).await;
@@ -221,16 +218,12 @@ impl Background {
             after = upto;
             let upserts: Vec<Entry> = states.iter().map(Entry::from).collect();
             count += upserts.iter().filter(|entry| entry.code.is_some()).count();
-            let removals = Vec::new();
-            apply(
-                serving,
-                Changes {
-                    upserts,
-                    removals,
-                    at: end,
-                },
-            )
-            .await?;
+            let changes = Changes {
+                upserts,
+                removals: Vec::new(),
+                at: end,
+            };
+            apply(serving, changes).await?;
             let noted = serving.index.fill_to(from, upto, end).await;
             noted.map_err(|error| Error::unavailable("the vector index can't be written").caused_by(error))?;
             if told.elapsed() > TOLD {

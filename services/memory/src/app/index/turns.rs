@@ -165,43 +165,33 @@ impl Turns {
         F: Future<Output = Result<Option<Changes>, Error>>,
     {
         let index = self.index(&serving.model.identity);
-        let followed = self.bring(&index, serving, news, applied).await;
+        let followed = async {
+            while let Some(from) = serving.index.watermark() {
+                let Some(changes) = news(from).await? else { break };
+                let to = changes.at;
+                let since = Instant::now();
+                let turn = loop {
+                    match self.take(&index, from, to).await {
+                        // Somebody who gets turns and brings nothing is not waited for.
+                        Turn::Others if since.elapsed() > 2 * TERM => break Turn::Mine(None),
+                        Turn::Others => tokio::time::sleep(LOOK).await,
+                        turn => break turn,
+                    }
+                };
+                if matches!(turn, Turn::Mine(_)) {
+                    apply(serving, changes).await?;
+                }
+                serving.index.advance(to);
+                applied(to);
+                if let Turn::Mine(Some(from)) = turn {
+                    self.brought(&index, from, to).await;
+                }
+            }
+            Ok(())
+        };
+        let followed = followed.await;
         self.give(&index).await;
         followed
-    }
-
-    async fn bring<F>(
-        &self,
-        index: &str,
-        serving: &Serving,
-        news: impl Fn(Sequence) -> F,
-        applied: impl Fn(Sequence),
-    ) -> Result<(), Error>
-    where
-        F: Future<Output = Result<Option<Changes>, Error>>,
-    {
-        while let Some(from) = serving.index.watermark() {
-            let Some(changes) = news(from).await? else { break };
-            let to = changes.at;
-            let since = Instant::now();
-            let turn = loop {
-                match self.take(index, from, to).await {
-                    // Somebody who gets turns and brings nothing is not waited for.
-                    Turn::Others if since.elapsed() > 2 * TERM => break Turn::Mine(None),
-                    Turn::Others => tokio::time::sleep(LOOK).await,
-                    turn => break turn,
-                }
-            };
-            if matches!(turn, Turn::Mine(_)) {
-                apply(serving, changes).await?;
-            }
-            serving.index.advance(to);
-            applied(to);
-            if let Turn::Mine(Some(from)) = turn {
-                self.brought(index, from, to).await;
-            }
-        }
-        Ok(())
     }
 }
 
