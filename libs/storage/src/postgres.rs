@@ -35,21 +35,29 @@ const LOCKS: Duration = Duration::from_secs(60);
 /// How often a transaction is repeated that others got in the way of.
 const COLLISIONS: u32 = 10;
 
+/// Queries by which a node is asked for places of changes.
+#[derive(Clone, Copy, Debug)]
+pub struct Places {
+    /// Whether it has all of some, the first parameter.
+    pub has_all: &'static str,
+    /// Whether one that it lacks, the first parameter, never comes to it any more; only the primary is asked.
+    pub is_settled: &'static str,
+}
+
 /// A database on one or more nodes.
 #[derive(Clone, Debug)]
 pub struct Postgres {
     nodes: Arc<Nodes>,
     /// What was acknowledged or read here of late; no read goes back behind it.
     floor: Arc<Mutex<Floor>>,
-    /// Says whether a node has all of some places, its first parameter.
-    has_all: &'static str,
+    places: Places,
     watching: Arc<JoinHandle<()>>,
     patience: Duration,
 }
 
 impl Postgres {
-    /// Begins to watch the nodes; `has_all` is a query for whether a node has all of some places, its first parameter.
-    pub fn open(options: &PostgresOptions, has_all: &'static str) -> Self {
+    /// Begins to watch the nodes.
+    pub fn open(options: &PostgresOptions, places: Places) -> Self {
         let nodes = Arc::new(Nodes::new(options));
         let watching = tokio::spawn(nodes::watch(Arc::clone(&nodes)));
         Self {
@@ -59,7 +67,7 @@ impl Postgres {
                 count: 1,
                 ..Floor::default()
             })),
-            has_all,
+            places,
             watching: Arc::new(watching),
             patience: options.patience,
         }
@@ -184,7 +192,7 @@ impl Postgres {
     }
 
     async fn has_all(&self, session: &mut Session, places: &[i64]) -> Result<bool, StorageError> {
-        let text = AssertSqlSafe(self.has_all);
+        let text = AssertSqlSafe(self.places.has_all);
         Ok(sqlx::query_scalar(text).bind(places).fetch_one(&mut **session).await?)
     }
 
@@ -199,17 +207,23 @@ impl Postgres {
         if self.floor().asked.replace(confirmed) == Some(confirmed) {
             return Ok(false);
         }
-        let mut lacking = Vec::new();
+        let (mut lacking, mut coming) = (Vec::new(), false);
         for place in places {
-            if !self.has_all(session, &[*place]).await? {
-                lacking.push(*place);
+            if self.has_all(session, &[*place]).await? {
+                continue;
+            }
+            let text = AssertSqlSafe(self.places.is_settled);
+            // A commit that waits for one standby may be on another one already.
+            match sqlx::query_scalar(text).bind(place).fetch_one(&mut **session).await? {
+                true => lacking.push(*place),
+                false => coming = true,
             }
         }
         let gone = self.floor().lacks(&lacking, confirmed);
-        if gone {
+        if gone && !lacking.is_empty() {
             tracing::warn!(places = ?lacking, "changes that were read of a primary at its end are gone; none of them was acknowledged");
         }
-        Ok(gone)
+        Ok(gone && !coming)
     }
 
     fn floor(&self) -> MutexGuard<'_, Floor> {
@@ -388,7 +402,11 @@ pub async fn migrate(
     migrations: &'static [(&'static str, &'static str)],
     grants: &str,
 ) -> Result<(), StorageError> {
-    let postgres = Postgres::open(options, "SELECT true");
+    let none = Places {
+        has_all: "SELECT true",
+        is_settled: "SELECT true",
+    };
+    let postgres = Postgres::open(options, none);
     let migrated = async {
         // By the way, so that the primary is known.
         let session = postgres.write(&[]).await?;

@@ -311,6 +311,10 @@ impl Lab {
                 .env("AETERNA_MEMORY_STORE", store)
                 .env("AETERNA_MEMORY_STORE_OWNER", "owner");
             command.env("AETERNA_MEMORY_EMBEDDING", self.address());
+            // One copy of each kind.
+            if member.ends_with('2') {
+                command.env("AETERNA_MEMORY_READ_FROM", "any");
+            }
             if self.replicas().is_some() {
                 command.env("AETERNA_MEMORY_INDEX", self.vectors());
                 command.env("AETERNA_MEMORY_INDEX_KEY", secrets::QDRANT);

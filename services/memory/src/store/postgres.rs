@@ -46,8 +46,11 @@ pub const MIGRATIONS: &[(&str, &str)] = &[
 
 /// Whose rows the service works on when it works for all tenants; no tenant has this name.
 const SYSTEM: &str = "*";
-/// Whether a node has the newest schema, and some places of the outbox.
-const HAS_ALL: &str = "SELECT has_all($1) AND EXISTS (SELECT 1 FROM _sqlx_migrations WHERE version = 2 AND success)";
+/// How a node is asked for places of the outbox; one without the newest schema has none.
+const PLACES: postgres::Places = postgres::Places {
+    has_all: "SELECT has_all($1) AND EXISTS (SELECT 1 FROM _sqlx_migrations WHERE version = 2 AND success)",
+    is_settled: write::IS_SETTLED,
+};
 /// How long a write may take before its commit, and each of its items more.
 const WORK: (Duration, Duration) = (Duration::from_secs(3), Duration::from_millis(20));
 /// How long the start waits for a primary.
@@ -142,21 +145,21 @@ macro_rules! lasting {
 }
 
 /// Reads what memories are like for whoever follows the outbox: on a node that has all that he was told. Commits come to a standby
-/// in their order, which is not that of their places, so that one with the last place may lack others.
+/// in their order, which is not that of their places, so that one with the last place may lack others; and to the primary last.
 macro_rules! complete {
     ($store:expr, $session:ident => $work:expr) => {{
         let mut attempts = $store.database.attempts(true);
         loop {
             let followed = $store.followed.load(Ordering::SeqCst);
             let read = reading!($store, SYSTEM, $session => async {
-                Ok(match read::has_all_before($session, followed).await? {
+                Ok(match read::is_settled($session, followed).await? {
                     true => Some($work.await?),
                     false => None,
                 })
             })?;
             match read {
                 Some(read) => break Ok(read),
-                None => attempts.again(StorageError::Unavailable("the standby is behind".into())).await?,
+                None => attempts.again(StorageError::Unavailable("the node is behind".into())).await?,
             }
         }
     }};
@@ -183,13 +186,13 @@ impl PostgresStore {
     /// # Errors
     /// When there is no primary, the schema is of another version, or the role of the service would go round row-level security.
     pub async fn open(options: &PostgresOptions, owner: Option<&PostgresOptions>) -> Result<Self, MemoryError> {
-        const { assert!(MIGRATIONS.len() == 2, "`HAS_ALL` names the newest one") };
+        const { assert!(MIGRATIONS.len() == 2, "`PLACES` names the newest one") };
         if let Some(owner) = owner {
             let mut owner = owner.clone();
             owner.patience = START;
             postgres::migrate(&owner, MIGRATIONS, &grants(options.user())).await?;
         }
-        let database = Postgres::open(options, HAS_ALL);
+        let database = Postgres::open(options, PLACES);
         database.ready(START).await?;
         Self::prepare(&database, options.user()).await?;
         Ok(Self {

@@ -7,6 +7,7 @@ use sqlx::postgres::PgRow;
 use sqlx::{PgConnection, Postgres, QueryBuilder, Row as _};
 
 use super::lexical::Cache;
+use super::write::IS_SETTLED;
 use super::{damaged, encode, filter, keyed, past, record, storage};
 use crate::domain::{Change, Key, Kind, Memory, ScopeKey, Sequence, Subject, Version, View};
 use crate::error::MemoryError;
@@ -279,10 +280,9 @@ pub async fn cosines(connection: &mut PgConnection, rescoring: &Rescoring) -> Re
     Ok(cosines)
 }
 
-/// Whether the node takes no writes of its own.
-/// Whether a node has all changes up to a place. The primary has whatever there is.
-pub async fn has_all_before(connection: &mut PgConnection, place: i64) -> Result<bool, MemoryError> {
-    let query = sqlx::query_scalar("SELECT NOT pg_is_in_recovery() OR horizon() > $1");
+/// See [`IS_SETTLED`].
+pub async fn is_settled(connection: &mut PgConnection, place: i64) -> Result<bool, MemoryError> {
+    let query = sqlx::query_scalar(IS_SETTLED);
     query.bind(place).fetch_one(connection).await.map_err(storage)
 }
 

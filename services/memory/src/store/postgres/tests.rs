@@ -590,3 +590,46 @@ async fn whoever_follows_the_outbox_reads_no_node_that_lacks_what_he_was_told() 
     store.close().await;
     writing.close().await;
 }
+
+/// A commit that waits for one standby is on another one already, and not on the primary.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_standby_shows_before_the_primary_is_neither_removed_nor_gone() {
+    let primary = PostgresServer::start(&["fsync=off"]);
+    let writing = store(&primary).await;
+    let standby = primary.standby(&["fsync=off"]);
+    let mut options = both(&primary, &standby);
+    options.spread = true;
+    let store = PostgresStore::open(&options, None).await.unwrap();
+    let first = say(&writing, "first").await.unwrap();
+    // Commits wait for one that never comes.
+    primary.sql("postgres", "ALTER SYSTEM SET synchronous_standby_names = 'nobody'");
+    primary.sql("postgres", "SELECT pg_reload_conf()");
+    let waits = tokio::spawn({
+        let writing = writing.clone();
+        async move { say(&writing, "second").await }
+    });
+    while standby.sql("aeterna", "SELECT count(*) FROM memories") != "2" {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    // Nodes are asked in turn, for longer than it takes to see twice that the primary still is it.
+    let until = Instant::now() + Duration::from_secs(2);
+    let mut told = Vec::new();
+    while Instant::now() < until {
+        // So that the next read is not always for the same node.
+        store.note("anything").await.unwrap();
+        let events = store.events(first, 10).await.unwrap();
+        let keys: Vec<Key> = events.iter().map(|event| event.key).collect();
+        assert_eq!(store.states("m@1", &keys).await.unwrap().len(), keys.len());
+        told.extend(keys);
+        if !told.is_empty() {
+            assert_eq!(said(&store).await.len(), 2);
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    assert!(!told.is_empty());
+    primary.sql("postgres", "ALTER SYSTEM RESET synchronous_standby_names");
+    primary.sql("postgres", "SELECT pg_reload_conf()");
+    waits.await.unwrap().unwrap();
+    store.close().await;
+    writing.close().await;
+}

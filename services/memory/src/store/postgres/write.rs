@@ -19,7 +19,22 @@ use crate::store::{Progress, StoredVector};
 pub const CHANGES: u32 = 20;
 
 /// The timeline of a primary: how the names of its WAL files begin.
-const TIMELINE: &str = "left(pg_walfile_name(pg_current_wal_lsn()), 8)";
+macro_rules! timeline {
+    () => {
+        "left(pg_walfile_name(pg_current_wal_lsn()), 8)"
+    };
+}
+
+/// Whether a node has all changes up to a place that are ever to come. A standby shows a commit before the primary does, which
+/// waits for another one first: then the primary lacks what is yet to come. What a primary lacks that has not begun its
+/// timeline was lost with the one before.
+pub const IS_SETTLED: &str = concat!(
+    "SELECT CASE WHEN horizon() > $1 THEN true WHEN pg_is_in_recovery() THEN false ",
+    "ELSE NOT EXISTS (SELECT 1 FROM meta WHERE name = 'timeline' AND value = ",
+    timeline!(),
+    ") END"
+);
+
 /// Transactions, as a power of two, that a primary can't have begun whose standby never heard of them.
 const UNHEARD: u32 = 20;
 
@@ -27,9 +42,10 @@ const UNHEARD: u32 = 20;
 /// nobody has any more. Others that do so at the same time wait, and find it begun.
 pub async fn begin_timeline(connection: &mut PgConnection) -> Result<(), MemoryError> {
     let query = format!(
-        "WITH begun AS (INSERT INTO meta (name, value) VALUES ('timeline', {TIMELINE}) ON CONFLICT (name) \
+        "WITH begun AS (INSERT INTO meta (name, value) VALUES ('timeline', {}) ON CONFLICT (name) \
          DO UPDATE SET value = excluded.value WHERE meta.value <> excluded.value RETURNING 1) \
          UPDATE meta SET value = (value::bigint + (1::bigint << {}))::text WHERE name = 'base' AND EXISTS (SELECT 1 FROM begun)",
+        timeline!(),
         UNHEARD + CHANGES
     );
     sqlx::query(AssertSqlSafe(query))
@@ -52,8 +68,9 @@ impl Places {
     /// has written: PostgreSQL lets no other wait for the standby at its commit.
     pub async fn of(connection: &mut PgConnection) -> Result<Option<Self>, MemoryError> {
         let query = format!(
-            "SELECT (pg_current_xact_id()::text::bigint << {CHANGES}) + b.value::bigint, t.value = {TIMELINE}, \
-             pg_logical_emit_message(true, 'aeterna', '')::text FROM meta b LEFT JOIN meta t ON t.name = 'timeline' WHERE b.name = 'base'"
+            "SELECT (pg_current_xact_id()::text::bigint << {CHANGES}) + b.value::bigint, t.value = {}, \
+             pg_logical_emit_message(true, 'aeterna', '')::text FROM meta b LEFT JOIN meta t ON t.name = 'timeline' WHERE b.name = 'base'",
+            timeline!()
         );
         let (first, same, _): (i64, Option<bool>, String) = sqlx::query_as(AssertSqlSafe(query))
             .fetch_one(connection)
