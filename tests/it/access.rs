@@ -5,7 +5,7 @@ use std::time::Duration;
 use aeterna_auth::Role;
 use aeterna_proto::embedding::v1::embedding_service_client::EmbeddingServiceClient;
 use aeterna_proto::embedding::v1::{BatchEmbedRequest, EmbedRequest, ListModelsRequest};
-use aeterna_testkit::{SECRET, bearing, http, refusal};
+use aeterna_testkit::{SECRET, bearing, get, http, refusal};
 use tonic::{Code, Request};
 
 use crate::sandbox::Sandbox;
@@ -146,14 +146,7 @@ async fn plain_http_answers_health_readiness_and_metrics() {
         .list_models(ListModelsRequest {})
         .await
         .unwrap();
-    let get = async |path: &str| {
-        http(
-            sandbox.address,
-            &format!("GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"),
-        )
-        .await
-        .unwrap()
-    };
+    let get = async |path: &str| get(sandbox.address, path).await.unwrap();
     assert!(get("/healthz").await.contains("200 OK"));
     let ready = get("/readyz").await;
     assert!(ready.contains("200 OK") && ready.contains(r#""ready":true"#), "{ready}");

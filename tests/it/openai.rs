@@ -12,7 +12,7 @@ use aeterna_proto::memory::v1::memory_service_client::MemoryServiceClient;
 use aeterna_proto::memory::v1::{BatchAddRequest, SearchRequest, SearchResponse, StatsRequest};
 use aeterna_rpc::AnyChannel;
 use aeterna_testkit::lab::{Extent, Lab, Part, Scratch, Setup, secrets};
-use aeterna_testkit::{Program, built, readyz, refusal};
+use aeterna_testkit::{Program, built, get, readyz, refusal};
 use axum::extract::State;
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::IntoResponse as _;
@@ -132,6 +132,7 @@ async fn sandbox(urls: &str) -> Sandbox {
         ("embedding.openai.dimension", "64"),
         ("embedding.openai.api_key", "sk-test"),
         ("embedding.openai.timeout", "300ms"),
+        ("embedding.openai.price", "0.02"),
         ("embedding.default_model", "scripted"),
     ])
     .await
@@ -252,6 +253,19 @@ async fn texts_share_calls_and_a_busy_server_is_waited_for() {
     });
     assert_eq!(refusal(&bad.unwrap_err()).0, "INVALID_FIELD");
     assert!(good.is_ok());
+    // Every token is paid for, those of calls that cost less than a millionth of a dollar, too.
+    let metrics = get(sandbox.address, "/metrics").await.unwrap();
+    let counted = |name: &str| {
+        let line = metrics.lines().find(|line| line.starts_with(name));
+        let value = line.and_then(|line| line.rsplit(' ').next()?.parse::<f64>().ok());
+        value.unwrap_or_else(|| panic!("{name}: {metrics}"))
+    };
+    let (tokens, cost) = (
+        counted("aeterna_embedding_tokens_total"),
+        counted("aeterna_embedding_cost_micro_usd_total"),
+    );
+    assert!(tokens >= 1510.0, "{tokens}");
+    assert!((cost - 0.02 * tokens).abs() < 1e-6, "{cost} for {tokens} tokens");
     sandbox.stop().await;
     served.abort();
 }

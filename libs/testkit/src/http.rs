@@ -22,5 +22,14 @@ pub async fn http(address: SocketAddr, request: &str) -> std::io::Result<String>
 /// # Errors
 /// When the connection fails.
 pub async fn readyz(address: SocketAddr) -> std::io::Result<String> {
-    http(address, "GET /readyz HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").await
+    get(address, "/readyz").await
+}
+
+/// What a server answers to a plain GET, head and body.
+///
+/// # Errors
+/// When the connection fails.
+pub async fn get(address: SocketAddr, path: &str) -> std::io::Result<String> {
+    let request = format!("GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n");
+    http(address, &request).await
 }

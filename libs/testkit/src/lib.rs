@@ -14,7 +14,7 @@ use std::collections::BTreeMap;
 use aeterna_auth::{Claims, Role, mint};
 
 pub use hostile::{Mutation, mutations};
-pub use http::{http, readyz};
+pub use http::{get, http, readyz};
 pub use postgres::PostgresServer;
 pub use program::{Program, built, cache, minilm};
 pub use raw::RawClient;

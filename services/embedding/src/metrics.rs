@@ -14,7 +14,7 @@ pub struct Metrics {
     /// Tokens read by models.
     pub tokens: Counter<u64>,
     /// What servers charge for them, in millionths of a US dollar.
-    pub cost: Counter<u64>,
+    pub cost: Counter<f64>,
 }
 
 impl Metrics {
@@ -29,10 +29,10 @@ impl Metrics {
                 "Texts answered from the cache that copies share; they count as answered from the cache as well.",
             ),
             tokens: counter("aeterna_embedding_tokens", "Tokens read by models."),
-            cost: counter(
-                "aeterna_embedding_cost_micro_usd",
-                "What servers charge by `embedding.openai.price`, in millionths of a US dollar.",
-            ),
+            cost: meter
+                .f64_counter("aeterna_embedding_cost_micro_usd")
+                .with_description("What servers charge by `embedding.openai.price`, in millionths of a US dollar.")
+                .build(),
         }
     }
 }

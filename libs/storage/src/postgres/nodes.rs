@@ -14,6 +14,8 @@ use crate::StorageError;
 
 /// How often all nodes are asked.
 const EVERY: Duration = Duration::from_millis(300);
+/// The same while there is no primary, which writes wait for.
+const SOON: Duration = Duration::from_millis(100);
 /// How long a node may take to answer.
 const ANSWER: Duration = Duration::from_secs(1);
 
@@ -321,10 +323,7 @@ pub(super) async fn watch(nodes: Arc<Nodes>) {
         Ok(client) => client,
         Err(error) => return tracing::error!(%error, "Patroni can't be asked"),
     };
-    let mut ticks = tokio::time::interval(EVERY);
-    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
-        ticks.tick().await;
         let looks = nodes.all.iter().map(|node| {
             let (node, http) = (Arc::clone(node), http.clone());
             tokio::spawn(async move { node.look(&http).await })
@@ -334,5 +333,7 @@ pub(super) async fn watch(nodes: Arc<Nodes>) {
             seen.push(look.await.unwrap_or_default());
         }
         nodes.decide(&seen);
+        let pause = if nodes.condition().primary { EVERY } else { SOON };
+        tokio::time::sleep(pause).await;
     }
 }

@@ -112,19 +112,23 @@ impl App {
         })
     }
 
-    /// The largest size whose measured latency fits the budget; the smallest one when none does.
     fn measured(&self, index: usize, budget_ms: Option<u32>) -> (&'static str, usize) {
         let sizes = self.models[index].info().sizes();
-        let (least, full) = (sizes.first().copied().unwrap_or(0), sizes.last().copied().unwrap_or(0));
-        let Some(budget) = budget_ms.map(f64::from) else {
-            return ("no latency budget: full size", full);
-        };
-        let fits = |size: &usize| self.latencies.of(index, *size).is_none_or(|ms| ms <= budget);
-        match sizes.into_iter().rev().find(fits) {
-            Some(size) if self.latencies.of(index, size).is_none() => ("nothing was measured yet: full size", size),
-            Some(size) => ("the largest size whose measured latency fits the budget", size),
-            None => ("no size fits the latency budget: the smallest", least),
-        }
+        fitting(&sizes, budget_ms, |size| self.latencies.of(index, size))
+    }
+}
+
+/// The largest size whose measured latency fits the budget; the smallest one when none does.
+fn fitting(sizes: &[usize], budget_ms: Option<u32>, latency: impl Fn(usize) -> Option<f64>) -> (&'static str, usize) {
+    let (least, full) = (sizes.first().copied().unwrap_or(0), sizes.last().copied().unwrap_or(0));
+    let Some(budget) = budget_ms.map(f64::from) else {
+        return ("no latency budget: full size", full);
+    };
+    let fits = |size: &usize| latency(*size).is_none_or(|ms| ms <= budget);
+    match sizes.iter().copied().rev().find(fits) {
+        Some(size) if latency(size).is_none() => ("nothing was measured yet: full size", size),
+        Some(size) => ("the largest size whose measured latency fits the budget", size),
+        None => ("no size fits the latency budget: the smallest", least),
     }
 }
 
@@ -150,6 +154,27 @@ mod tests {
         assert_eq!(latencies.of(1, 256), None);
         latencies.note(0, 384, Duration::from_millis(70));
         assert!((latencies.of(0, 384).unwrap() - 30.0).abs() < 1e-9);
+    }
+
+    #[test]
+    fn the_largest_size_that_fits_the_budget_is_taken() {
+        let latencies = Latencies::default();
+        let sizes = [256, 384, 768, 1536];
+        let chosen = |budget_ms| fitting(&sizes, budget_ms, |size| latencies.of(0, size)).1;
+        assert_eq!(chosen(Some(1)), 1536, "nothing was measured yet");
+        for (size, ms) in [(1536, 90), (768, 40), (256, 10)] {
+            latencies.note(0, size, Duration::from_millis(ms));
+        }
+        // What 384 takes is not known, but it is no more than what 768 does.
+        for (budget_ms, size) in [(9, 256), (10, 256), (39, 256), (40, 768), (89, 768), (90, 1536)] {
+            assert_eq!(chosen(Some(budget_ms)), size, "{budget_ms} ms");
+        }
+        assert_eq!(chosen(None), 1536);
+        // Full size has become quicker since.
+        for _ in 0..20 {
+            latencies.note(0, 1536, Duration::from_millis(20));
+        }
+        assert_eq!(chosen(Some(39)), 1536);
     }
 
     #[test]

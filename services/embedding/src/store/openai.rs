@@ -275,7 +275,8 @@ impl Server {
             .or(answer["usage"]["total_tokens"].as_u64())
             .unwrap_or(0);
         if let Some(price) = self.options.price {
-            self.metrics.cost.add((tokens as f64 * price).round() as u64, &[]);
+            // A dollar for a million of them is a millionth for each.
+            self.metrics.cost.add(tokens as f64 * price, &[]);
         }
         // The count is of the whole call: the first text carries it.
         let mut left = u32::try_from(tokens).unwrap_or(u32::MAX);

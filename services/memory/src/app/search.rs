@@ -1,6 +1,7 @@
 //! Finding memories: dense and lexical arms, fusion, neighbours in the conversation, what speaks for a memory itself,
 //! reranking, variety.
 
+mod arms;
 mod diverse;
 mod past;
 mod score;
@@ -13,19 +14,15 @@ use aeterna_error::{Error, Reason};
 use aeterna_rpc::RequestContext;
 use aeterna_types::{Layer, MemoryId, Scope, TenantId, Timestamp};
 
-use super::get::view;
 use super::{App, Serving};
 use crate::domain::{Key, Memory, Sequence};
 use crate::filter::Filter;
 use crate::store::code::Code;
-use crate::store::{self, Among, LexicalSearch, Rescoring, Seen, Sight, Stored};
+use crate::store::{Among, Stored};
 
+use arms::Asking;
 use past::Past;
-use score::fuse;
 pub use score::{Breakdown, Fusion, Weights};
-
-/// Candidates that each arm brings, at least.
-const CANDIDATES: usize = 200;
 
 /// Results that the cross-encoder reads and that variety chooses from, at least.
 const RERANKED: usize = 50;
@@ -137,132 +134,12 @@ impl App {
     pub async fn search(&self, context: &RequestContext, query: SearchQuery) -> Result<Found, Error> {
         let started = Instant::now();
         let tenant = &context.principal().tenant;
-        self.store.reach(query.after).await?;
-        let sight = Sight {
-            tenant: tenant.clone(),
-            view: view(context, query.scope.as_ref())?,
-            layers: query.layers.clone(),
-            exclude: query.exclude.clone(),
-            filter: query.filter.clone().filter(|_| query.as_of.is_none()),
-            // What has expired and is not reaped yet must not take the place of what lives.
-            now: query.as_of.is_none().then(|| self.clock.now()),
-        };
-        let Seen {
-            scopes,
-            hidden,
-            matching,
-        } = self.store.seen(&sight).await?;
-        let mut degraded = Vec::new();
-        let serving = self.serving();
-        let asked = query.arms != Arms::Lexical || serving.index.keeps_texts();
-        let followed = !asked || query.after == Sequence::default() || self.reached(query.after).await;
-        if !followed && query.arms != Arms::Lexical {
-            degraded.push("the vector index has not followed the write of `consistency_token` yet".to_owned());
-        }
-        let past = match query.as_of {
-            Some(at) => Some(self.past(tenant, &scopes, query.filter.as_ref(), at).await?),
-            None => None,
-        };
-        if past.as_ref().is_some_and(|past| past.cut) {
-            degraded.push("of what has changed since `as_of`, only a part was looked at; narrow the scope".to_owned());
-        }
-        let matching = matching.map(|matching| matching.into_iter().collect());
-        let among = Arc::new(Among {
-            tenant: tenant.clone(),
-            scopes: scopes.iter().copied().collect(),
-            only: past.as_ref().map(|past| past.unchanged.clone()).or(matching),
-            exclude: hidden.into_iter().collect(),
-        });
-        let depth = CANDIDATES.max(4 * query.top_k);
-        let mut stats = SearchStats {
-            terms: aeterna_text::analyse(&query.text),
-            ..SearchStats::default()
-        };
-        if query.arms != Arms::Lexical && serving.index.watermark().is_none() {
-            degraded.push("the vector index does not have everything yet".to_owned());
-        }
-        let mut terms = stats.terms.clone();
-        terms.sort();
-        terms.dedup();
-        // Both at once: an index that does not answer is waited for once.
-        let dense = async {
-            match query.arms {
-                Arms::Lexical => None,
-                _ => Some(self.nearest(context, &query, &serving, &among, depth, &mut stats).await),
-            }
-        };
-        let by_words = async {
-            match followed && past.is_none() && query.arms != Arms::Dense {
-                true => lexical_candidates(&serving, &terms, &among, depth).await,
-                false => None,
-            }
-        };
-        let (dense, candidates) = tokio::join!(dense, by_words);
-        let nearest = dense.and_then(|found| found.map_err(|error| degraded.push(without_dense(&error))).ok());
-        let lexical = LexicalSearch {
-            scopes,
-            terms,
-            candidates,
-            filter: query.filter.clone(),
-            as_of: query.as_of,
-            limit: depth + among.exclude.len(),
-        };
-        let also = past.as_ref().map(|past| past.changed.keys().copied().collect());
-        let mut arms = store::Arms {
-            tenant: tenant.clone(),
-            lexical: (query.arms != Arms::Dense || nearest.is_none()).then(|| lexical.clone()),
-            dense: nearest,
-            neighbours: (query.weights.neighbour != 0.0).then(|| also.unwrap_or_default()),
-        };
-        let mut scored = self.store.scored(&arms).await?;
-        let past_dense = match (&past, &arms.dense, &scored.dense) {
-            (Some(past), Some(near), Ok(_)) => self.past_cosines(context, &serving.model, past, &near.vector).await,
-            _ => Ok(Vec::new()),
-        };
-        let compared = arms.dense.as_ref().map(|near| near.vector.len());
-        let mut dense_used = compared.is_some();
-        let mut dense = Vec::new();
-        match (
-            std::mem::replace(&mut scored.dense, Ok(Vec::new())).map_err(Error::from),
-            past_dense,
-        ) {
-            (Ok(found), Ok(earlier)) => {
-                dense.extend(found.into_iter().map(|(key, cosine)| (key, f64::from(cosine))));
-                dense.extend(earlier.into_iter().filter(|(key, _)| !among.exclude.contains(key)));
-                best_first(&mut dense);
-            }
-            (Err(error), _) | (_, Err(error)) => {
-                degraded.push(without_dense(&error));
-                dense_used = false;
-                arms.dense = None;
-                if arms.lexical.is_none() {
-                    arms.lexical = Some(lexical.clone());
-                    scored = self.store.scored(&arms).await?;
-                }
-            }
-        }
-        let mut lexical_scores = scored.lexical;
-        if let Some(past) = past.as_ref().filter(|_| arms.lexical.is_some()) {
-            lexical_scores.extend(self.past_lexical(tenant, past, &lexical.terms).await?);
-            best_first(&mut lexical_scores);
-        }
-        lexical_scores.retain(|(key, _)| !among.exclude.contains(key));
-        (stats.dense_candidates, stats.lexical_candidates) = (dense.len(), lexical_scores.len());
-        (stats.lexical_ms, stats.dense_ms) = (scored.lexical_ms, stats.dense_ms + scored.dense_ms);
-
-        let share = match (dense_used, query.arms) {
-            (_, Arms::Lexical) | (false, _) => 0.0,
-            (_, Arms::Dense) => 1.0,
-            (true, Arms::Hybrid) => query.weights.dense,
-        };
-        let mut scores = fuse(&dense, &lexical_scores, query.fusion, share, query.weights.rrf_k);
-        let shown = |key: &Key| {
-            let chosen = among.only.as_ref().is_none_or(|only| only.contains(key));
-            let changed = past.as_ref().is_some_and(|past| past.changed.contains_key(key));
-            (chosen || changed) && !among.exclude.contains(key)
-        };
-        spread(&mut scores, query.weights.neighbour, scored.neighbours, shown);
-        let mut hits = self.rank(tenant, scores, &query, past).await?;
+        let mut asking = Asking::new(self, context, &query);
+        let ground = asking.ground().await?;
+        let arms = asking.arms(&ground).await;
+        let compared = asking.compare(&ground, arms).await?;
+        let (mut degraded, mut stats, model) = (asking.degraded, asking.stats, &asking.serving.model);
+        let mut hits = self.rank(tenant, compared.scores, &query, ground.past).await?;
         if query.rerank
             && let Err(error) = self.rerank(context, &mut hits, &query).await
         {
@@ -286,50 +163,9 @@ impl App {
         Ok(Found {
             hits,
             degraded,
-            dimension: compared.filter(|_| dense_used).unwrap_or_default(),
-            model: if dense_used {
-                serving.model.name.clone()
-            } else {
-                String::new()
-            },
+            dimension: compared.dimension.unwrap_or_default(),
+            model: compared.dimension.map(|_| model.name.clone()).unwrap_or_default(),
             stats,
-        })
-    }
-
-    /// Embeds the query and scans the prefixes; what comes out is to be compared at full size.
-    async fn nearest(
-        &self,
-        context: &RequestContext,
-        query: &SearchQuery,
-        serving: &Serving,
-        among: &Arc<Among>,
-        depth: usize,
-        stats: &mut SearchStats,
-    ) -> Result<Rescoring, Error> {
-        let began = Instant::now();
-        let vector = self
-            .embed_soon(context, &serving.model, vec![query.text.clone()], true)
-            .await?
-            .pop()
-            .unwrap_or_default();
-        stats.embed_ms = ms(began);
-        let began = Instant::now();
-        let mut keys = Vec::new();
-        if let Some(code) = Code::encode(&vector) {
-            stats.scanned = serving.index.len();
-            keys = self.candidates(serving, code, Arc::clone(among), depth).await?;
-        }
-        let full = serving.model.dimension;
-        let compared = query.dimension.unwrap_or(full).min(full).min(vector.len());
-        // As long as one: a prefix of a unit vector is shorter.
-        let mut vector = vector[..compared].to_vec();
-        let norm = vector.iter().map(|x| x * x).sum::<f32>().sqrt().max(f32::MIN_POSITIVE);
-        vector.iter_mut().for_each(|x| *x /= norm);
-        stats.dense_ms = ms(began);
-        Ok(Rescoring {
-            model: serving.model.identity.clone(),
-            keys,
-            vector,
         })
     }
 
@@ -437,18 +273,6 @@ impl App {
     }
 }
 
-/// The memories that have the best of some terms, by an index that finds them. `None`: the store looks for itself.
-async fn lexical_candidates(serving: &Serving, terms: &[String], among: &Arc<Among>, limit: usize) -> Option<Vec<Key>> {
-    let index = &serving.index;
-    if !index.keeps_texts() || index.watermark().is_none() {
-        return None;
-    }
-    let found = index.lexical(terms.to_vec(), Arc::clone(among), limit).await;
-    found
-        .inspect_err(|error| tracing::debug!(%error, "the store looks for words itself"))
-        .ok()
-}
-
 impl SearchQuery {
     /// How many of the best are looked at, for the sake of the best `top_k`.
     fn looked_at(&self) -> usize {
@@ -459,32 +283,6 @@ impl SearchQuery {
             usual
         }
     }
-}
-
-/// What is said when the dense arm is away.
-fn without_dense(error: &Error) -> String {
-    // Who is away is told by whoever asked; here it would be told for every search.
-    tracing::debug!(error = %error.chain(), "a search goes without its dense arm");
-    format!("no dense arm: {error}")
-}
-
-/// Gives each turn of a conversation a part of its best neighbour's score; neighbours that are shown become candidates
-/// themselves.
-fn spread(scores: &mut HashMap<Key, Breakdown>, part: f64, neighbours: Vec<(Key, Key)>, shown: impl Fn(&Key) -> bool) {
-    let fused: HashMap<Key, f64> = scores
-        .iter()
-        .map(|(key, breakdown)| (*key, breakdown.fused()))
-        .collect();
-    for (turn, neighbour) in neighbours {
-        if let Some(fused) = fused.get(&turn).filter(|_| shown(&neighbour)) {
-            let breakdown = scores.entry(neighbour).or_default();
-            breakdown.neighbour_part = breakdown.neighbour_part.max(part * fused);
-        }
-    }
-}
-
-fn best_first(scored: &mut [(Key, f64)]) {
-    scored.sort_unstable_by(|a, b| b.1.total_cmp(&a.1).then(b.0.cmp(&a.0)));
 }
 
 fn sort(hits: &mut [Hit]) {
