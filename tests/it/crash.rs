@@ -253,6 +253,19 @@ async fn a_damaged_or_deleted_index_is_rebuilt_and_said() {
     }
 }
 
+/// An index was begun, and nothing says yet that it is complete.
+fn is_filling(data: &Path) -> bool {
+    let mut directories = vec![data.join("vectors")];
+    while let Some(directory) = directories.pop() {
+        let entries = std::fs::read_dir(&directory).into_iter().flatten().flatten();
+        directories.extend(entries.map(|entry| entry.path()).filter(|path| path.is_dir()));
+        if directory.join("vectors.bin").exists() && !directory.join("manifest.json").exists() {
+            return true;
+        }
+    }
+    false
+}
+
 #[tokio::test]
 async fn killed_while_it_rebuilds_its_index_it_rebuilds_it_again() {
     const COUNT: usize = 2_000;
@@ -266,7 +279,8 @@ async fn killed_while_it_rebuilds_its_index_it_rebuilds_it_again() {
         client.batch_add(BatchAddRequest { requests }).await.unwrap();
     }
     program.stop().await;
-    for round in 0..6u64 {
+    let mut in_the_middle = 0;
+    for round in 0..6 {
         // Nothing of the index is left, or what the kill before has left of it.
         if round % 2 == 0 {
             std::fs::remove_dir_all(data.path().join("vectors")).unwrap();
@@ -286,9 +300,18 @@ async fn killed_while_it_rebuilds_its_index_it_rebuilds_it_again() {
             .kill_on_drop(true)
             .spawn()
             .unwrap();
-        tokio::time::sleep(Duration::from_millis(40 + 45 * round)).await;
+        let begun = async {
+            while !is_filling(data.path()) {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(60), begun).await.unwrap();
+        // Sooner or later after it has begun.
+        tokio::time::sleep(Duration::from_millis(3 * round)).await;
         rebuilding.kill().await.unwrap();
+        in_the_middle += u32::from(is_filling(data.path()));
     }
+    assert!(in_the_middle > 0, "no kill came before the index was complete");
     let program = start(data.path()).await;
     let mut client = MemoryServiceClient::new(program.channel());
     for number in [0, 777, COUNT - 1] {

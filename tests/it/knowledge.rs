@@ -3,15 +3,15 @@
 use std::time::Duration;
 
 use aeterna_auth::Role;
-use aeterna_proto::common::v1::Scope;
+use aeterna_proto::common::v1::{Layer, Scope};
 use aeterna_proto::memory::v1::knowledge_service_client::KnowledgeServiceClient;
 use aeterna_proto::memory::v1::memory_service_client::MemoryServiceClient;
 use aeterna_proto::memory::v1::policy_service_client::PolicyServiceClient;
 use aeterna_proto::memory::v1::{
     AddRequest, ChangeKind, DeleteDocumentRequest, DeletePolicyRequest, DeleteRequest, DiffDocumentRequest, Document,
     GetDocumentRequest, GetEffectivePolicyRequest, GetRequest, ListDocumentVersionsRequest, ListDocumentsRequest,
-    ListPoliciesRequest, Memory, Policy, PolicyRules, PutDocumentRequest, PutPolicyRequest, RestoreDocumentRequest,
-    WatchRequest, WriterRule,
+    ListPoliciesRequest, ListRequest, Memory, Policy, PolicyRules, PutDocumentRequest, PutPolicyRequest,
+    RestoreDocumentRequest, WatchRequest, WriterRule,
 };
 use aeterna_testkit::{NEVER, SECRET, bearing, refusal, token};
 use tonic::Code;
@@ -380,6 +380,64 @@ async fn policies_hold_where_memories_are_written_and_kept() {
         };
         policies.delete_policy(bearing(gone, &admin)).await.unwrap();
         memories.add(bearing(add("ops", "open again"), &writer)).await.unwrap();
+    }
+    sandbox.stop().await;
+}
+
+#[tokio::test]
+async fn a_policy_of_a_layer_holds_in_that_layer_alone() {
+    let sandbox = Sandbox::start(&[]).await;
+    for (way, channel) in sandbox.ways() {
+        let mut policies = PolicyServiceClient::new(channel.clone());
+        let mut memories = MemoryServiceClient::new(channel);
+        let scope = |session: &str| {
+            Some(Scope {
+                user: format!("ann-{}", way.replace(' ', "-")),
+                session: session.into(),
+                ..Default::default()
+            })
+        };
+        let rules = PolicyRules {
+            max_content_bytes: Some(30),
+            time_to_live: Some(prost_types::Duration { seconds: 1, nanos: 0 }),
+            ..Default::default()
+        };
+        let mut brief = policy(&format!("brief-{}", way.replace(' ', "-")), scope(""), rules);
+        brief.policy.as_mut().unwrap().layers = vec![Layer::Session.into()];
+        policies.put_policy(brief).await.unwrap();
+        let add = |session: &str, content: &str| AddRequest {
+            memory: Some(Memory {
+                scope: scope(session),
+                content: content.into(),
+                ..Default::default()
+            }),
+            request_id: String::new(),
+        };
+        let long = "what Ann said at length about her cats";
+        let status = memories.add(add("monday", long)).await.unwrap_err();
+        assert_eq!(refusal(&status).0, "POLICY_DENIED", "{way}: {status:?}");
+        assert!(status.message().contains("max_content_bytes"), "{way}: {status:?}");
+        let fleeting = memories.add(add("monday", "a passing thought")).await.unwrap();
+        assert!(fleeting.into_inner().memory.unwrap().expires_at.is_some(), "{way}");
+        let lasting = memories.add(add("", long)).await.unwrap();
+        assert!(lasting.into_inner().memory.unwrap().expires_at.is_none(), "{way}");
+        for (layer, limited) in [(Layer::Session, true), (Layer::User, false)] {
+            let asked = GetEffectivePolicyRequest {
+                scope: scope("monday"),
+                layer: layer.into(),
+            };
+            let effective = policies.get_effective_policy(asked).await.unwrap().into_inner();
+            let limit = effective.rules.unwrap_or_default().max_content_bytes;
+            assert_eq!(limit, limited.then_some(30), "{way}: {layer:?}");
+        }
+        tokio::time::sleep(Duration::from_millis(1100)).await;
+        let list = ListRequest {
+            scope: scope("monday"),
+            ..Default::default()
+        };
+        let left = memories.list(list).await.unwrap().into_inner().memories;
+        let left: Vec<&str> = left.iter().map(|memory| memory.content.as_str()).collect();
+        assert_eq!(left, [long], "{way}");
     }
     sandbox.stop().await;
 }

@@ -35,29 +35,21 @@ const LOCKS: Duration = Duration::from_secs(60);
 /// How often a transaction is repeated that others got in the way of.
 const COLLISIONS: u32 = 10;
 
-/// Queries by which a node is asked for places of changes.
-#[derive(Clone, Copy, Debug)]
-pub struct Places {
-    /// Whether it has all of some, the first parameter.
-    pub has_all: &'static str,
-    /// Whether one that it lacks, the first parameter, never comes to it any more; only the primary is asked.
-    pub is_settled: &'static str,
-}
-
 /// A database on one or more nodes.
 #[derive(Clone, Debug)]
 pub struct Postgres {
     nodes: Arc<Nodes>,
     /// What was acknowledged or read here of late; no read goes back behind it.
     floor: Arc<Mutex<Floor>>,
-    places: Places,
+    /// Says whether a node has all of some places, its first parameter.
+    has_all: &'static str,
     watching: Arc<JoinHandle<()>>,
     patience: Duration,
 }
 
 impl Postgres {
-    /// Begins to watch the nodes.
-    pub fn open(options: &PostgresOptions, places: Places) -> Self {
+    /// Begins to watch the nodes; `has_all` is a query for whether a node has all of some places, its first parameter.
+    pub fn open(options: &PostgresOptions, has_all: &'static str) -> Self {
         let nodes = Arc::new(Nodes::new(options));
         let watching = tokio::spawn(nodes::watch(Arc::clone(&nodes)));
         Self {
@@ -67,7 +59,7 @@ impl Postgres {
                 count: 1,
                 ..Floor::default()
             })),
-            places,
+            has_all,
             watching: Arc::new(watching),
             patience: options.patience,
         }
@@ -93,26 +85,36 @@ impl Postgres {
     /// # Errors
     /// When no node answers that has everything.
     pub async fn read(&self, settings: &[(&str, &str)]) -> Result<Session, StorageError> {
-        const BEGIN: &str = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY";
         let mut last = StorageError::Unavailable("no node answers".into());
         for node in self.nodes.in_order() {
-            let recent = async {
-                let mut session = Session::begin(node.pool(), BEGIN, settings, node).await?;
-                Ok(match self.is_recent(&mut session).await? {
-                    true => Some(session),
-                    false => {
-                        session.finish().await?;
-                        None
-                    }
-                })
-            };
-            match node.while_it_answers(recent).await {
-                Ok(Some(session)) => return Ok(session),
-                Ok(None) => last = StorageError::Unavailable("the standby is behind".into()),
+            match self.read_on(node, settings).await {
+                Ok(session) => return Ok(session),
                 Err(error) => last = error,
             }
         }
         Err(last)
+    }
+
+    /// The same on the primary alone, which shows nothing that waits for a standby yet.
+    ///
+    /// # Errors
+    /// When there is no primary that answers.
+    pub async fn read_primary(&self, settings: &[(&str, &str)]) -> Result<Session, StorageError> {
+        let epoch = self.nodes.primary(self.patience).await?;
+        self.read_on(epoch.node(), settings).await
+    }
+
+    async fn read_on(&self, node: &Arc<Node>, settings: &[(&str, &str)]) -> Result<Session, StorageError> {
+        const BEGIN: &str = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY";
+        let recent = async {
+            let mut session = Session::begin(node.pool(), BEGIN, settings, node).await?;
+            if self.is_recent(&mut session).await? {
+                return Ok(session);
+            }
+            session.finish().await?;
+            Err(StorageError::Unavailable("the node is behind".into()))
+        };
+        node.while_it_answers(recent).await
     }
 
     /// Waits until reads see what was committed with a place of which somebody else has told, and everything before it. Only a
@@ -192,7 +194,7 @@ impl Postgres {
     }
 
     async fn has_all(&self, session: &mut Session, places: &[i64]) -> Result<bool, StorageError> {
-        let text = AssertSqlSafe(self.places.has_all);
+        let text = AssertSqlSafe(self.has_all);
         Ok(sqlx::query_scalar(text).bind(places).fetch_one(&mut **session).await?)
     }
 
@@ -207,23 +209,17 @@ impl Postgres {
         if self.floor().asked.replace(confirmed) == Some(confirmed) {
             return Ok(false);
         }
-        let (mut lacking, mut coming) = (Vec::new(), false);
+        let mut lacking = Vec::new();
         for place in places {
-            if self.has_all(session, &[*place]).await? {
-                continue;
-            }
-            let text = AssertSqlSafe(self.places.is_settled);
-            // A commit that waits for one standby may be on another one already.
-            match sqlx::query_scalar(text).bind(place).fetch_one(&mut **session).await? {
-                true => lacking.push(*place),
-                false => coming = true,
+            if !self.has_all(session, &[*place]).await? {
+                lacking.push(*place);
             }
         }
         let gone = self.floor().lacks(&lacking, confirmed);
-        if gone && !lacking.is_empty() {
+        if gone {
             tracing::warn!(places = ?lacking, "changes that were read of a primary at its end are gone; none of them was acknowledged");
         }
-        Ok(gone && !coming)
+        Ok(gone)
     }
 
     fn floor(&self) -> MutexGuard<'_, Floor> {
@@ -321,7 +317,9 @@ impl Floor {
             Origin::Elsewhere => &mut self.elsewhere,
         };
         if latest.len() == KEPT {
-            latest.pop_front();
+            // A node that has the others has the oldest of them, whoever named it last.
+            let oldest = latest.iter().enumerate().min_by_key(|(_, place)| **place);
+            oldest.map(|(at, _)| at).and_then(|at| latest.remove(at));
         }
         latest.push_back(place);
         self.count += 1;
@@ -402,11 +400,7 @@ pub async fn migrate(
     migrations: &'static [(&'static str, &'static str)],
     grants: &str,
 ) -> Result<(), StorageError> {
-    let none = Places {
-        has_all: "SELECT true",
-        is_settled: "SELECT true",
-    };
-    let postgres = Postgres::open(options, none);
+    let postgres = Postgres::open(options, "SELECT true");
     let migrated = async {
         // By the way, so that the primary is known.
         let session = postgres.write(&[]).await?;
@@ -493,6 +487,15 @@ mod tests {
         assert_eq!(floor.places(), [1]);
         floor.add(2, Origin::Elsewhere);
         assert_eq!(floor.places(), [1], "who has read it may name it again");
+    }
+
+    #[test]
+    fn a_new_place_stays_however_many_old_ones_are_named_after_it() {
+        let mut floor = Floor::default();
+        for place in (1..=128).chain([1_000_000]).chain(129..1_000) {
+            floor.add(place, Origin::Elsewhere);
+        }
+        assert!(floor.knows(1_000_000) && floor.knows(999) && !floor.knows(1));
     }
 
     #[test]

@@ -181,6 +181,8 @@ pub struct App {
     pub(crate) message_bytes: usize,
     /// Wakes those who follow the outbox.
     pub(crate) committed: Committed,
+    /// The last change when the service began, before there was any watcher.
+    pub(crate) began: Sequence,
     /// What was committed, for watchers.
     pub(crate) changes: broadcast::Sender<Arc<Change>>,
     /// Cancelled when the process should end: streams end then.

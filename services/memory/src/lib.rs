@@ -385,8 +385,8 @@ pub async fn build(config: Config, deps: Deps) -> Result<Service, Error> {
         let message = format!("the vector index `{}` can't be used: {error}", config.index);
         Error::new(Reason::NotConfigured, message)
     };
-    let opened = indexes.open(&first, store.last_sequence().await?).await;
-    let (index, fresh) = opened.map_err(unusable)?;
+    let began = store.last_sequence().await?;
+    let (index, fresh) = indexes.open(&first, began).await.map_err(unusable)?;
     let app = Arc::new(App {
         indexed: watch::Sender::new(index.watermark().unwrap_or_default()),
         index_away: AtomicBool::new(false),
@@ -402,6 +402,7 @@ pub async fn build(config: Config, deps: Deps) -> Result<Service, Error> {
         metrics: metrics::Metrics::new(&deps.meter),
         message_bytes: deps.message_bytes,
         committed: app::Committed::new(),
+        began,
         changes: broadcast::Sender::new(app::RING),
         stop: deps.stop,
     });

@@ -230,20 +230,20 @@ pub struct Rescoring {
     pub vector: Vec<f32>,
 }
 
-/// The arms of a search.
+/// What is to be scored for a search.
 #[derive(Clone, Debug)]
-pub struct Arms {
+pub struct Scoring {
     /// The tenant.
     pub tenant: TenantId,
-    /// The lexical one.
+    /// Memories that have some words.
     pub lexical: Option<LexicalSearch>,
-    /// The dense one.
+    /// Memories that an index of vectors has found.
     pub dense: Option<Rescoring>,
     /// Also find the neighbours of the candidates, and of these.
     pub neighbours: Option<Vec<Key>>,
 }
 
-impl Arms {
+impl Scoring {
     /// The turns whose neighbours are wanted, by what the arms brought: each once.
     fn turns(&self, lexical: &[(Key, f64)], dense: &[(Key, f32)]) -> Option<Vec<Key>> {
         let mut keys = self.neighbours.clone()?;
@@ -254,7 +254,7 @@ impl Arms {
         Some(keys)
     }
 
-    /// No arm yet.
+    /// Nothing yet.
     pub fn of(tenant: &TenantId) -> Self {
         Self {
             tenant: tenant.clone(),
@@ -361,7 +361,7 @@ pub trait Relational: Policies + Documents + Moving {
     async fn seen(&self, sight: &Sight) -> Result<Seen, MemoryError>;
 
     /// Scores the candidates of a search, all as of one moment. A dense arm that fails leaves the lexical one.
-    async fn scored(&self, arms: &Arms) -> Result<Scored, MemoryError>;
+    async fn scored(&self, scoring: &Scoring) -> Result<Scored, MemoryError>;
 
     /// Live memories of the tenant by number, in any order; the others are left out.
     async fn fetch(&self, tenant: &TenantId, keys: &[Key], now: Timestamp) -> Result<Vec<Stored>, MemoryError>;
@@ -377,8 +377,14 @@ pub trait Relational: Policies + Documents + Moving {
         keys: &[Key],
     ) -> Result<Vec<(Key, Vec<f32>)>, MemoryError>;
 
-    /// Changes after a place in the outbox, in order.
+    /// Changes after a place in the outbox, in order. What is told will last: where a store has several nodes, the writable one
+    /// tells it.
     async fn events(&self, after: Sequence, limit: usize) -> Result<Vec<IndexEvent>, MemoryError>;
+
+    /// How many changes there are after a place, counted up to `most`; any node may say it.
+    async fn missing(&self, after: Sequence, most: usize) -> Result<usize, MemoryError> {
+        Ok(self.events(after, most).await?.len())
+    }
 
     /// Changes after a place in the outbox, in order, for watchers: of one tenant or of all. Of a change whose memory was
     /// removed for good since, only the removal is told.

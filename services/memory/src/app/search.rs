@@ -1,7 +1,7 @@
 //! Finding memories: dense and lexical arms, fusion, neighbours in the conversation, what speaks for a memory itself,
 //! reranking, variety.
 
-mod arms;
+mod candidates;
 mod diverse;
 mod past;
 mod score;
@@ -14,13 +14,13 @@ use aeterna_error::{Error, Reason};
 use aeterna_rpc::RequestContext;
 use aeterna_types::{Layer, MemoryId, Scope, TenantId, Timestamp};
 
-use super::{App, Serving};
+use super::{App, Model, Serving};
 use crate::domain::{Key, Memory, Sequence};
 use crate::filter::Filter;
 use crate::store::code::Code;
 use crate::store::{Among, Stored};
 
-use arms::Asking;
+use candidates::Run;
 use past::Past;
 pub use score::{Breakdown, Fusion, Weights};
 
@@ -134,12 +134,12 @@ impl App {
     pub async fn search(&self, context: &RequestContext, query: SearchQuery) -> Result<Found, Error> {
         let started = Instant::now();
         let tenant = &context.principal().tenant;
-        let mut asking = Asking::new(self, context, &query);
-        let ground = asking.ground().await?;
-        let arms = asking.arms(&ground).await;
-        let compared = asking.compare(&ground, arms).await?;
-        let (mut degraded, mut stats, model) = (asking.degraded, asking.stats, &asking.serving.model);
-        let mut hits = self.rank(tenant, compared.scores, &query, ground.past).await?;
+        let mut run = Run::new(self, context, &query);
+        let bounds = run.bounds().await?;
+        let candidates = run.candidates(&bounds).await;
+        let fused = run.fuse(&bounds, candidates).await?;
+        let (mut degraded, mut stats, model) = (run.degraded, run.stats, &run.serving.model);
+        let mut hits = self.rank(tenant, fused.scores, &query, bounds.past).await?;
         if query.rerank
             && let Err(error) = self.rerank(context, &mut hits, &query).await
         {
@@ -151,7 +151,7 @@ impl App {
             degraded.push(format!("not reranked: {error}"));
         }
         hits.retain(|hit| query.threshold.is_none_or(|threshold| hit.score >= threshold));
-        self.vary(tenant, &mut hits, &query).await?;
+        self.vary(tenant, model, &mut hits, &query).await?;
         hits.truncate(query.top_k);
         if query.explain {
             mark(&mut hits, &stats.terms);
@@ -163,8 +163,8 @@ impl App {
         Ok(Found {
             hits,
             degraded,
-            dimension: compared.dimension.unwrap_or_default(),
-            model: compared.dimension.map(|_| model.name.clone()).unwrap_or_default(),
+            dimension: fused.dimension.unwrap_or_default(),
+            model: fused.dimension.map(|_| model.name.clone()).unwrap_or_default(),
             stats,
         })
     }
@@ -254,15 +254,18 @@ impl App {
     }
 
     /// Puts what says something else before what says the same again.
-    async fn vary(&self, tenant: &TenantId, hits: &mut Vec<Hit>, query: &SearchQuery) -> Result<(), Error> {
+    async fn vary(
+        &self,
+        tenant: &TenantId,
+        model: &Model,
+        hits: &mut Vec<Hit>,
+        query: &SearchQuery,
+    ) -> Result<(), Error> {
         let Some(lambda) = query.weights.mmr_lambda else {
             return Ok(());
         };
         let keys: Vec<Key> = hits.iter().map(|hit| hit.key).collect();
-        let vectors = self
-            .store
-            .vectors(Some(tenant), &self.serving().model.identity, &keys)
-            .await?;
+        let vectors = self.store.vectors(Some(tenant), &model.identity, &keys).await?;
         let mut vectors: HashMap<Key, Vec<f32>> = vectors.into_iter().collect();
         let vectors: Vec<Option<Vec<f32>>> = keys.iter().map(|key| vectors.remove(key)).collect();
         let relevance: Vec<f64> = hits.iter().map(|hit| hit.score).collect();

@@ -43,15 +43,13 @@ impl App {
             let left = self.store.counts(tenant, &next.identity, &scopes, now).await?.pending;
             reembedding = Some((next.name.clone(), left));
         }
-        let missing = self
-            .store
-            .events(serving.index.watermark().unwrap_or_default(), MISSING)
-            .await?;
+        let indexed = serving.index.watermark().unwrap_or_default();
+        let missing = self.store.missing(indexed, MISSING).await?;
         Ok(Stats {
             counts,
             model: serving.model.name.clone(),
             reembedding,
-            index_lag: missing.len() as i64,
+            index_lag: missing as i64,
             index_bytes: serving.index.bytes(),
         })
     }

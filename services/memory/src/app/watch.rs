@@ -108,10 +108,10 @@ impl App {
     /// Hands changes from the outbox to the watchers, until it is told to stop.
     pub(super) async fn publish(&self, stop: &CancellationToken) {
         let mut committed = self.committed.subscribe();
-        let mut position = None;
+        let mut position = self.began;
         loop {
             match self.publish_from(position).await {
-                Ok(next) => position = Some(next),
+                Ok(next) => position = next,
                 Err(error) => tracing::warn!(error = %error.chain(), "watchers can't be told; trying again"),
             }
             tokio::select! {
@@ -122,11 +122,15 @@ impl App {
         }
     }
 
-    async fn publish_from(&self, position: Option<Sequence>) -> Result<Sequence, Error> {
-        // A watcher that comes now reads what was committed before from the outbox itself.
-        let (Some(mut position), true) = (position, self.changes.receiver_count() > 0) else {
-            return Ok(self.store.last_sequence().await?);
-        };
+    async fn publish_from(&self, mut position: Sequence) -> Result<Sequence, Error> {
+        if self.changes.receiver_count() == 0 {
+            let last = self.store.last_sequence().await?;
+            // A watcher that comes from here on reads what was committed before from the outbox itself. One that came meanwhile
+            // may have read it when there was less.
+            if self.changes.receiver_count() == 0 {
+                return Ok(last);
+            }
+        }
         loop {
             let page = self.store.changes(None, position, PAGE).await?;
             let Some(last) = page.last() else { return Ok(position) };

@@ -86,6 +86,12 @@ pub trait Ledger: Send {
     /// Adds a change of a memory, which is there still, to the outbox.
     async fn event(&mut self, key: Key, memory: &Memory, kind: Kind) -> Result<Sequence, MemoryError>;
 
+    /// The place of an answer that tells of a memory and changes nothing. A store of one node needs none: every read sees what
+    /// there is. One of several adds it to the outbox, so that whoever reads with it sees the memory.
+    async fn mention(&mut self, _key: Key, _memory: &Memory) -> Result<Sequence, MemoryError> {
+        Ok(Sequence::default())
+    }
+
     /// Adds a change of something else to the outbox.
     async fn resource_event(
         &mut self,
@@ -218,13 +224,14 @@ impl Rooms {
 }
 
 async fn merge(ledger: &mut dyn Ledger, key: Key, mut memory: Memory, body: Body) -> Result<Written, MemoryError> {
-    let mut sequence = Sequence::default();
-    if memory.absorb(body) {
+    let sequence = if memory.absorb(body) {
         memory.version += 1;
         memory.updated_at = ledger.writer().now;
         ledger.update(key, &memory).await?;
-        sequence = record(ledger, key, &memory, Kind::Updated).await?;
-    }
+        record(ledger, key, &memory, Kind::Updated).await?
+    } else {
+        ledger.mention(key, &memory).await?
+    };
     Ok(Written {
         memory,
         outcome: Outcome::Merged,

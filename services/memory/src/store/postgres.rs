@@ -14,8 +14,6 @@ mod seal;
 mod transfer;
 mod write;
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
 
 use aeterna_error::{Error, Reason};
@@ -29,8 +27,8 @@ use sqlx::postgres::PgRow;
 use super::code::Code;
 use super::ledger::{self, answered, damaged, encode, parsed};
 use super::{
-    Addition, Arms, AsOf, ChangeItem, Condition, Counts, ExportPage, Exported, Frequencies, Imported, Imports,
-    IndexEvent, IndexState, Listing, Progress, Relational, Rescoring, Scored, Seen, Sight, Stored,
+    Addition, AsOf, ChangeItem, Condition, Counts, ExportPage, Exported, Frequencies, Imported, Imports, IndexEvent,
+    IndexState, Listing, Progress, Relational, Rescoring, Scored, Scoring, Seen, Sight, Stored,
 };
 use crate::domain::{self, Idempotency, Key, Memory, ScopeKey, Sequence, Version, View, Writer, Written};
 use crate::error::MemoryError;
@@ -46,11 +44,8 @@ pub const MIGRATIONS: &[(&str, &str)] = &[
 
 /// Whose rows the service works on when it works for all tenants; no tenant has this name.
 const SYSTEM: &str = "*";
-/// How a node is asked for places of the outbox; one without the newest schema has none.
-const PLACES: postgres::Places = postgres::Places {
-    has_all: "SELECT has_all($1) AND EXISTS (SELECT 1 FROM _sqlx_migrations WHERE version = 2 AND success)",
-    is_settled: write::IS_SETTLED,
-};
+/// Whether a node has the newest schema, and some places of the outbox.
+const HAS_ALL: &str = "SELECT has_all($1) AND EXISTS (SELECT 1 FROM _sqlx_migrations WHERE version = 2 AND success)";
 /// How long a write may take before its commit, and each of its items more.
 const WORK: (Duration, Duration) = (Duration::from_secs(3), Duration::from_millis(20));
 /// How long the start waits for a primary.
@@ -61,17 +56,18 @@ const START: Duration = Duration::from_secs(60);
 pub struct PostgresStore {
     database: Postgres,
     counts: lexical::Cache,
-    /// The place up to which whoever follows the outbox was told everything.
-    followed: Arc<AtomicI64>,
 }
 
 /// Reads in a transaction that sees a tenant's rows; where a node is lost meanwhile, another one is asked.
 macro_rules! reading {
-    ($store:expr, $tenant:expr, $session:ident => $work:expr) => {{
+    ($store:expr, $tenant:expr, $session:ident => $work:expr) => {
+        $crate::store::postgres::reading!(by read, $store, $tenant, $session => $work)
+    };
+    (by $read:ident, $store:expr, $tenant:expr, $session:ident => $work:expr) => {{
         let mut attempts = $store.database.attempts(true);
         loop {
             let attempt = async {
-                let mut opened = $store.database.read(&[("aeterna.tenant", $tenant)]).await?;
+                let mut opened = $store.database.$read(&[("aeterna.tenant", $tenant)]).await?;
                 let node = std::sync::Arc::clone(opened.node());
                 let $session = &mut opened;
                 let worked = tokio::select! {
@@ -144,25 +140,13 @@ macro_rules! lasting {
     }};
 }
 
-/// Reads what memories are like for whoever follows the outbox: on a node that has all that he was told. Commits come to a standby
-/// in their order, which is not that of their places, so that one with the last place may lack others; and to the primary last.
-macro_rules! complete {
-    ($store:expr, $session:ident => $work:expr) => {{
-        let mut attempts = $store.database.attempts(true);
-        loop {
-            let followed = $store.followed.load(Ordering::SeqCst);
-            let read = reading!($store, SYSTEM, $session => async {
-                Ok(match read::is_settled($session, followed).await? {
-                    true => Some($work.await?),
-                    false => None,
-                })
-            })?;
-            match read {
-                Some(read) => break Ok(read),
-                None => attempts.again(StorageError::Unavailable("the node is behind".into())).await?,
-            }
-        }
-    }};
+/// Reads for whoever follows the outbox and keeps what he has read: on the primary alone. A standby shows a commit before the
+/// primary does, which waits for another one first; it lacks others; and what it has may be lost when it is not the one that
+/// takes over. While there is no primary nothing new is acknowledged, so that there is little to follow.
+macro_rules! following {
+    ($store:expr, $session:ident => $work:expr) => {
+        reading!(by read_primary, $store, SYSTEM, $session => $work)
+    };
 }
 
 /// Ends a transaction that has nothing to commit. After a failure its connection is not used again.
@@ -186,19 +170,18 @@ impl PostgresStore {
     /// # Errors
     /// When there is no primary, the schema is of another version, or the role of the service would go round row-level security.
     pub async fn open(options: &PostgresOptions, owner: Option<&PostgresOptions>) -> Result<Self, MemoryError> {
-        const { assert!(MIGRATIONS.len() == 2, "`PLACES` names the newest one") };
+        const { assert!(MIGRATIONS.len() == 2, "`HAS_ALL` names the newest one") };
         if let Some(owner) = owner {
             let mut owner = owner.clone();
             owner.patience = START;
             postgres::migrate(&owner, MIGRATIONS, &grants(options.user())).await?;
         }
-        let database = Postgres::open(options, PLACES);
+        let database = Postgres::open(options, HAS_ALL);
         database.ready(START).await?;
         Self::prepare(&database, options.user()).await?;
         Ok(Self {
             database,
             counts: lexical::Cache::default(),
-            followed: Arc::default(),
         })
     }
 
@@ -250,10 +233,11 @@ impl PostgresStore {
         }
     }
 
-    /// Whoever was told of a change must not read what was before it.
-    fn told(&self, last: Sequence) {
-        self.database.reach(last.0);
-        self.followed.fetch_max(last.0, Ordering::SeqCst);
+    /// Reads from now on see what was answered, an earlier answer that was given again included.
+    fn answered_with(&self, places: impl Iterator<Item = Sequence>) {
+        if let Some(last) = places.max() {
+            self.database.reach(last.0);
+        }
     }
 
     /// What was answered to a request id, and is sure to last.
@@ -312,9 +296,11 @@ impl Relational for PostgresStore {
         items: Vec<Addition>,
     ) -> Result<Vec<Result<Written, MemoryError>>, MemoryError> {
         let safe = items.iter().all(|item| item.idempotency.is_some());
-        transaction!(self, writer.tenant.as_str(), safe, items.len(), (session, places) => async {
+        let written = transaction!(self, writer.tenant.as_str(), safe, items.len(), (session, places) => async {
             ledger::add(&mut PostgresLedger::new(session, writer, places), items.clone()).await
-        })
+        })?;
+        self.answered_with(written.iter().flatten().map(|written| written.sequence));
+        Ok(written)
     }
 
     async fn change(
@@ -323,9 +309,11 @@ impl Relational for PostgresStore {
         items: Vec<ChangeItem>,
     ) -> Result<Vec<Result<Written, MemoryError>>, MemoryError> {
         let safe = items.iter().all(|item| item.idempotency.is_some());
-        transaction!(self, writer.tenant.as_str(), safe, items.len(), (session, places) => async {
+        let written = transaction!(self, writer.tenant.as_str(), safe, items.len(), (session, places) => async {
             ledger::change(&mut PostgresLedger::new(session, writer, places), items.clone()).await
-        })
+        })?;
+        self.answered_with(written.iter().flatten().map(|written| written.sequence));
+        Ok(written)
     }
 
     async fn history(
@@ -349,7 +337,9 @@ impl Relational for PostgresStore {
     }
 
     async fn replay(&self, writer: &Writer, idempotency: &Idempotency) -> Result<Option<Written>, MemoryError> {
-        self.replayed(writer, idempotency).await
+        let written: Option<Written> = self.replayed(writer, idempotency).await?;
+        self.answered_with(written.iter().map(|written| written.sequence));
+        Ok(written)
     }
 
     async fn known(&self, tenant: &TenantId, places: &[(Scope, [u8; 32])]) -> Result<Vec<bool>, MemoryError> {
@@ -391,8 +381,8 @@ impl Relational for PostgresStore {
         reading!(self, sight.tenant.as_str(), session => read::seen(session, sight))
     }
 
-    async fn scored(&self, arms: &Arms) -> Result<Scored, MemoryError> {
-        reading!(self, arms.tenant.as_str(), session => read::scored(session, &self.counts, arms))
+    async fn scored(&self, scoring: &Scoring) -> Result<Scored, MemoryError> {
+        reading!(self, scoring.tenant.as_str(), session => read::scored(session, &self.counts, scoring))
     }
 
     async fn fetch(&self, tenant: &TenantId, keys: &[Key], now: Timestamp) -> Result<Vec<Stored>, MemoryError> {
@@ -417,11 +407,12 @@ impl Relational for PostgresStore {
     }
 
     async fn events(&self, after: Sequence, limit: usize) -> Result<Vec<IndexEvent>, MemoryError> {
-        let events = reading!(self, SYSTEM, session => read::events(session, after, limit))?;
-        if let Some(last) = events.last() {
-            self.told(last.sequence);
-        }
-        Ok(events)
+        following!(self, session => read::events(session, after, limit))
+    }
+
+    async fn missing(&self, after: Sequence, most: usize) -> Result<usize, MemoryError> {
+        let events = reading!(self, SYSTEM, session => read::events(session, after, most))?;
+        Ok(events.len())
     }
 
     async fn changes(
@@ -438,15 +429,16 @@ impl Relational for PostgresStore {
         }
         let changes: Vec<domain::Change> = transaction!(self, whose, true, 1, (session, _places) =>
             read::changes(session, tenant, after, limit))?;
+        // Whoever was told of a change must not read what was before it.
         if let Some(last) = changes.last() {
-            self.told(last.sequence);
+            self.database.reach(last.sequence.0);
         }
         Ok(changes)
     }
 
     async fn last_sequence(&self) -> Result<Sequence, MemoryError> {
-        let last = reading!(self, SYSTEM, session => read::last_sequence(session))?;
-        self.told(last);
+        let last = following!(self, session => read::last_sequence(session))?;
+        self.database.reach(last.0);
         Ok(last)
     }
 
@@ -455,7 +447,7 @@ impl Relational for PostgresStore {
     }
 
     async fn states(&self, model: &str, keys: &[Key]) -> Result<Vec<IndexState>, MemoryError> {
-        complete!(self, session => read::states(session, model, keys))
+        following!(self, session => read::states(session, model, keys))
     }
 
     async fn state(&self, tenant: &TenantId, id: MemoryId, model: &str) -> Result<Option<IndexState>, MemoryError> {
@@ -463,7 +455,7 @@ impl Relational for PostgresStore {
     }
 
     async fn scan(&self, model: &str, after: Key, limit: usize, pending: bool) -> Result<Vec<IndexState>, MemoryError> {
-        complete!(self, session => read::scan(session, model, after, limit, pending))
+        following!(self, session => read::scan(session, model, after, limit, pending))
     }
 
     async fn put_codes(&self, model: &str, codes: &[(Key, i64, Code)], now: Timestamp) -> Result<usize, MemoryError> {

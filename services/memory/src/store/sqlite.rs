@@ -25,8 +25,8 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use super::code::Code;
 use super::ledger::{self, damaged, encode, parsed};
 use super::{
-    Addition, Arms, AsOf, ChangeItem, Condition, Counts, ExportPage, Exported, Frequencies, Imported, Imports,
-    IndexEvent, IndexState, Listing, Progress, Relational, Rescoring, Scored, Seen, Sight, Stored,
+    Addition, AsOf, ChangeItem, Condition, Counts, ExportPage, Exported, Frequencies, Imported, Imports, IndexEvent,
+    IndexState, Listing, Progress, Relational, Rescoring, Scored, Scoring, Seen, Sight, Stored,
 };
 use crate::domain::{self, Idempotency, Key, Memory, ScopeKey, Sequence, Version, View, Writer, Written};
 use crate::error::MemoryError;
@@ -232,12 +232,12 @@ impl Relational for SqliteStore {
         self.read(seen).await
     }
 
-    async fn scored(&self, arms: &Arms) -> Result<Scored, MemoryError> {
-        let (arms, frequencies) = (arms.clone(), self.frequencies.clone());
+    async fn scored(&self, scoring: &Scoring) -> Result<Scored, MemoryError> {
+        let (scoring, frequencies) = (scoring.clone(), self.frequencies.clone());
         let turn = self.turn().await?;
         let scored = move |connection: &Connection| {
             let _turn = turn;
-            search::scored(connection, &frequencies, &arms)
+            search::scored(connection, &frequencies, &scoring)
         };
         self.read(scored).await
     }

@@ -6,7 +6,7 @@ use super::{MODEL, add, addition, everything, scope, turn, vector};
 use crate::domain::{Key, ScopeKey};
 use crate::error::MemoryError;
 use crate::filter::Filter;
-use crate::store::{Arms, LexicalSearch, Relational, Rescoring, Sight};
+use crate::store::{LexicalSearch, Relational, Rescoring, Scoring, Sight};
 
 /// Everything of a tenant.
 pub fn sight(tenant: &TenantId) -> Sight {
@@ -49,20 +49,20 @@ pub async fn find(
     filter: Option<&Filter>,
     limit: usize,
 ) -> Result<Vec<(Key, f64)>, MemoryError> {
-    let arms = Arms {
+    let scoring = Scoring {
         lexical: Some(lexical(scopes, terms, filter, limit)),
-        ..Arms::of(tenant)
+        ..Scoring::of(tenant)
     };
-    store.scored(&arms).await.map(|scored| scored.lexical)
+    store.scored(&scoring).await.map(|scored| scored.lexical)
 }
 
 /// The turns beside some.
 pub async fn neighbours(store: &dyn Relational, tenant: &TenantId, keys: &[Key]) -> Vec<(Key, Key)> {
-    let arms = Arms {
+    let scoring = Scoring {
         neighbours: Some(keys.to_vec()),
-        ..Arms::of(tenant)
+        ..Scoring::of(tenant)
     };
-    store.scored(&arms).await.unwrap().neighbours
+    store.scored(&scoring).await.unwrap().neighbours
 }
 
 pub async fn the_arms_of_a_search_are_read_together(store: &dyn Relational) {
@@ -94,18 +94,18 @@ pub async fn the_arms_of_a_search_are_read_together(store: &dyn Relational) {
     let ranked = find(store, &tenant, &seen.scopes, &terms, None, 10).await.unwrap();
     let mut candidates = lexical(&seen.scopes, &terms, None, 10);
     candidates.candidates = Some((1..=all[3].0 + 10).map(Key).collect());
-    let arms = Arms {
+    let scoring = Scoring {
         lexical: Some(candidates),
-        ..Arms::of(&tenant)
+        ..Scoring::of(&tenant)
     };
-    assert_eq!(store.scored(&arms).await.unwrap().lexical, ranked);
-    let arms = Arms {
+    assert_eq!(store.scored(&scoring).await.unwrap().lexical, ranked);
+    let scoring = Scoring {
         tenant: tenant.clone(),
         lexical: Some(lexical(&seen.scopes, &aeterna_text::analyse("gem1"), None, 10)),
         dense: Some(rescoring(&all, 2)),
         neighbours: Some(Vec::new()),
     };
-    let scored = store.scored(&arms).await.unwrap();
+    let scored = store.scored(&scoring).await.unwrap();
     assert_eq!(scored.lexical.iter().map(|(key, _)| *key).collect::<Vec<_>>(), [all[0]]);
     let dense = scored.dense.unwrap();
     assert_eq!(dense.len(), 3, "the third has no vector: {dense:?}");

@@ -20,7 +20,9 @@ impl Documents for PostgresStore {
         change: DocumentChange,
     ) -> Result<(Document, Sequence), MemoryError> {
         let safe = change.idempotency.is_some();
-        writing!(self, writer, safe, ledger => ledger::change_document(&mut ledger, change.clone()))
+        let answer = writing!(self, writer, safe, ledger => ledger::change_document(&mut ledger, change.clone()))?;
+        self.answered_with(std::iter::once(answer.1));
+        Ok(answer)
     }
 
     async fn document_replays(&self, writer: &Writer, idempotency: &Idempotency) -> Result<bool, MemoryError> {

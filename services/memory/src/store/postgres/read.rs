@@ -7,13 +7,12 @@ use sqlx::postgres::PgRow;
 use sqlx::{PgConnection, Postgres, QueryBuilder, Row as _};
 
 use super::lexical::Cache;
-use super::write::IS_SETTLED;
 use super::{damaged, encode, filter, keyed, past, record, storage};
 use crate::domain::{Change, Key, Kind, Memory, ScopeKey, Sequence, Subject, Version, View};
 use crate::error::MemoryError;
 use crate::filter::Filter;
 use crate::store::code::{Code, Query};
-use crate::store::{Arms, Counts, IndexEvent, IndexState, Listing, Rescoring, Scored, Seen, Sight, Stored};
+use crate::store::{Counts, IndexEvent, IndexState, Listing, Rescoring, Scored, Scoring, Seen, Sight, Stored};
 
 pub(super) fn limit(limit: usize) -> i64 {
     i64::try_from(limit).unwrap_or(i64::MAX)
@@ -280,12 +279,6 @@ pub async fn cosines(connection: &mut PgConnection, rescoring: &Rescoring) -> Re
     Ok(cosines)
 }
 
-/// See [`IS_SETTLED`].
-pub async fn is_settled(connection: &mut PgConnection, place: i64) -> Result<bool, MemoryError> {
-    let query = sqlx::query_scalar(IS_SETTLED);
-    query.bind(place).fetch_one(connection).await.map_err(storage)
-}
-
 pub async fn events(
     connection: &mut PgConnection,
     after: Sequence,
@@ -492,21 +485,21 @@ pub async fn any_expired(connection: &mut PgConnection, now: Timestamp) -> Resul
     asked.map_err(storage)
 }
 
-pub async fn scored(connection: &mut PgConnection, cache: &Cache, arms: &Arms) -> Result<Scored, MemoryError> {
+pub async fn scored(connection: &mut PgConnection, cache: &Cache, scoring: &Scoring) -> Result<Scored, MemoryError> {
     let began = Instant::now();
     let mut dense = Vec::new();
-    if let Some(rescoring) = &arms.dense {
+    if let Some(rescoring) = &scoring.dense {
         dense = cosines(connection, rescoring).await?;
     }
     let dense_ms = began.elapsed().as_secs_f64() * 1e3;
     let began = Instant::now();
     let mut lexical = Vec::new();
-    if let Some(search) = &arms.lexical {
-        lexical = super::lexical::search(connection, cache, &arms.tenant, search).await?;
+    if let Some(search) = &scoring.lexical {
+        lexical = super::lexical::search(connection, cache, &scoring.tenant, search).await?;
     }
     let lexical_ms = began.elapsed().as_secs_f64() * 1e3;
     let mut beside = Vec::new();
-    if let Some(turns) = arms.turns(&lexical, &dense) {
+    if let Some(turns) = scoring.turns(&lexical, &dense) {
         beside = neighbours(connection, &turns).await?;
     }
     Ok(Scored {

@@ -2,9 +2,10 @@
 
 use std::collections::HashMap;
 
-use aeterna_storage::Session;
+use aeterna_storage::{Session, StorageError};
 use aeterna_types::{Layer, MemoryId, Scope, Timestamp};
 use async_trait::async_trait;
+use sqlx::postgres::PgRow;
 use sqlx::{AssertSqlSafe, PgConnection, Row as _};
 
 use super::lexical::{self, Terms};
@@ -12,29 +13,14 @@ use super::{keyed, record, seal, seal_json, storage, unseal_json};
 use crate::domain::{Document, Idempotency, Key, Kind, Memory, Policy, ScopeKey, Sequence, Text, Version, Writer};
 use crate::error::MemoryError;
 use crate::store::code::Code;
-use crate::store::ledger::{self, Ledger, Owner, Resource, encode, parsed, system};
+use crate::store::ledger::{self, Ledger, Owner, Resource, encode, system};
 use crate::store::{Progress, StoredVector};
 
 /// Changes that one transaction may bring: two to this power.
 pub const CHANGES: u32 = 20;
 
 /// The timeline of a primary: how the names of its WAL files begin.
-macro_rules! timeline {
-    () => {
-        "left(pg_walfile_name(pg_current_wal_lsn()), 8)"
-    };
-}
-
-/// Whether a node has all changes up to a place that are ever to come. A standby shows a commit before the primary does, which
-/// waits for another one first: then the primary lacks what is yet to come. What a primary lacks that has not begun its
-/// timeline was lost with the one before.
-pub const IS_SETTLED: &str = concat!(
-    "SELECT CASE WHEN horizon() > $1 THEN true WHEN pg_is_in_recovery() THEN false ",
-    "ELSE NOT EXISTS (SELECT 1 FROM meta WHERE name = 'timeline' AND value = ",
-    timeline!(),
-    ") END"
-);
-
+const TIMELINE: &str = "left(pg_walfile_name(pg_current_wal_lsn()), 8)";
 /// Transactions, as a power of two, that a primary can't have begun whose standby never heard of them.
 const UNHEARD: u32 = 20;
 
@@ -42,10 +28,9 @@ const UNHEARD: u32 = 20;
 /// nobody has any more. Others that do so at the same time wait, and find it begun.
 pub async fn begin_timeline(connection: &mut PgConnection) -> Result<(), MemoryError> {
     let query = format!(
-        "WITH begun AS (INSERT INTO meta (name, value) VALUES ('timeline', {}) ON CONFLICT (name) \
+        "WITH begun AS (INSERT INTO meta (name, value) VALUES ('timeline', {TIMELINE}) ON CONFLICT (name) \
          DO UPDATE SET value = excluded.value WHERE meta.value <> excluded.value RETURNING 1) \
          UPDATE meta SET value = (value::bigint + (1::bigint << {}))::text WHERE name = 'base' AND EXISTS (SELECT 1 FROM begun)",
-        timeline!(),
         UNHEARD + CHANGES
     );
     sqlx::query(AssertSqlSafe(query))
@@ -68,9 +53,8 @@ impl Places {
     /// has written: PostgreSQL lets no other wait for the standby at its commit.
     pub async fn of(connection: &mut PgConnection) -> Result<Option<Self>, MemoryError> {
         let query = format!(
-            "SELECT (pg_current_xact_id()::text::bigint << {CHANGES}) + b.value::bigint, t.value = {}, \
-             pg_logical_emit_message(true, 'aeterna', '')::text FROM meta b LEFT JOIN meta t ON t.name = 'timeline' WHERE b.name = 'base'",
-            timeline!()
+            "SELECT (pg_current_xact_id()::text::bigint << {CHANGES}) + b.value::bigint, t.value = {TIMELINE}, \
+             pg_logical_emit_message(true, 'aeterna', '')::text FROM meta b LEFT JOIN meta t ON t.name = 'timeline' WHERE b.name = 'base'"
         );
         let (first, same, _): (i64, Option<bool>, String) = sqlx::query_as(AssertSqlSafe(query))
             .fetch_one(connection)
@@ -93,6 +77,15 @@ impl Places {
             0 => 0,
             taken => self.first + taken - 1,
         }
+    }
+}
+
+/// Refuses a row that a later transaction has written, which then was quicker: what this one does to it would be told of before
+/// that. All of it begins again, with later places.
+fn in_turn(row: &PgRow) -> Result<(), MemoryError> {
+    match row.try_get("later").map_err(storage)? {
+        true => Err(StorageError::Collision("a later transaction was quicker".into()).into()),
+        false => Ok(()),
     }
 }
 
@@ -194,13 +187,15 @@ impl Ledger for PostgresLedger<'_> {
 
     async fn twin(&mut self, scope: ScopeKey, identity: [u8; 32]) -> Result<Option<(Key, Memory)>, MemoryError> {
         let row = sqlx::query(
-            "SELECT key, record::text FROM memories WHERE scope = $1 AND identity = $2 AND deleted_at IS NULL FOR UPDATE",
+            "SELECT key, record::text, age(xmin) < 0 AS later FROM memories \
+             WHERE scope = $1 AND identity = $2 AND deleted_at IS NULL FOR UPDATE",
         )
         .bind(scope.0)
         .bind(identity.as_slice())
         .fetch_optional(&mut *self.connection)
         .await
         .map_err(storage)?;
+        row.as_ref().map(in_turn).transpose()?;
         row.as_ref().map(keyed).transpose()
     }
 
@@ -219,12 +214,15 @@ impl Ledger for PostgresLedger<'_> {
     }
 
     async fn find(&mut self, id: MemoryId) -> Result<Option<(Key, Memory)>, MemoryError> {
-        let row = sqlx::query("SELECT key, record::text FROM memories WHERE id = $1 AND tenant = $2 FOR UPDATE")
-            .bind(id.as_bytes().as_slice())
-            .bind(self.writer.tenant.as_str())
-            .fetch_optional(&mut *self.connection)
-            .await
-            .map_err(storage)?;
+        let row = sqlx::query(
+            "SELECT key, record::text, age(xmin) < 0 AS later FROM memories WHERE id = $1 AND tenant = $2 FOR UPDATE",
+        )
+        .bind(id.as_bytes().as_slice())
+        .bind(self.writer.tenant.as_str())
+        .fetch_optional(&mut *self.connection)
+        .await
+        .map_err(storage)?;
+        row.as_ref().map(in_turn).transpose()?;
         row.as_ref().map(keyed).transpose()
     }
 
@@ -374,6 +372,11 @@ impl Ledger for PostgresLedger<'_> {
         Ok(sequence)
     }
 
+    async fn mention(&mut self, key: Key, memory: &Memory) -> Result<Sequence, MemoryError> {
+        // No watcher is told of such a change.
+        self.event(key, memory, Kind::Embedded).await
+    }
+
     async fn resource_event(
         &mut self,
         scope: Option<ScopeKey>,
@@ -400,13 +403,16 @@ impl Ledger for PostgresLedger<'_> {
     }
 
     async fn document(&mut self, scope: ScopeKey, path: &str) -> Result<Option<(i64, Document)>, MemoryError> {
-        let row = sqlx::query("SELECT key, record FROM documents WHERE path = $1 AND scope = $2 FOR UPDATE")
-            .bind(path)
-            .bind(scope.0)
-            .fetch_optional(&mut *self.connection)
-            .await
-            .map_err(storage)?;
+        let row = sqlx::query(
+            "SELECT key, record, age(xmin) < 0 AS later FROM documents WHERE path = $1 AND scope = $2 FOR UPDATE",
+        )
+        .bind(path)
+        .bind(scope.0)
+        .fetch_optional(&mut *self.connection)
+        .await
+        .map_err(storage)?;
         let Some(row) = row else { return Ok(None) };
+        in_turn(&row)?;
         let document = record(&row, "record", "document")?;
         Ok(Some((row.try_get("key").map_err(storage)?, document)))
     }
@@ -462,14 +468,16 @@ impl Ledger for PostgresLedger<'_> {
     }
 
     async fn policy(&mut self, name: &str) -> Result<Option<Policy>, MemoryError> {
-        let record: Option<String> =
-            sqlx::query_scalar("SELECT record FROM policies WHERE tenant = $1 AND name = $2 FOR UPDATE")
-                .bind(self.writer.tenant.as_str())
-                .bind(name)
-                .fetch_optional(&mut *self.connection)
-                .await
-                .map_err(storage)?;
-        record.map(|record| parsed(&unseal_json(&record), "policy")).transpose()
+        let row = sqlx::query(
+            "SELECT record, age(xmin) < 0 AS later FROM policies WHERE tenant = $1 AND name = $2 FOR UPDATE",
+        )
+        .bind(self.writer.tenant.as_str())
+        .bind(name)
+        .fetch_optional(&mut *self.connection)
+        .await
+        .map_err(storage)?;
+        row.as_ref().map(in_turn).transpose()?;
+        row.as_ref().map(|row| record(row, "record", "policy")).transpose()
     }
 
     async fn put_policy(&mut self, policy: &Policy) -> Result<(), MemoryError> {
@@ -630,7 +638,7 @@ pub async fn reap(
     limit: usize,
 ) -> Result<usize, MemoryError> {
     let rows = sqlx::query(
-        "SELECT key, tenant, record::text FROM memories WHERE expires_at <= $1 AND deleted_at IS NULL \
+        "SELECT key, tenant, record::text FROM memories WHERE expires_at <= $1 AND deleted_at IS NULL AND age(xmin) >= 0 \
          ORDER BY expires_at LIMIT $2 FOR UPDATE SKIP LOCKED",
     )
     .bind(now.micros())

@@ -1,4 +1,4 @@
-//! What a search reads: where it looks, what its arms bring.
+//! What a search reads: where it looks, what it scores.
 
 use std::time::Instant;
 
@@ -14,7 +14,7 @@ use crate::domain::{Key, ScopeKey};
 use crate::error::MemoryError;
 use crate::filter::Filter;
 use crate::store::code::Query;
-use crate::store::{Arms, Rescoring, Scored, Seen, Sight};
+use crate::store::{Rescoring, Scored, Scoring, Seen, Sight};
 
 pub fn seen(connection: &Connection, sight: &Sight) -> Result<Seen, MemoryError> {
     let scopes = read::visible(connection, &sight.tenant, &sight.view, &sight.layers)?;
@@ -64,20 +64,20 @@ fn expired(connection: &Connection, scopes: &[ScopeKey], now: Timestamp) -> Resu
     rows(connection, text, bound, |row| get(row, 0).map(Key))
 }
 
-pub fn scored(connection: &Connection, cache: &Cache, arms: &Arms) -> Result<Scored, MemoryError> {
+pub fn scored(connection: &Connection, cache: &Cache, scoring: &Scoring) -> Result<Scored, MemoryError> {
     let began = Instant::now();
-    let dense = match &arms.dense {
+    let dense = match &scoring.dense {
         Some(rescoring) => cosines(connection, rescoring),
         None => Ok(Vec::new()),
     };
     let dense_ms = milliseconds(began);
     let began = Instant::now();
-    let lexical = match &arms.lexical {
-        Some(search) => lexical::search(connection, cache, &arms.tenant, search)?,
+    let lexical = match &scoring.lexical {
+        Some(search) => lexical::search(connection, cache, &scoring.tenant, search)?,
         None => Vec::new(),
     };
     let lexical_ms = milliseconds(began);
-    let neighbours = match arms.turns(&lexical, dense.as_deref().unwrap_or_default()) {
+    let neighbours = match scoring.turns(&lexical, dense.as_deref().unwrap_or_default()) {
         Some(turns) => neighbours(connection, &turns)?,
         None => Vec::new(),
     };
