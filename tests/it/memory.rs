@@ -1,5 +1,6 @@
 //! The memory service over its contract.
 
+use aeterna_proto::memory::v1::batch_delete_result::Result as Deleted;
 use aeterna_proto::memory::v1::memory_service_client::MemoryServiceClient;
 use aeterna_proto::memory::v1::{
     AddOutcome, BatchDeleteRequest, DeleteRequest, GetRequest, HistoryRequest, ListRequest, Memory, SearchRequest,
@@ -129,7 +130,7 @@ async fn pages_end_before_a_message_is_too_large_and_go_on_where_they_ended() {
         for n in 0..9 {
             client.add(large(n)).await.unwrap();
         }
-        let (mut seen, mut pages, mut page_token) = (Vec::new(), 0, String::new());
+        let (mut seen, mut ids, mut pages, mut page_token) = (Vec::new(), Vec::new(), 0, String::new());
         loop {
             let request = ListRequest {
                 scope: user(way),
@@ -138,6 +139,7 @@ async fn pages_end_before_a_message_is_too_large_and_go_on_where_they_ended() {
             };
             let page = client.list(request).await.unwrap().into_inner();
             pages += 1;
+            ids.extend(page.memories.iter().map(|memory| memory.id.clone()));
             seen.extend(page.memories.into_iter().map(|memory| memory.content[..1].to_owned()));
             page_token = page.next_page_token;
             if page_token.is_empty() {
@@ -161,6 +163,27 @@ async fn pages_end_before_a_message_is_too_large_and_go_on_where_they_ended() {
         let status = client.search(query).await.unwrap_err();
         assert_eq!(refusal(&status).0, "MESSAGE_TOO_LARGE", "{way}: {status:?}");
         assert!(status.message().contains("lower `top_k`"), "{status:?}");
+        // What is done is told of each item, whatever it said.
+        let delete = |id: &String| DeleteRequest {
+            id: id.clone(),
+            ..Default::default()
+        };
+        let batch = BatchDeleteRequest {
+            requests: ids.iter().map(delete).collect(),
+        };
+        let results = client.batch_delete(batch).await.unwrap().into_inner().results;
+        for (result, id) in results.iter().zip(&ids) {
+            let Some(Deleted::Deleted(deleted)) = &result.result else {
+                panic!("{way}: {result:?}");
+            };
+            let memory = deleted.memory.as_ref().unwrap();
+            assert_eq!((&memory.id, memory.content.as_str()), (id, ""), "{way}");
+            assert!(
+                memory.deleted_at.is_some() && !memory.etag.is_empty(),
+                "{way}: {memory:?}"
+            );
+        }
+        assert_eq!(results.len(), 9, "{way}");
     }
     sandbox.stop().await;
 }

@@ -3,17 +3,17 @@
 use std::time::Duration;
 
 use aeterna_proto::memory::v1::memory_service_client::MemoryServiceClient;
-use aeterna_proto::memory::v1::{AddRequest, GetRequest, ListRequest, SearchRequest};
+use aeterna_proto::memory::v1::{AddRequest, DeleteRequest, GetRequest, ListRequest, SearchMode, SearchRequest};
 use aeterna_testkit::{PostgresServer, Program, built};
 
 use crate::notes::{item, user};
 
 async fn copy(server: &PostgresServer, data: &std::path::Path) -> Program {
-    let store = format!("postgres:{}", server.uri());
-    let environment = [
-        ("AETERNA_MEMORY_STORE", store.as_str()),
-        ("AETERNA_MEMORY_STORE_OWNER", "owner"),
-    ];
+    copy_on(&format!("postgres:{}", server.uri()), data).await
+}
+
+async fn copy_on(store: &str, data: &std::path::Path) -> Program {
+    let environment = [("AETERNA_MEMORY_STORE", store), ("AETERNA_MEMORY_STORE_OWNER", "owner")];
     Program::start_with(&built("aeterna"), &["serve"], data, &environment).await
 }
 
@@ -91,6 +91,66 @@ async fn two_copies_are_one_service_and_outlive_connections_and_each_other() {
     assert_eq!(listed.len(), 20);
     clients[1].add(item("bob", "one more")).await.unwrap();
     assert_eq!(b.stop().await, Some(0));
+}
+
+/// Without a synchronous standby a primary may take its last changes with it, a deletion for instance.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_deleted_only_on_a_lost_primary_is_found_again() {
+    let mut primary = PostgresServer::start(&["fsync=off"]);
+    let standby = primary.standby(&["fsync=off"]);
+    let directory = tempfile::tempdir().unwrap();
+    let hosts = [primary.port, standby.port].map(|port| format!("127.0.0.1:{port}"));
+    let store = format!("postgres://service@{}/aeterna", hosts.join(","));
+    let program = copy_on(&store, directory.path()).await;
+    let mut client = MemoryServiceClient::new(program.channel());
+    let id = client.add(item("ann", "the cat is called Max")).await.unwrap();
+    let id = id.into_inner().memory.unwrap().id;
+    let query = SearchRequest {
+        query: "the cat is called Max".into(),
+        scope: user("ann"),
+        mode: SearchMode::Dense.into(),
+        ..Default::default()
+    };
+    assert_eq!(
+        client.search(query.clone()).await.unwrap().into_inner().results.len(),
+        1
+    );
+    while standby.sql("aeterna", "SELECT count(*) FROM memories") == "0" {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    standby.sql("postgres", "ALTER SYSTEM SET primary_conninfo = ''");
+    standby.sql("postgres", "SELECT pg_reload_conf()");
+    while primary.sql("postgres", "SELECT count(*) FROM pg_stat_replication") != "0" {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    let delete = DeleteRequest {
+        id,
+        ..Default::default()
+    };
+    client.delete(delete).await.unwrap();
+    assert!(
+        client
+            .search(query.clone())
+            .await
+            .unwrap()
+            .into_inner()
+            .results
+            .is_empty()
+    );
+    primary.kill();
+    standby.sql("postgres", "SELECT pg_promote()");
+    for attempt in 0.. {
+        // Something new goes on from there.
+        let added = client.add(item("ann", &format!("note {attempt}"))).await;
+        let found = client.search(query.clone()).await.unwrap().into_inner().results;
+        let first = found.first().and_then(|result| result.memory.as_ref());
+        if added.is_ok() && first.is_some_and(|memory| memory.content == query.query) {
+            break;
+        }
+        assert!(attempt < 100, "{found:?}\n{}", program.log());
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    assert_eq!(program.stop().await, Some(0));
 }
 
 #[tokio::test(flavor = "multi_thread")]

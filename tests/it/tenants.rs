@@ -3,10 +3,11 @@
 use aeterna_auth::Role;
 use aeterna_proto::common::v1::Scope;
 use aeterna_proto::memory::v1::batch_delete_result::Result as Deleted;
+use aeterna_proto::memory::v1::knowledge_service_client::KnowledgeServiceClient;
 use aeterna_proto::memory::v1::memory_service_client::MemoryServiceClient;
 use aeterna_proto::memory::v1::{
-    AddRequest, BatchAddRequest, BatchDeleteRequest, DeleteRequest, GetRequest, HistoryRequest, ListRequest, Memory,
-    SearchRequest, StatsRequest, UpdateRequest,
+    AddRequest, BatchAddRequest, BatchDeleteRequest, DeleteRequest, Document, GetDocumentRequest, GetRequest,
+    HistoryRequest, ListRequest, Memory, PutDocumentRequest, SearchRequest, StatsRequest, UpdateRequest,
 };
 use aeterna_rpc::AnyChannel;
 use aeterna_testkit::{NEVER, SECRET, bearing, refusal};
@@ -302,6 +303,43 @@ async fn a_token_bound_to_a_scope_does_not_leave_it() {
         // What he writes to the team's layer lands within his own bounds.
         let written = bob.add(team, "bob's note for the team", "").await.unwrap();
         assert_eq!(written.scope.unwrap().user, "bob", "{way}");
+        // A document has the place that is named.
+        let mut documents = KnowledgeServiceClient::new(channel.clone());
+        let document = |scope: Scope| PutDocumentRequest {
+            document: Some(Document {
+                scope: Some(scope),
+                path: "tea.md".into(),
+                content: "at four".into(),
+                ..Default::default()
+            }),
+            request_id: String::new(),
+        };
+        let team = Scope {
+            team: "core".into(),
+            ..Default::default()
+        };
+        documents
+            .put_document(admin.bearing(document(team.clone())))
+            .await
+            .unwrap();
+        let status = documents
+            .put_document(bob.bearing(document(team.clone())))
+            .await
+            .unwrap_err();
+        assert_eq!(refusal(&status).0, "SCOPE_DENIED", "{way}: {status:?}");
+        documents
+            .put_document(bob.bearing(document(user("bob"))))
+            .await
+            .unwrap();
+        for scope in [team, user("bob")] {
+            let get = GetDocumentRequest {
+                scope: Some(scope.clone()),
+                path: "tea.md".into(),
+                ..Default::default()
+            };
+            let found = documents.get_document(bob.bearing(get)).await.unwrap().into_inner();
+            assert_eq!(found.document.unwrap().scope, Some(scope), "{way}");
+        }
         // A batch is refused item by item.
         let item = |name: &str| AddRequest {
             memory: Some(Memory {

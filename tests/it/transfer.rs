@@ -7,8 +7,8 @@ use aeterna_proto::memory::v1::memory_service_client::MemoryServiceClient;
 use aeterna_proto::memory::v1::policy_service_client::PolicyServiceClient;
 use aeterna_proto::memory::v1::{
     BatchAddRequest, DeletePolicyRequest, DeleteRequest, EmbeddingCode, ExportRequest, ExportResponse, ExportedMemory,
-    GetRequest, ImportRequest, ListRequest, Memory, Policy, PolicyRules, PutPolicyRequest, SearchRequest, StatsRequest,
-    StreamSummary, UpdateRequest, WriterRule,
+    GetRequest, HistoryRequest, ImportRequest, ListRequest, Memory, Policy, PolicyRules, PutPolicyRequest,
+    SearchRequest, StatsRequest, StreamSummary, UpdateRequest, WriterRule,
 };
 use aeterna_rpc::AnyChannel;
 use aeterna_testkit::{NEVER, Program, SECRET, bearing, built, refusal, token};
@@ -170,11 +170,45 @@ async fn what_was_exported_is_imported_as_it_was() {
         };
         let found = target.search(query).await.unwrap().into_inner().results;
         assert_eq!(found[0].memory.as_ref().unwrap().content, "the last words", "{way}");
-        // Another stream under the same id, and a stream that is not what its summary says.
+        // Another stream under the same id, also when it is shorter, and a stream that is not what its summary says.
         let mut other = all.clone();
         other[7].memory.as_mut().unwrap().content = "another".into();
         let status = import(&mut target, chunks(&id, &other, None)).await.unwrap_err();
         assert_eq!(refusal(&status).0, "INVALID_STATE", "{way}: {status:?}");
+        let status = import(&mut target, chunks(&id, &all[..100], None)).await.unwrap_err();
+        assert_eq!(refusal(&status).0, "INVALID_STATE", "{way}: {status:?}");
+        // The past of a memory ends with what it says now, whether it was sent or not.
+        let mut cut = all.iter().find(|one| one.versions.len() > 1).unwrap().clone();
+        let now = cut.versions.pop().unwrap();
+        cut.memory.as_mut().unwrap().id = String::new();
+        cut.memory.as_mut().unwrap().content = "the past was cut".into();
+        let told = import(&mut target, chunks(&format!("cut-{way}"), &[cut.clone()], None))
+            .await
+            .unwrap();
+        assert_eq!(told.created, 1, "{way}: {told:?}");
+        let list = ListRequest {
+            scope: user(way),
+            page_size: 1,
+            ..Default::default()
+        };
+        let newest = target.list(list).await.unwrap().into_inner().memories.remove(0);
+        assert_eq!(newest.content, "the past was cut", "{way}");
+        let history = HistoryRequest {
+            id: newest.id,
+            ..Default::default()
+        };
+        let versions = target.history(history).await.unwrap().into_inner().versions;
+        let last = versions[0].memory.as_ref().unwrap();
+        assert_eq!(
+            (last.version, last.content.as_str()),
+            (newest.version, "the past was cut"),
+            "{way}"
+        );
+        cut.versions.push(now);
+        let told = import(&mut target, chunks(&format!("otherwise-{way}"), &[cut], None))
+            .await
+            .unwrap();
+        assert_eq!((told.created, told.errors.len()), (0, 1), "{way}: {told:?}");
         let status = import(&mut target, chunks(&format!("new-{way}"), &all[..100], Some(summary)))
             .await
             .unwrap_err();

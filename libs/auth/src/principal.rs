@@ -112,7 +112,7 @@ impl Principal {
             None => Ok(()),
             Some((layer, _)) => Err(Error::new(
                 Reason::ScopeDenied,
-                format!("the memory is not of the {layer} that the token is bound to; it can be read and not changed"),
+                format!("it is not of the {layer} that the token is bound to; it can be read and not changed"),
             )
             .with("layer", layer)),
         }

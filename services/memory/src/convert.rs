@@ -317,6 +317,34 @@ pub fn batch_response(
     }
 }
 
+/// Leaves out what memories say, in an answer that would be too large: all of it is done, and each result must be told.
+pub fn shorten_additions(answer: &mut wire::BatchAddResponse) {
+    use wire::batch_add_result::Result as Item;
+    for result in &mut answer.results {
+        if let Some(Item::Added(added)) = &mut result.result {
+            shorten(added.memory.as_mut());
+        }
+    }
+}
+
+/// The same for deletions.
+pub fn shorten_deletions(answer: &mut wire::BatchDeleteResponse) {
+    use wire::batch_delete_result::Result as Item;
+    for result in &mut answer.results {
+        if let Some(Item::Deleted(deleted)) = &mut result.result {
+            shorten(deleted.memory.as_mut());
+        }
+    }
+}
+
+fn shorten(memory: Option<&mut wire::Memory>) {
+    if let Some(memory) = memory {
+        memory.content.clear();
+        memory.tags.clear();
+        (memory.metadata, memory.source) = (None, None);
+    }
+}
+
 /// What Get asks for.
 pub fn get_request(request: wire::GetRequest, now: Timestamp) -> Result<GetQuery, Error> {
     let mut violations = Violations::default();

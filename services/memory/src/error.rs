@@ -30,6 +30,9 @@ pub enum MemoryError {
     /// The etag is not the current one.
     #[error("it was changed since; read it again and send its etag")]
     EtagMismatch,
+    /// What the change was made of is not the current version, since it was read where that is not known yet.
+    #[error("it was changed since it was read; try again")]
+    Stale,
     /// The request id was used with another body.
     #[error("`request_id` was used before with another body; use a new one")]
     RequestIdReused,
@@ -80,7 +83,7 @@ impl From<MemoryError> for Error {
             MemoryError::TooManyVersions { limit, .. } => {
                 return Self::new(Reason::MessageTooLarge, error.to_string()).with("limit", limit);
             }
-            MemoryError::EtagMismatch => Reason::EtagMismatch,
+            MemoryError::EtagMismatch | MemoryError::Stale => Reason::EtagMismatch,
             MemoryError::RequestIdReused => Reason::RequestIdReused,
             MemoryError::Deleted | MemoryError::Duplicate => Reason::InvalidState,
             MemoryError::Store(error) => return error.into(),

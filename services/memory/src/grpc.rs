@@ -25,6 +25,10 @@ pub struct Memories(pub Arc<App>);
 type Answer<T> = Result<Response<T>, Status>;
 
 impl App {
+    fn is_too_large(&self, answer: &impl prost::Message) -> bool {
+        answer.encoded_len() > self.message_bytes
+    }
+
     /// An answer that is larger than a message may be is refused with the limit, and what to do.
     fn fitting<T: prost::Message>(&self, answer: T, advice: &str) -> Answer<T> {
         let (bytes, limit) = (answer.encoded_len(), self.message_bytes);
@@ -50,8 +54,11 @@ impl MemoryService for Memories {
         let context = RequestContext::of(&request)?;
         let items = convert::batch_request(request.into_inner(), self.0.message_bytes)?;
         let written = self.0.add(&context, items).await?;
-        self.0
-            .fitting(convert::batch_response(written, item_error), "everything was stored")
+        let mut answer = convert::batch_response(written, item_error);
+        if self.0.is_too_large(&answer) {
+            convert::shorten_additions(&mut answer);
+        }
+        Ok(Response::new(answer))
     }
 
     async fn get(&self, request: Request<wire::GetRequest>) -> Answer<wire::GetResponse> {
@@ -88,8 +95,11 @@ impl MemoryService for Memories {
         let context = RequestContext::of(&request)?;
         let items = convert::batch_delete_request(request.into_inner())?;
         let written = self.0.delete(&context, items).await?;
-        let answer = convert::batch_delete_response(written, item_error);
-        self.0.fitting(answer, "everything was deleted")
+        let mut answer = convert::batch_delete_response(written, item_error);
+        if self.0.is_too_large(&answer) {
+            convert::shorten_deletions(&mut answer);
+        }
+        Ok(Response::new(answer))
     }
 
     async fn history(&self, request: Request<wire::HistoryRequest>) -> Answer<wire::HistoryResponse> {

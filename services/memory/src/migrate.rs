@@ -4,7 +4,9 @@
 use aeterna_error::{Error, Reason};
 use aeterna_types::{Clock as _, Scope, SystemClock, TenantId, chain};
 
-use crate::domain::{Document, Key, ScopeKey, View};
+use serde_json::Value;
+
+use crate::domain::{Document, Key, Memory, ScopeKey, View};
 use crate::error::MemoryError;
 use crate::store::ledger::system;
 use crate::store::{DocumentListing, ExportPage, Exported, Imported, Progress, Relational};
@@ -177,6 +179,9 @@ impl<'a> Reader<'a> {
             // Those of models that are on their way in or out are made again.
             let model = &exported.memory.embedding_model;
             exported.vectors.retain(|vector| vector.model == *model);
+            if exported.vectors.is_empty() {
+                exported.memory.embedding_model.clear();
+            }
         }
         Ok(found)
     }
@@ -230,6 +235,24 @@ async fn move_tenant(
     }
 }
 
+/// A memory with its numbers as callers are told of them: stores write the same number in different ways.
+fn as_told(memory: &Memory) -> Result<Value, Error> {
+    fn tell(value: &mut Value) {
+        match value {
+            Value::Number(number) => {
+                let told = number.as_f64().map(|number| if number == 0.0 { 0.0 } else { number });
+                *value = told.map_or(Value::Null, Value::from);
+            }
+            Value::Array(items) => items.iter_mut().for_each(tell),
+            Value::Object(fields) => fields.values_mut().for_each(tell),
+            _ => {}
+        }
+    }
+    let mut told = serde_json::to_value(memory).map_err(Error::internal)?;
+    tell(&mut told);
+    Ok(told)
+}
+
 /// Counts and digests everything that moves.
 async fn survey(store: &dyn Relational, mut tell: impl FnMut(&Moved)) -> Result<Moved, Error> {
     let mut seen = Moved::default();
@@ -258,10 +281,10 @@ async fn survey(store: &dyn Relational, mut tell: impl FnMut(&Moved)) -> Result<
             }
             for exported in page {
                 seen.memories += 1;
-                seen.add(&exported.memory)?;
+                seen.add(&as_told(&exported.memory)?)?;
                 for version in &exported.versions {
-                    let kind = format!("{:?}", version.kind);
-                    seen.add(&(&version.memory, kind, version.changed_at.micros(), &version.changed_by))?;
+                    let (memory, kind) = (as_told(&version.memory)?, format!("{:?}", version.kind));
+                    seen.add(&(memory, kind, version.changed_at.micros(), &version.changed_by))?;
                 }
                 for vector in &exported.vectors {
                     seen.add(&(&vector.model, vector.code.as_bytes()))?;
@@ -321,7 +344,35 @@ mod tests {
             updated_by: String::new(),
         };
         let writer = system("another", SystemClock.now()).unwrap();
-        first.put_policy(&writer, policy, None, None).await.unwrap();
+        for description in ["for a day", "for a night"] {
+            let policy = Policy {
+                description: description.into(),
+                ..policy.clone()
+            };
+            first.put_policy(&writer, policy, None, None).await.unwrap();
+        }
+        // Numbers that stores write in different ways.
+        let numbers = serde_json::json!({"large": 1e17, "nothing": -0.0, "small": 1e-9, "whole": 3});
+        let mut body = conformance::body("numbers");
+        body.metadata = numbers.as_object().unwrap().clone();
+        let addition = crate::store::Addition {
+            scope: Scope::default(),
+            body,
+            vector: None,
+            most: None,
+            idempotency: None,
+        };
+        let added = first.add(&writer, vec![addition]).await.unwrap().remove(0).unwrap();
+        // Deleted before its vector by another model came.
+        let code = crate::store::code::Code::encode(&conformance::vector(1, 64)).unwrap();
+        let codes = [(added.memory.id, added.memory.version, code)];
+        assert_eq!(first.put_codes("before@1", &codes, SystemClock.now()).await.unwrap(), 1);
+        let deleted = crate::store::ChangeItem {
+            change: crate::store::Change::Delete,
+            ..crate::store::ledger::purge(added.memory.id)
+        };
+        first.change(&writer, vec![deleted]).await.unwrap().remove(0).unwrap();
+        first.forget_model("before@1").await.unwrap();
         let there = survey(&first, |_| ()).await.unwrap();
         assert!(
             there.tenants > 1 && there.memories > 200 && there.documents > 0 && there.policies > 0,

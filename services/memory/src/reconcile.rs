@@ -321,7 +321,7 @@ mod tests {
         let pending = store.scan("m@1", Key(0), 100, true).await.unwrap();
         let codes: Vec<_> = pending
             .iter()
-            .map(|state| (state.key, state.version, code(state.key.0 as u32)))
+            .map(|state| (state.id, state.version, code(state.key.0 as u32)))
             .collect();
         store.put_codes("m@1", &codes, SystemClock.now()).await.unwrap();
         let layout = Layout {

@@ -77,6 +77,8 @@ pub struct ChangeItem {
     pub id: MemoryId,
     /// Only on this version.
     pub etag: Option<String>,
+    /// The version that the change was made of, which a node may have shown that was behind: on another one it is `Stale`.
+    pub made_of: Option<String>,
     /// What to do.
     pub change: Change,
     /// Makes a retry safe.
@@ -160,6 +162,8 @@ pub struct IndexEvent {
 pub struct IndexState {
     /// The memory.
     pub key: Key,
+    /// Its id.
+    pub id: MemoryId,
     /// Its scope.
     pub scope: ScopeKey,
     /// Its tenant.
@@ -398,6 +402,10 @@ pub trait Relational: Policies + Documents + Moving {
     /// The last place in the outbox; every read that begins after this sees at least what is at or before it.
     async fn last_sequence(&self) -> Result<Sequence, MemoryError>;
 
+    /// Whether there is a change of this place; before the first one, there is. A store that was put back to an earlier time has
+    /// not got what came after it, though its places may go on beyond.
+    async fn has(&self, place: Sequence) -> Result<bool, MemoryError>;
+
     /// Waits until every read that begins after this sees at least what is at or before that place in the outbox, of which somebody
     /// else has told. A place that is nowhere holds up nobody else.
     async fn reach(&self, sequence: Sequence) -> Result<(), MemoryError>;
@@ -413,7 +421,12 @@ pub trait Relational: Policies + Documents + Moving {
 
     /// Stores vectors that were pending, for the versions that they were made of, each with an event in the outbox; how many
     /// were stored.
-    async fn put_codes(&self, model: &str, codes: &[(Key, i64, Code)], now: Timestamp) -> Result<usize, MemoryError>;
+    async fn put_codes(
+        &self,
+        model: &str,
+        codes: &[(MemoryId, i64, Code)],
+        now: Timestamp,
+    ) -> Result<usize, MemoryError>;
 
     /// Memories with all that belongs to them, in the order in which they were stored.
     async fn export(&self, page: &ExportPage) -> Result<Vec<Exported>, MemoryError>;

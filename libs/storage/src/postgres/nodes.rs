@@ -193,6 +193,11 @@ impl Nodes {
         }
     }
 
+    /// How long a statement may take that only reads.
+    pub(super) fn statement(&self) -> Duration {
+        self.options.statement
+    }
+
     /// The primary, once there is one that answers.
     pub(super) async fn primary(&self, patience: Duration) -> Result<Arc<Epoch>, StorageError> {
         let mut primary = self.primary.subscribe();

@@ -85,6 +85,7 @@ impl App {
         Ok(Checked::Change(ChangeItem {
             id: item.id,
             etag: item.etag,
+            made_of: None,
             change: if item.purge { Change::Purge } else { Change::Delete },
             idempotency: item.idempotency,
         }))

@@ -31,8 +31,6 @@ const PAUSE: Duration = Duration::from_secs(1);
 const LONGEST: Duration = Duration::from_secs(60);
 /// How often the index is looked after. So long may changes of it wait to survive a loss of power; the outbox still has them.
 const FLUSH: Duration = Duration::from_secs(5);
-/// How many pauses a node of the store may lag.
-const LAGS: u32 = 10;
 /// How often progress is told.
 const TOLD: Duration = Duration::from_secs(10);
 /// How often policies are asked about what was deleted.
@@ -145,12 +143,12 @@ impl Background {
         let filled = serving.index.filled().map(|(_, at)| at);
         if let Some(turns) = self.turns_at(serving)
             && let Some(brought) = turns.place(model).await
-            && self.is_ahead(brought, stop).await?
+            && !self.app.store.has(brought).await?
         {
             turns.forget(model).await;
         }
         if let Some(known) = serving.index.watermark().max(filled)
-            && self.is_ahead(known, stop).await?
+            && !self.app.store.has(known).await?
         {
             tracing::warn!(
                 "the vector index is ahead of the store, which was put back to an earlier time; it is filled anew"
@@ -185,17 +183,6 @@ impl Background {
             whole.alone = alone;
         }
         Ok(alone)
-    }
-
-    /// Whether an index has a change that the store does not have. A node of the store that lags knows less than there is.
-    async fn is_ahead(&self, watermark: Sequence, stop: &CancellationToken) -> Result<bool, Error> {
-        for _ in 0..LAGS {
-            if self.app.store.last_sequence().await? >= watermark || stop.is_cancelled() {
-                return Ok(false);
-            }
-            tokio::time::sleep(PAUSE).await;
-        }
-        Ok(true)
     }
 
     /// Puts the stored vectors into an index, until it is told to stop; how many there were. It goes on where it was interrupted.
@@ -386,6 +373,11 @@ impl Background {
             app.indexed.send_replace(watermark);
         };
         if let Some(watermark) = serving.index.watermark() {
+            if !app.store.has(watermark).await? {
+                // The store was put back to an earlier time, or a node took over that lacked it: `complete` finds out the rest.
+                *lock(&self.pending.whole) = None;
+                return Ok(());
+            }
             indexed(watermark);
         }
         if let Some(turns) = self.turns_at(serving)

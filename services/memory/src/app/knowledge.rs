@@ -60,17 +60,18 @@ pub struct DocumentPage {
 }
 
 impl App {
-    /// Writes, restores or deletes a document where the caller stands.
+    /// Writes, restores or deletes a document.
     ///
     /// # Errors
     /// SCOPE_DENIED, POLICY_DENIED, NOT_FOUND, or ABORTED when the etag does not fit.
     pub async fn change_document(
         &self,
         context: &RequestContext,
-        mut change: DocumentChange,
+        change: DocumentChange,
     ) -> Result<(Document, Sequence), Error> {
         let writer = self.writer(context);
-        change.scope = context.principal().stand_in(&change.scope)?;
+        // A document has the place that is named, for writes as for reads.
+        context.principal().may_change(&change.scope)?;
         let allowed = self
             .law(&writer.tenant)
             .await?

@@ -34,8 +34,6 @@ const BETWEEN: Duration = Duration::from_millis(5);
 const PAGE: usize = 256;
 /// Entries that the stream of a tenant keeps. Whoever is further behind reads the store.
 const KEEP: usize = 1_000;
-/// How many pauses a node of the store may know less than the streams.
-const LAGS: u32 = 10;
 
 /// Appends what is new in the outbox to the live streams.
 pub(crate) struct Relay {
@@ -49,8 +47,6 @@ pub(crate) struct Relay {
     position: Option<Sequence>,
     /// When the oldest change was committed that it knows of and has not appended.
     oldest: Option<Timestamp>,
-    /// How often in a row the streams were ahead of the store.
-    ahead: u32,
 }
 
 impl Relay {
@@ -64,21 +60,13 @@ impl Relay {
             Some(position) => position,
             None => Sequence(self.live.begin(&self.log, self.store.last_sequence().await?.0).await?),
         };
-        // Whatever the streams stand at was committed; the node that is read must know it, too.
-        self.store.reach(from).await?;
-        if self.position.is_none() && self.store.last_sequence().await? < from {
-            self.ahead += 1;
-            if self.ahead <= LAGS {
-                return Ok(false);
-            }
+        if self.position.is_none() && !self.store.has(from).await? {
             tracing::warn!(
                 "the live streams are ahead of the store, which was put back to an earlier time; they begin anew"
             );
             self.live.forget(&self.log).await?;
-            self.ahead = 0;
             return Ok(true);
         }
-        self.ahead = 0;
         let page = self.store.changes(None, from, PAGE).await?;
         self.oldest = page.first().map(|change| change.committed_at);
         let to = page.last().map_or(from, |change| change.sequence);
@@ -157,7 +145,6 @@ impl LiveWork {
             encode: self.encode,
             position: None,
             oldest: None,
-            ahead: 0,
         };
         let mut committed = self.app.committed.subscribe();
         let mut well = Instant::now();
@@ -400,7 +387,6 @@ mod tests {
             encode,
             position: None,
             oldest: None,
-            ahead: 0,
         }
     }
 

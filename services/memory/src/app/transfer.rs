@@ -235,12 +235,19 @@ impl Import {
     /// Ends it; `sent` is what the sender says that the stream was.
     ///
     /// # Errors
-    /// INVALID_STATE when something else has arrived.
+    /// INVALID_STATE when something else has arrived, or less than this id has stored before.
     pub async fn finish(self, sent: Option<(i64, [u8; 32])>) -> Result<Taken, Error> {
         if sent.is_some_and(|(count, digest)| (count, digest) != (self.seen, self.digest)) {
             let message = format!(
                 "{} memories have arrived, which are not those of `summary`; send the same stream again",
                 self.seen
+            );
+            return Err(Error::new(Reason::InvalidState, message));
+        }
+        if self.seen < self.done.items {
+            let message = format!(
+                "`import_id` was used for a stream of {} memories or more, and {} have arrived; send the same stream, or use a new one",
+                self.done.items, self.seen
             );
             return Err(Error::new(Reason::InvalidState, message));
         }

@@ -1,5 +1,7 @@
 //! Changing one memory.
 
+use std::time::Duration;
+
 use aeterna_error::Error;
 use aeterna_rpc::RequestContext;
 use aeterna_types::MemoryId;
@@ -50,8 +52,12 @@ pub const FIELDS: &[(&str, Copy)] = &[
     ("superseded_by", |to, from| to.superseded_by = from.superseded_by),
 ];
 
+/// The pause before what was behind is read again.
+const AGAIN: Duration = Duration::from_millis(5);
+
 impl App {
-    /// Applies a patch; without an etag it is repeated when somebody else was faster, so that no update is lost.
+    /// Applies a patch to what is there. It is repeated when somebody else was faster, or what was read was behind, so that no
+    /// update is lost.
     ///
     /// # Errors
     /// NOT_FOUND, ABORTED when the etag does not fit, FAILED_PRECONDITION when the memory is deleted.
@@ -67,7 +73,6 @@ impl App {
         loop {
             let current = self.find(context, patch.id, &view).await?.memory;
             context.principal().may_change(&current.scope)?;
-            let etag = patch.etag.clone().unwrap_or_else(|| current.etag());
             let mut body = current.body.clone();
             let named = FIELDS
                 .iter()
@@ -89,12 +94,13 @@ impl App {
             };
             let item = ChangeItem {
                 id: patch.id,
-                etag: Some(etag),
+                etag: patch.etag.clone(),
+                made_of: Some(current.etag()),
                 change,
                 idempotency: patch.idempotency.clone(),
             };
             match self.change_one(&writer, item).await {
-                Err(MemoryError::EtagMismatch) if patch.etag.is_none() => {}
+                Err(MemoryError::Stale) => tokio::time::sleep(AGAIN).await,
                 Err(error) => return Err(error.into()),
                 Ok(written) => {
                     self.await_index(written.sequence).await;

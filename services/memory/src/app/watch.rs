@@ -81,9 +81,11 @@ impl App {
         // Before the end is read, so that nothing falls between the two.
         let live = self.changes.subscribe();
         self.store.reach(query.after.unwrap_or_default()).await?;
-        let end = self.store.last_sequence().await?;
-        let position = query.after.unwrap_or(end);
-        if position > end {
+        let position = match query.after {
+            Some(after) => after,
+            None => self.store.last_sequence().await?,
+        };
+        if !self.store.has(position).await? {
             let mut violations = aeterna_error::Violations::default();
             violations.add(
                 "resume_token",
@@ -110,9 +112,8 @@ impl App {
         let mut committed = self.committed.subscribe();
         let mut position = self.began;
         loop {
-            match self.publish_from(position).await {
-                Ok(next) => position = next,
-                Err(error) => tracing::warn!(error = %error.chain(), "watchers can't be told; trying again"),
+            if let Err(error) = self.publish_from(&mut position).await {
+                tracing::warn!(error = %error.chain(), "watchers can't be told; trying again");
             }
             tokio::select! {
                 () = stop.cancelled() => return,
@@ -122,19 +123,20 @@ impl App {
         }
     }
 
-    async fn publish_from(&self, mut position: Sequence) -> Result<Sequence, Error> {
+    async fn publish_from(&self, position: &mut Sequence) -> Result<(), Error> {
         if self.changes.receiver_count() == 0 {
             let last = self.store.last_sequence().await?;
             // A watcher that comes from here on reads what was committed before from the outbox itself. One that came meanwhile
             // may have read it when there was less.
             if self.changes.receiver_count() == 0 {
-                return Ok(last);
+                *position = last;
+                return Ok(());
             }
         }
         loop {
-            let page = self.store.changes(None, position, PAGE).await?;
-            let Some(last) = page.last() else { return Ok(position) };
-            position = last.sequence;
+            let page = self.store.changes(None, *position, PAGE).await?;
+            let Some(last) = page.last() else { return Ok(()) };
+            *position = last.sequence;
             for change in page {
                 // Nobody may be listening any more, which is no error.
                 let _ = self.changes.send(Arc::new(change));

@@ -17,7 +17,7 @@ use crate::error::MemoryError;
 use crate::filter::Filter;
 pub use search::find;
 use search::{neighbours, rescoring, sight};
-pub use vectors::vector_index;
+pub use vectors::{a_cleared_index_is_filled_anew, vector_index};
 
 const MODEL: &str = "m@1";
 
@@ -127,6 +127,7 @@ pub async fn change(
     let item = ChangeItem {
         id,
         etag: etag.map(str::to_owned),
+        made_of: None,
         change,
         idempotency,
     };
@@ -244,6 +245,18 @@ async fn writes_are_merged_versioned_and_replayed(store: &dyn Relational) {
     )
     .await;
     assert!(matches!(stale, Err(MemoryError::EtagMismatch)), "{stale:?}");
+    // Read where the last change is not known yet: with the caller's etag or without.
+    for etag in [None, Some(changed.memory.etag())] {
+        let item = ChangeItem {
+            id: memory.id,
+            etag,
+            made_of: Some(memory.etag()),
+            change: replace("x"),
+            idempotency: None,
+        };
+        let behind = store.change(&writer("t1", 6), vec![item]).await.unwrap().remove(0);
+        assert!(matches!(behind, Err(MemoryError::Stale)), "{behind:?}");
+    }
     let twin = change(store, &writer("t1", 6), memory.id, None, replace("one"), None).await;
     assert!(matches!(twin, Err(MemoryError::Duplicate)), "{twin:?}");
     let gone = idempotency("d", 1);
@@ -397,6 +410,13 @@ async fn the_outbox_tells_the_index_everything(store: &dyn Relational) {
     assert_eq!(events.len(), 2);
     assert_eq!(events[1].sequence, store.last_sequence().await.unwrap());
     assert_eq!(store.events(before, 1).await.unwrap().len(), 1);
+    for (place, there) in [
+        (Sequence::default(), true),
+        (events[0].sequence, true),
+        (Sequence(events[1].sequence.0 + 1), false),
+    ] {
+        assert_eq!(store.has(place).await.unwrap(), there, "{place:?}");
+    }
     let keys: Vec<Key> = events.iter().map(|event| event.key).collect();
     let states = store.states(MODEL, &keys).await.unwrap();
     let coded = |key: Key| states.iter().find(|state| state.key == key).unwrap().code.clone();
@@ -409,13 +429,16 @@ async fn the_outbox_tells_the_index_everything(store: &dyn Relational) {
     assert_eq!(pending[0].text, "without");
     let before = store.last_sequence().await.unwrap();
     assert_eq!(
-        store.put_codes(MODEL, &[(keys[1], 7, code(9))], at(0)).await.unwrap(),
+        store
+            .put_codes(MODEL, &[(pending[0].id, 7, code(9))], at(0))
+            .await
+            .unwrap(),
         0,
         "of a version that is not current"
     );
     assert_eq!(
         store
-            .put_codes(MODEL, &[(keys[1], pending[0].version, code(8))], at(0))
+            .put_codes(MODEL, &[(pending[0].id, pending[0].version, code(8))], at(0))
             .await
             .unwrap(),
         1

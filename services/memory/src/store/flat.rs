@@ -57,6 +57,8 @@ struct Inner {
     signs: Signs,
     /// Something was applied since it was flushed; a new one has files to write.
     dirty: bool,
+    /// It was cleared, and is to be filled.
+    cleared: bool,
 }
 
 /// The owner of a slot without a vector.
@@ -172,6 +174,7 @@ impl Inner {
             free: Vec::new(),
             signs: Signs::new(prefix),
             dirty: true,
+            cleared: false,
         }
     }
 
@@ -405,12 +408,32 @@ impl VectorIndex for Arc<FlatIndex> {
 
     fn advance(&self, watermark: Sequence) {
         let mut inner = self.write();
-        inner.dirty |= watermark > inner.watermark;
-        inner.watermark = inner.watermark.max(watermark);
+        if !inner.cleared {
+            inner.dirty |= watermark > inner.watermark;
+            inner.watermark = inner.watermark.max(watermark);
+        }
     }
 
     fn watermark(&self) -> Option<Sequence> {
-        Some(FlatIndex::watermark(self))
+        let inner = self.read();
+        (!inner.cleared).then_some(inner.watermark)
+    }
+
+    fn fill_all(&self, _last: Key, at: Sequence) {
+        self.write().cleared = false;
+        self.advance(at);
+    }
+
+    async fn clear(&self) -> Result<(), StorageError> {
+        let index = Self::clone(self);
+        blocking(move || {
+            let mut inner = index.write();
+            let keys: Vec<Key> = inner.by_key.keys().copied().collect();
+            keys.into_iter().for_each(|key| inner.remove(key));
+            (inner.watermark, inner.dirty, inner.cleared) = (Sequence::default(), true, true);
+            Ok(())
+        })
+        .await
     }
 
     async fn search(&self, query: Code, among: Arc<Among>, limit: usize) -> Result<Vec<(Key, f32)>, StorageError> {
@@ -533,6 +556,10 @@ mod tests {
             };
             super::super::conformance::vector_index(&Arc::new(index)).await;
         }
+        let Opened::Intact(index) = open("s", "m@1", 7) else {
+            panic!("it was flushed")
+        };
+        super::super::conformance::a_cleared_index_is_filled_anew(&Arc::new(index)).await;
     }
 
     #[test]

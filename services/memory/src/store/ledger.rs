@@ -51,6 +51,17 @@ pub trait Ledger: Send {
     /// The number of a scope, which is made when it is new.
     async fn scope(&mut self, scope: &Scope) -> Result<ScopeKey, MemoryError>;
 
+    /// Holds the memories of a batch against other writers at its beginning, all of them in one order, where writers are not one
+    /// after the other anyway: who comes late would have to begin again.
+    async fn hold(&mut self, _ids: &[MemoryId]) -> Result<(), MemoryError> {
+        Ok(())
+    }
+
+    /// The same for those that say what is to be added.
+    async fn hold_twins(&mut self, _places: &[(&Scope, [u8; 32])]) -> Result<(), MemoryError> {
+        Ok(())
+    }
+
     /// The memory of a scope that is not deleted and says the same.
     async fn twin(&mut self, scope: ScopeKey, identity: [u8; 32]) -> Result<Option<(Key, Memory)>, MemoryError>;
 
@@ -153,6 +164,10 @@ pub type Verdicts = Vec<Result<Written, MemoryError>>;
 
 /// Adds memories.
 pub async fn add(ledger: &mut dyn Ledger, items: Vec<Addition>) -> Result<Verdicts, MemoryError> {
+    if items.len() > 1 {
+        let places = items.iter().map(|item| (&item.scope, item.body.identity()));
+        ledger.hold_twins(&places.collect::<Vec<_>>()).await?;
+    }
     let (mut results, mut rooms) = (Vec::with_capacity(items.len()), Rooms::default());
     for item in items {
         results.push(verdict(add_one(ledger, &mut rooms, item).await)?);
@@ -241,6 +256,10 @@ async fn merge(ledger: &mut dyn Ledger, key: Key, mut memory: Memory, body: Body
 
 /// Changes memories.
 pub async fn change(ledger: &mut dyn Ledger, items: Vec<ChangeItem>) -> Result<Verdicts, MemoryError> {
+    if items.len() > 1 {
+        let ids = items.iter().map(|item| item.id);
+        ledger.hold(&ids.collect::<Vec<_>>()).await?;
+    }
     let mut results = Vec::with_capacity(items.len());
     for item in items {
         results.push(verdict(change_one(ledger, item).await)?);
@@ -256,6 +275,9 @@ async fn change_one(ledger: &mut dyn Ledger, item: ChangeItem) -> Result<Written
     let (key, mut memory) = found.ok_or_else(|| MemoryError::NotFound(item.id.to_string()))?;
     if item.etag.is_some_and(|etag| etag != memory.etag()) {
         return Err(MemoryError::EtagMismatch);
+    }
+    if item.made_of.is_some_and(|etag| etag != memory.etag()) {
+        return Err(MemoryError::Stale);
     }
     if memory.deleted_at.is_some() && !matches!(item.change, Change::Purge) {
         return Err(MemoryError::Deleted);
@@ -371,7 +393,7 @@ async fn import_one(
     } else {
         Kind::Added
     };
-    if versions.is_empty() {
+    if versions.last().is_none_or(|last| last.memory.version < memory.version) {
         versions.push(Version {
             memory: memory.clone(),
             kind,
@@ -628,6 +650,7 @@ pub fn purge(id: MemoryId) -> ChangeItem {
     ChangeItem {
         id,
         etag: None,
+        made_of: None,
         change: Change::Purge,
         idempotency: None,
     }

@@ -12,6 +12,7 @@ mod policies;
 mod read;
 mod seal;
 mod transfer;
+mod upkeep;
 mod write;
 
 use std::time::Duration;
@@ -202,7 +203,7 @@ impl PostgresStore {
             );
             return Err(Error::new(Reason::NotConfigured, message).into());
         }
-        write::keep_ascending(&mut session).await?;
+        upkeep::keep_ascending(&mut session).await?;
         let wanted = aeterna_text::VERSION.to_string();
         let analysed = read::meta(&mut session, "analysis").await?.as_ref() == Some(&wanted);
         database.commit(session, 0).await?;
@@ -422,8 +423,8 @@ impl Relational for PostgresStore {
         limit: usize,
     ) -> Result<Vec<domain::Change>, MemoryError> {
         let whose = tenant.map_or(SYSTEM, TenantId::as_str);
-        // Mostly there is nothing new, which any node may say. What is told can't be taken back: see `lasting`.
-        let first = reading!(self, whose, session => read::changes(session, tenant, after, 1))?;
+        // Mostly there is nothing new. What is told can't be taken back: see `lasting`.
+        let first = reading!(by read_primary, self, whose, session => read::changes(session, tenant, after, 1))?;
         if first.is_empty() {
             return Ok(first);
         }
@@ -442,6 +443,11 @@ impl Relational for PostgresStore {
         Ok(last)
     }
 
+    async fn has(&self, place: Sequence) -> Result<bool, MemoryError> {
+        let found = following!(self, session => read::has(session, place))?;
+        Ok(found || place <= Sequence::default())
+    }
+
     async fn reach(&self, sequence: Sequence) -> Result<(), MemoryError> {
         Ok(self.database.reached(sequence.0).await?)
     }
@@ -458,9 +464,14 @@ impl Relational for PostgresStore {
         following!(self, session => read::scan(session, model, after, limit, pending))
     }
 
-    async fn put_codes(&self, model: &str, codes: &[(Key, i64, Code)], now: Timestamp) -> Result<usize, MemoryError> {
+    async fn put_codes(
+        &self,
+        model: &str,
+        codes: &[(MemoryId, i64, Code)],
+        now: Timestamp,
+    ) -> Result<usize, MemoryError> {
         transaction!(self, SYSTEM, true, codes.len(), (session, places) =>
-            write::put_codes(session, places, model, codes, now))
+            upkeep::put_codes(session, places, model, codes, now))
     }
 
     async fn export(&self, page: &ExportPage) -> Result<Vec<Exported>, MemoryError> {
@@ -499,7 +510,7 @@ impl Relational for PostgresStore {
     async fn forget_model(&self, model: &str) -> Result<(), MemoryError> {
         loop {
             let done: Result<bool, MemoryError> = transaction!(self, SYSTEM, true, 1000, (session, _places) =>
-                write::forget_some(session, model));
+                upkeep::forget_some(session, model));
             if done? {
                 return Ok(());
             }
@@ -512,7 +523,7 @@ impl Relational for PostgresStore {
         if !any {
             return Ok(0);
         }
-        transaction!(self, SYSTEM, true, limit, (session, places) => write::reap(session, places, now, limit))
+        transaction!(self, SYSTEM, true, limit, (session, places) => upkeep::reap(session, places, now, limit))
     }
 
     async fn identity(&self) -> Result<String, MemoryError> {

@@ -286,6 +286,10 @@ impl Relational for SqliteStore {
             .await
     }
 
+    async fn has(&self, place: Sequence) -> Result<bool, MemoryError> {
+        self.read(move |connection| read::has(connection, place)).await
+    }
+
     async fn last_sequence(&self) -> Result<Sequence, MemoryError> {
         self.read(read::last_sequence).await
     }
@@ -313,7 +317,12 @@ impl Relational for SqliteStore {
             .await
     }
 
-    async fn put_codes(&self, model: &str, codes: &[(Key, i64, Code)], now: Timestamp) -> Result<usize, MemoryError> {
+    async fn put_codes(
+        &self,
+        model: &str,
+        codes: &[(MemoryId, i64, Code)],
+        now: Timestamp,
+    ) -> Result<usize, MemoryError> {
         write::put_codes(self, model, codes, now).await
     }
 

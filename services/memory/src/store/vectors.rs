@@ -181,9 +181,7 @@ pub trait VectorIndex: Send + Sync {
     ///
     /// # Errors
     /// When the index is away.
-    async fn clear(&self) -> Result<(), StorageError> {
-        Ok(())
-    }
+    async fn clear(&self) -> Result<(), StorageError>;
 }
 
 /// What an index of a model may be called where only letters, digits and few signs are taken.

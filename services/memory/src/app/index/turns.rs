@@ -268,6 +268,9 @@ mod tests {
         async fn keys(&self, _: Key, _: usize) -> Result<Vec<Key>, StorageError> {
             Ok(Vec::new())
         }
+        async fn clear(&self) -> Result<(), StorageError> {
+            Ok(())
+        }
     }
 
     /// A copy of the service.

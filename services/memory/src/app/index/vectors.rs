@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use aeterna_error::{Error, Reason};
 use aeterna_rpc::Dependency;
-use aeterna_types::TenantId;
+use aeterna_types::{MemoryId, TenantId};
 use futures::future::try_join_all;
 use tokio_util::sync::CancellationToken;
 
@@ -123,10 +123,10 @@ impl Background {
             return Ok(None);
         };
         let vectors = self.embed_states(model, &states).await?;
-        let codes: Vec<(Key, i64, Code)> = states
+        let codes: Vec<(MemoryId, i64, Code)> = states
             .iter()
             .zip(&vectors)
-            .filter_map(|(state, vector)| Some((state.key, state.version, Code::encode(vector.as_ref()?)?)))
+            .filter_map(|(state, vector)| Some((state.id, state.version, Code::encode(vector.as_ref()?)?)))
             .collect();
         let stored = app.store.put_codes(&model.identity, &codes, app.clock.now()).await?;
         Ok(Some((last, stored)))

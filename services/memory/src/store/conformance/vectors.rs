@@ -100,3 +100,28 @@ pub async fn vector_index(index: &dyn VectorIndex) {
     }
     assert_eq!(counted().await, (300 + 1, Some(Sequence(7))));
 }
+
+/// On an index that has something: the store was put back to an earlier time, and it is filled anew. It says nothing until it is.
+pub async fn a_cleared_index_is_filled_anew(index: &dyn VectorIndex) {
+    index.clear().await.unwrap();
+    index.tend().await.unwrap();
+    assert_eq!((index.len(), index.watermark()), (0, None));
+    index.advance(Sequence(8));
+    assert_eq!(index.watermark(), None);
+    let entry = Entry {
+        key: Key(1),
+        tenant: "one".parse().unwrap(),
+        scope: ScopeKey(0),
+        code: Some(code(1)),
+        text: String::new(),
+    };
+    let changes = Changes {
+        upserts: vec![entry],
+        removals: Vec::new(),
+        at: Sequence(9),
+    };
+    index.apply(changes).await.unwrap();
+    index.fill_all(Key(1), Sequence(9));
+    index.tend().await.unwrap();
+    assert_eq!((index.len(), index.watermark()), (1, Some(Sequence(9))));
+}

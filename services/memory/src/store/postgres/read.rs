@@ -355,6 +355,11 @@ fn change(row: &PgRow) -> Result<Change, MemoryError> {
     })
 }
 
+pub async fn has(connection: &mut PgConnection, place: Sequence) -> Result<bool, MemoryError> {
+    let query = sqlx::query_scalar("SELECT EXISTS (SELECT 1 FROM outbox WHERE sequence = $1)").bind(place.0);
+    query.fetch_one(connection).await.map_err(storage)
+}
+
 pub async fn last_sequence(connection: &mut PgConnection) -> Result<Sequence, MemoryError> {
     let last = sqlx::query_scalar("SELECT last_sequence()").fetch_one(connection).await;
     last.map(Sequence).map_err(storage)
@@ -378,6 +383,7 @@ fn state(row: &PgRow) -> Result<IndexState, MemoryError> {
     let code = code.map(|bytes| Code::from_bytes(bytes.to_vec()).ok_or_else(|| damaged("vector")));
     Ok(IndexState {
         key: key(row)?,
+        id: memory.id,
         scope: ScopeKey(get(row, "scope")?),
         tenant: get::<&str>(row, "tenant")?.parse().map_err(|_| damaged("tenant"))?,
         version: get(row, "version")?,

@@ -2,8 +2,8 @@
 
 use std::collections::HashMap;
 
-use aeterna_storage::{Session, StorageError};
-use aeterna_types::{Layer, MemoryId, Scope, Timestamp};
+use aeterna_storage::StorageError;
+use aeterna_types::{Layer, MemoryId, Scope};
 use async_trait::async_trait;
 use sqlx::postgres::PgRow;
 use sqlx::{AssertSqlSafe, PgConnection, Row as _};
@@ -12,8 +12,7 @@ use super::lexical::{self, Terms};
 use super::{keyed, record, seal, seal_json, storage, unseal_json};
 use crate::domain::{Document, Idempotency, Key, Kind, Memory, Policy, ScopeKey, Sequence, Text, Version, Writer};
 use crate::error::MemoryError;
-use crate::store::code::Code;
-use crate::store::ledger::{self, Ledger, Owner, Resource, encode, system};
+use crate::store::ledger::{Ledger, Owner, Resource, encode};
 use crate::store::{Progress, StoredVector};
 
 /// Changes that one transaction may bring: two to this power.
@@ -45,6 +44,8 @@ pub async fn begin_timeline(connection: &mut PgConnection) -> Result<(), MemoryE
 pub struct Places {
     first: i64,
     taken: i64,
+    /// That of the answers that change nothing.
+    mention: Option<Sequence>,
 }
 
 impl Places {
@@ -60,7 +61,11 @@ impl Places {
             .fetch_one(connection)
             .await
             .map_err(storage)?;
-        Ok((same == Some(true)).then_some(Self { first, taken: 0 }))
+        Ok((same == Some(true)).then_some(Self {
+            first,
+            taken: 0,
+            mention: None,
+        }))
     }
 
     fn take(&mut self) -> Result<Sequence, MemoryError> {
@@ -71,21 +76,17 @@ impl Places {
         Ok(Sequence(self.first + self.taken - 1))
     }
 
+    /// The last one that there can be.
+    fn end(&self) -> i64 {
+        self.first + (1 << CHANGES) - 1
+    }
+
     /// The last one; 0: none was taken.
     pub fn last(&self) -> i64 {
         match self.taken {
             0 => 0,
             taken => self.first + taken - 1,
         }
-    }
-}
-
-/// Refuses a row that a later transaction has written, which then was quicker: what this one does to it would be told of before
-/// that. All of it begins again, with later places.
-fn in_turn(row: &PgRow) -> Result<(), MemoryError> {
-    match row.try_get("later").map_err(storage)? {
-        true => Err(StorageError::Collision("a later transaction was quicker".into()).into()),
-        false => Ok(()),
     }
 }
 
@@ -98,6 +99,21 @@ pub struct PostgresLedger<'t> {
     tenant: Option<i64>,
 }
 
+/// What a write is about.
+pub(super) enum Changed<'a> {
+    Memory(MemoryId),
+    Resource(Resource<'a>),
+}
+
+/// Whether a later transaction may have written a row. Of one that was written very long ago the answer is wrong at times, since
+/// numbers of transactions begin again; whoever has to know it asks the outbox.
+macro_rules! newer {
+    () => {
+        "age(xmin) < 0 AS newer"
+    };
+}
+pub(super) use newer;
+
 impl<'t> PostgresLedger<'t> {
     /// In a transaction.
     pub fn new(connection: &'t mut PgConnection, writer: &'t Writer, places: &'t mut Places) -> Self {
@@ -108,6 +124,39 @@ impl<'t> PostgresLedger<'t> {
             scopes: HashMap::new(),
             tenant: None,
         }
+    }
+
+    /// Refuses to change what a later transaction has changed, which then was quicker: this change would be told of before that.
+    /// All of it begins again, with later places. It is asked once the row's lock is held, or there is no row any more.
+    pub(super) async fn in_turn(&mut self, what: Changed<'_>) -> Result<(), MemoryError> {
+        const LATER: &str = "SELECT EXISTS (SELECT 1 FROM outbox WHERE tenant = $1 AND sequence > $2 AND kind <> 'embedded' \
+                             AND (id = $3 OR resource = $4))";
+        let (id, resource) = match what {
+            Changed::Memory(id) => (Some(id.as_bytes().to_vec()), None),
+            Changed::Resource(resource) => (None, Some(resource.name())),
+        };
+        let later = sqlx::query_scalar(LATER)
+            .bind(self.writer.tenant.as_str())
+            .bind(self.places.end())
+            .bind(id)
+            .bind(resource)
+            .fetch_one(&mut *self.connection)
+            .await
+            .map_err(storage)?;
+        match later {
+            true => Err(StorageError::Collision("a later transaction was quicker".into()).into()),
+            false => Ok(()),
+        }
+    }
+
+    /// The memory of a row that may have been changed by a later transaction.
+    pub(super) async fn locked(&mut self, row: Option<PgRow>) -> Result<Option<(Key, Memory)>, MemoryError> {
+        let Some(row) = row else { return Ok(None) };
+        let (key, memory) = keyed(&row)?;
+        if row.try_get("newer").map_err(storage)? {
+            self.in_turn(Changed::Memory(memory.id)).await?;
+        }
+        Ok(Some((key, memory)))
     }
 
     async fn terms(&mut self, scope: ScopeKey, memory: &Memory) -> Result<Terms, MemoryError> {
@@ -185,18 +234,47 @@ impl Ledger for PostgresLedger<'_> {
         Ok(ScopeKey(key))
     }
 
-    async fn twin(&mut self, scope: ScopeKey, identity: [u8; 32]) -> Result<Option<(Key, Memory)>, MemoryError> {
-        let row = sqlx::query(
-            "SELECT key, record::text, age(xmin) < 0 AS later FROM memories \
-             WHERE scope = $1 AND identity = $2 AND deleted_at IS NULL FOR UPDATE",
+    async fn hold(&mut self, ids: &[MemoryId]) -> Result<(), MemoryError> {
+        let ids: Vec<&[u8]> = ids.iter().map(|id| id.as_bytes().as_slice()).collect();
+        sqlx::query("SELECT key FROM memories WHERE tenant = $1 AND id = ANY($2) ORDER BY key FOR UPDATE")
+            .bind(self.writer.tenant.as_str())
+            .bind(ids)
+            .execute(&mut *self.connection)
+            .await
+            .map_err(storage)?;
+        Ok(())
+    }
+
+    async fn hold_twins(&mut self, places: &[(&Scope, [u8; 32])]) -> Result<(), MemoryError> {
+        let paths = places.iter().map(|(scope, _)| encode(*scope));
+        let paths: Vec<String> = paths.collect::<Result<_, _>>()?;
+        let identities: Vec<&[u8]> = places.iter().map(|(_, identity)| identity.as_slice()).collect();
+        sqlx::query(
+            "SELECT m.key FROM memories m JOIN scopes s ON s.key = m.scope \
+             JOIN unnest($2::text[], $3::bytea[]) p (path, identity) ON s.path = p.path AND m.identity = p.identity \
+             WHERE s.tenant = $1 AND m.deleted_at IS NULL ORDER BY m.key FOR UPDATE OF m",
         )
+        .bind(self.writer.tenant.as_str())
+        .bind(paths)
+        .bind(identities)
+        .execute(&mut *self.connection)
+        .await
+        .map_err(storage)?;
+        Ok(())
+    }
+
+    async fn twin(&mut self, scope: ScopeKey, identity: [u8; 32]) -> Result<Option<(Key, Memory)>, MemoryError> {
+        let row = sqlx::query(concat!(
+            "SELECT key, record::text, ",
+            newer!(),
+            " FROM memories WHERE scope = $1 AND identity = $2 AND deleted_at IS NULL FOR UPDATE"
+        ))
         .bind(scope.0)
         .bind(identity.as_slice())
         .fetch_optional(&mut *self.connection)
         .await
         .map_err(storage)?;
-        row.as_ref().map(in_turn).transpose()?;
-        row.as_ref().map(keyed).transpose()
+        self.locked(row).await
     }
 
     async fn live(&mut self, scope: ScopeKey) -> Result<i64, MemoryError> {
@@ -214,16 +292,17 @@ impl Ledger for PostgresLedger<'_> {
     }
 
     async fn find(&mut self, id: MemoryId) -> Result<Option<(Key, Memory)>, MemoryError> {
-        let row = sqlx::query(
-            "SELECT key, record::text, age(xmin) < 0 AS later FROM memories WHERE id = $1 AND tenant = $2 FOR UPDATE",
-        )
+        let row = sqlx::query(concat!(
+            "SELECT key, record::text, ",
+            newer!(),
+            " FROM memories WHERE id = $1 AND tenant = $2 FOR UPDATE"
+        ))
         .bind(id.as_bytes().as_slice())
         .bind(self.writer.tenant.as_str())
         .fetch_optional(&mut *self.connection)
         .await
         .map_err(storage)?;
-        row.as_ref().map(in_turn).transpose()?;
-        row.as_ref().map(keyed).transpose()
+        self.locked(row).await
     }
 
     async fn owner(&mut self, id: MemoryId) -> Result<Owner, MemoryError> {
@@ -232,6 +311,10 @@ impl Ledger for PostgresLedger<'_> {
             .fetch_one(&mut *self.connection)
             .await
             .map_err(storage)?;
+        if tenant.is_none() {
+            // It may have been removed by then.
+            self.in_turn(Changed::Memory(id)).await?;
+        }
         Ok(match tenant {
             None => Owner::Nobody,
             Some(tenant) if tenant == self.writer.tenant.as_str() => Owner::Writer,
@@ -373,8 +456,13 @@ impl Ledger for PostgresLedger<'_> {
     }
 
     async fn mention(&mut self, key: Key, memory: &Memory) -> Result<Sequence, MemoryError> {
-        // No watcher is told of such a change.
-        self.event(key, memory, Kind::Embedded).await
+        // One does for all of them, since all is committed at once. No watcher is told of it.
+        if let Some(mention) = self.places.mention {
+            return Ok(mention);
+        }
+        let mention = self.event(key, memory, Kind::Embedded).await?;
+        self.places.mention = Some(mention);
+        Ok(mention)
     }
 
     async fn resource_event(
@@ -403,16 +491,20 @@ impl Ledger for PostgresLedger<'_> {
     }
 
     async fn document(&mut self, scope: ScopeKey, path: &str) -> Result<Option<(i64, Document)>, MemoryError> {
-        let row = sqlx::query(
-            "SELECT key, record, age(xmin) < 0 AS later FROM documents WHERE path = $1 AND scope = $2 FOR UPDATE",
-        )
+        let row = sqlx::query(concat!(
+            "SELECT key, record, ",
+            newer!(),
+            " FROM documents WHERE path = $1 AND scope = $2 FOR UPDATE"
+        ))
         .bind(path)
         .bind(scope.0)
         .fetch_optional(&mut *self.connection)
         .await
         .map_err(storage)?;
         let Some(row) = row else { return Ok(None) };
-        in_turn(&row)?;
+        if row.try_get("newer").map_err(storage)? {
+            self.in_turn(Changed::Resource(Resource::Document(path))).await?;
+        }
         let document = record(&row, "record", "document")?;
         Ok(Some((row.try_get("key").map_err(storage)?, document)))
     }
@@ -468,15 +560,20 @@ impl Ledger for PostgresLedger<'_> {
     }
 
     async fn policy(&mut self, name: &str) -> Result<Option<Policy>, MemoryError> {
-        let row = sqlx::query(
-            "SELECT record, age(xmin) < 0 AS later FROM policies WHERE tenant = $1 AND name = $2 FOR UPDATE",
-        )
+        let row = sqlx::query(concat!(
+            "SELECT record, ",
+            newer!(),
+            " FROM policies WHERE tenant = $1 AND name = $2 FOR UPDATE"
+        ))
         .bind(self.writer.tenant.as_str())
         .bind(name)
         .fetch_optional(&mut *self.connection)
         .await
         .map_err(storage)?;
-        row.as_ref().map(in_turn).transpose()?;
+        // It may have been removed by then.
+        if row.as_ref().is_none_or(|row| row.try_get("newer").unwrap_or(true)) {
+            self.in_turn(Changed::Resource(Resource::Policy(name))).await?;
+        }
         row.as_ref().map(|row| record(row, "record", "policy")).transpose()
     }
 
@@ -484,7 +581,10 @@ impl Ledger for PostgresLedger<'_> {
         // A policy that somebody else made since it was looked up is refused by the key, and all of it begins again.
         let query = match policy.version {
             1 => "INSERT INTO policies (tenant, name, record) VALUES ($1, $2, $3)",
-            _ => "UPDATE policies SET record = $3 WHERE tenant = $1 AND name = $2",
+            _ => {
+                "INSERT INTO policies (tenant, name, record) VALUES ($1, $2, $3) \
+                 ON CONFLICT (tenant, name) DO UPDATE SET record = $3"
+            }
         };
         sqlx::query(query)
             .bind(self.writer.tenant.as_str())
@@ -547,7 +647,7 @@ pub async fn answer(
     )))
 }
 
-async fn put_vector(
+pub(super) async fn put_vector(
     connection: &mut PgConnection,
     tenant: &str,
     key: Key,
@@ -571,103 +671,4 @@ async fn put_vector(
         let add = sqlx::query("INSERT INTO models (identity) VALUES ($1)").bind(&vector.model);
         add.execute(&mut *connection).await.map_err(storage)?;
     }
-}
-
-/// Forgets some of the vectors that a model has made, and the model with the last ones; true when nothing is left.
-pub async fn forget_some(connection: &mut PgConnection, identity: &str) -> Result<bool, MemoryError> {
-    const SOME: i64 = 5_000;
-    let gone = sqlx::query(
-        "DELETE FROM vectors v USING (SELECT v.model, v.memory FROM vectors v JOIN models k ON k.key = v.model \
-         WHERE k.identity = $1 LIMIT $2) part WHERE v.model = part.model AND v.memory = part.memory",
-    )
-    .bind(identity)
-    .bind(SOME)
-    .execute(&mut *connection)
-    .await
-    .map_err(storage)?;
-    if gone.rows_affected() > 0 {
-        return Ok(false);
-    }
-    let model = sqlx::query("DELETE FROM models WHERE identity = $1").bind(identity);
-    model.execute(connection).await.map_err(storage)?;
-    Ok(true)
-}
-
-/// Stores vectors that were pending, with an event for each; the memory says then which model has it. A memory that was
-/// changed since it was read has another text, and gets its vector another time.
-pub async fn put_codes(
-    connection: &mut PgConnection,
-    places: &mut Places,
-    model: &str,
-    codes: &[(Key, i64, Code)],
-    now: Timestamp,
-) -> Result<usize, MemoryError> {
-    let mut count = 0;
-    for (key, version, code) in codes {
-        let marked = sqlx::query(
-            "UPDATE memories SET record = jsonb_set(record, '{embedding_model}', to_jsonb($1::text)) \
-             WHERE key = $2 AND version = $3 AND deleted_at IS NULL RETURNING key, tenant, record::text",
-        )
-        .bind(model)
-        .bind(key.0)
-        .bind(version)
-        .fetch_optional(&mut *connection)
-        .await
-        .map_err(storage)?;
-        let Some(marked) = marked else { continue };
-        let vector = StoredVector {
-            model: model.into(),
-            code: code.clone(),
-        };
-        let tenant: &str = marked.try_get("tenant").map_err(storage)?;
-        put_vector(connection, tenant, *key, &vector).await?;
-        let (_, memory) = keyed(&marked)?;
-        let writer = system(tenant, now)?;
-        let mut ledger = PostgresLedger::new(connection, &writer, places);
-        ledger.event(*key, &memory, Kind::Embedded).await?;
-        count += 1;
-    }
-    Ok(count)
-}
-
-/// Deletes what has expired, as a write of the system's own; another program at the same work takes others.
-pub async fn reap(
-    session: &mut Session,
-    places: &mut Places,
-    now: Timestamp,
-    limit: usize,
-) -> Result<usize, MemoryError> {
-    let rows = sqlx::query(
-        "SELECT key, tenant, record::text FROM memories WHERE expires_at <= $1 AND deleted_at IS NULL AND age(xmin) >= 0 \
-         ORDER BY expires_at LIMIT $2 FOR UPDATE SKIP LOCKED",
-    )
-    .bind(now.micros())
-    .bind(super::read::limit(limit))
-    .fetch_all(&mut **session)
-    .await
-    .map_err(storage)?;
-    for row in &rows {
-        let (key, memory) = keyed(row)?;
-        let writer = system(row.try_get("tenant").map_err(storage)?, now)?;
-        let mut ledger = PostgresLedger::new(session, &writer, places);
-        ledger::expire(&mut ledger, key, memory).await?;
-    }
-    Ok(rows.len())
-}
-
-/// Makes places in the outbox go on after those that are there, when the database was moved to a cluster that is younger than the
-/// one it comes from.
-pub async fn keep_ascending(connection: &mut PgConnection) -> Result<(), MemoryError> {
-    // No place of this cluster is as large as that of the next transaction. (The horizon is of no use: what committed after a
-    // transaction that is still under way is above it.)
-    let query = "UPDATE meta SET value = (value::bigint + behind.by)::text FROM (SELECT max(sequence) - (SELECT value::bigint \
-                 FROM meta WHERE name = 'base') - (pg_snapshot_xmax(pg_current_snapshot())::text::bigint << 20) + (1 << 20) AS by \
-                 FROM outbox) behind WHERE name = 'base' AND behind.by >= (1 << 20)";
-    let moved = sqlx::query(query).execute(connection).await.map_err(storage)?;
-    if moved.rows_affected() > 0 {
-        tracing::warn!(
-            "the database comes from another cluster; places in the outbox go on after those that are there"
-        );
-    }
-    Ok(())
 }

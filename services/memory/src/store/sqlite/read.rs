@@ -363,6 +363,13 @@ fn change(row: &Row<'_>) -> Result<Change, MemoryError> {
     })
 }
 
+pub fn has(connection: &Connection, place: Sequence) -> Result<bool, MemoryError> {
+    let mut statement = connection
+        .prepare_cached("SELECT 1 FROM outbox WHERE sequence = ?")
+        .map_err(failed)?;
+    Ok(place <= Sequence::default() || statement.exists([place.0]).map_err(failed)?)
+}
+
 pub fn last_sequence(connection: &Connection) -> Result<Sequence, MemoryError> {
     let mut statement = connection
         .prepare_cached("SELECT coalesce(max(sequence), 0) FROM outbox")
@@ -386,6 +393,7 @@ fn state(row: &Row<'_>) -> Result<IndexState, MemoryError> {
     let code = code.map(|bytes| Code::from_bytes(bytes.to_vec()).ok_or_else(|| damaged("vector")));
     Ok(IndexState {
         key: Key(get(row, 0)?),
+        id: memory.id,
         scope: ScopeKey(get(row, 1)?),
         tenant: text(row, 2)?.parse().map_err(|_| damaged("tenant"))?,
         version: get(row, 3)?,

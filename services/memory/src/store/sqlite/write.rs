@@ -467,18 +467,18 @@ pub async fn forget_model(store: &SqliteStore, identity: &str) -> Result<(), Mem
 pub async fn put_codes(
     store: &SqliteStore,
     model: &str,
-    codes: &[(Key, i64, Code)],
+    codes: &[(MemoryId, i64, Code)],
     now: Timestamp,
 ) -> Result<usize, MemoryError> {
     let mut transaction = store.database.begin().await?;
     let mut count = 0;
-    for (key, version, code) in codes {
+    for (id, version, code) in codes {
         let marked = sqlx::query(
             "UPDATE memories SET record = json_set(record, '$.embedding_model', ?) \
-             WHERE key = ? AND version = ? AND deleted_at IS NULL RETURNING key, tenant, record",
+             WHERE id = ? AND version = ? AND deleted_at IS NULL RETURNING key, tenant, record",
         )
         .bind(model)
-        .bind(key.0)
+        .bind(id.as_bytes().as_slice())
         .bind(version)
         .fetch_optional(&mut *transaction)
         .await
@@ -488,15 +488,15 @@ pub async fn put_codes(
             model: model.into(),
             code: code.clone(),
         };
-        put_vector(&mut transaction, *key, Some(&vector)).await?;
         let tenant: &str = marked.try_get("tenant").map_err(storage)?;
         let writer = system(tenant, now)?;
-        let memory = stored(&marked)?.memory;
+        let Stored { key, memory } = stored(&marked)?;
+        put_vector(&mut transaction, key, Some(&vector)).await?;
         let mut ledger = SqliteLedger {
             connection: &mut transaction,
             writer: &writer,
         };
-        ledger.event(*key, &memory, Kind::Embedded).await?;
+        ledger.event(key, &memory, Kind::Embedded).await?;
         count += 1;
     }
     transaction.commit().await.map_err(storage)?;

@@ -1,6 +1,7 @@
 //! What several nodes show, and in which order.
 
 use super::*;
+use crate::store::postgres::write::Changed;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_another_copy_acknowledged_is_waited_for_and_what_nobody_did_holds_up_nobody() {
@@ -275,6 +276,7 @@ async fn changes_of_a_memory_have_ascending_places() {
     let purge = |change| ChangeItem {
         id,
         etag: None,
+        made_of: None,
         change,
         idempotency: None,
     };
@@ -311,6 +313,12 @@ async fn changes_of_a_memory_have_ascending_places() {
         other => panic!("{other:?}"),
     });
     assert_eq!(versions.collect::<Vec<_>>(), [1, 2, 3]);
+    // What was written very long ago looks as if it had been later: numbers of transactions begin again.
+    let (mut session, mut places) = store.begin("many").await.unwrap();
+    let mut ledger = PostgresLedger::new(&mut session, &writer, &mut places);
+    let asked = ledger.in_turn(Changed::Memory(id)).await;
+    assert!(asked.is_ok(), "{asked:?}");
+    drop(session);
     // Many at once on one memory: each gets through, and none is told out of turn.
     let hot = store.add(&writer, vec![addition("hot")]).await.unwrap();
     let hot = hot[0].as_ref().unwrap().memory.id;
@@ -320,6 +328,7 @@ async fn changes_of_a_memory_have_ascending_places() {
             let item = ChangeItem {
                 id: hot,
                 etag: None,
+                made_of: None,
                 change: crate::store::Change::Replace {
                     body: Box::new(conformance::body(&format!("hot {number}"))),
                     vector: None,
