@@ -205,10 +205,27 @@ async fn what_was_exported_is_imported_as_it_was() {
             "{way}"
         );
         cut.versions.push(now);
+        cut.memory.as_mut().unwrap().content = "the past ends otherwise".into();
         let told = import(&mut target, chunks(&format!("otherwise-{way}"), &[cut], None))
             .await
             .unwrap();
-        assert_eq!((told.created, told.errors.len()), (0, 1), "{way}: {told:?}");
+        assert_eq!((told.created, told.errors.len()), (1, 0), "{way}: {told:?}");
+        let list = ListRequest {
+            scope: user(way),
+            page_size: 1,
+            ..Default::default()
+        };
+        let id = target.list(list).await.unwrap().into_inner().memories.remove(0).id;
+        let history = HistoryRequest {
+            id,
+            ..Default::default()
+        };
+        let versions = target.history(history).await.unwrap().into_inner().versions;
+        assert_eq!(
+            versions[0].memory.as_ref().unwrap().content,
+            "the past ends otherwise",
+            "{way}"
+        );
         let status = import(&mut target, chunks(&format!("new-{way}"), &all[..100], Some(summary)))
             .await
             .unwrap_err();

@@ -73,7 +73,16 @@ pub struct VerifierError(String);
 #[derive(Debug)]
 pub struct JwksFile {
     path: PathBuf,
-    cached: Mutex<(Option<SystemTime>, JwkSet)>,
+    cached: Mutex<Keys>,
+}
+
+/// The keys that were read last.
+#[derive(Debug)]
+struct Keys {
+    modified: SystemTime,
+    set: JwkSet,
+    /// Why they could not be read anew.
+    trouble: Option<String>,
 }
 
 impl JwksFile {
@@ -82,31 +91,61 @@ impl JwksFile {
     /// # Errors
     /// When it can't be read or holds no key set.
     pub fn open(path: &Path) -> Result<Self, VerifierError> {
-        let file = Self {
-            path: path.into(),
-            cached: Mutex::new((None, JwkSet { keys: Vec::new() })),
-        };
-        file.refresh()?;
-        Ok(file)
+        let path = path.to_owned();
+        let (modified, set) = Self::read(&path)?;
+        let cached = Mutex::new(Keys {
+            modified,
+            set,
+            trouble: None,
+        });
+        Ok(Self { path, cached })
     }
 
-    fn refresh(&self) -> Result<JwkSet, VerifierError> {
-        let shown = self.path.display();
-        let modified = std::fs::metadata(&self.path).and_then(|meta| meta.modified());
-        let modified = modified.map_err(|error| VerifierError(format!("can't read `{shown}`: {error}")))?;
+    fn read(path: &Path) -> Result<(SystemTime, JwkSet), VerifierError> {
+        let shown = path.display();
+        let unreadable = |error| VerifierError(format!("can't read `{shown}`: {error}"));
+        let modified = Self::modified(path)?;
+        let text = std::fs::read_to_string(path).map_err(unreadable)?;
+        let set = serde_json::from_str(&text)
+            .map_err(|error| VerifierError(format!("`{shown}` holds no key set: {error}")))?;
+        Ok((modified, set))
+    }
+
+    fn modified(path: &Path) -> Result<SystemTime, VerifierError> {
+        let modified = std::fs::metadata(path).and_then(|meta| meta.modified());
+        modified.map_err(|error| VerifierError(format!("can't read `{}`: {error}", path.display())))
+    }
+
+    /// The keys as they are now. While the file can't be read, as in the middle of being written, those before stay in force.
+    fn current(&self) -> JwkSet {
         let mut cached = self.cached.lock().unwrap_or_else(PoisonError::into_inner);
-        if cached.0 != Some(modified) {
-            let text = std::fs::read_to_string(&self.path)
-                .map_err(|error| VerifierError(format!("can't read `{shown}`: {error}")))?;
-            let keys = serde_json::from_str(&text)
-                .map_err(|error| VerifierError(format!("`{shown}` holds no key set: {error}")))?;
-            *cached = (Some(modified), keys);
+        let changed = match Self::modified(&self.path) {
+            Ok(modified) if modified == cached.modified => Ok(None),
+            Ok(_) => Self::read(&self.path).map(Some),
+            Err(error) => Err(error),
+        };
+        match changed {
+            Ok(None) => cached.trouble = None,
+            Ok(Some((modified, set))) => {
+                *cached = Keys {
+                    modified,
+                    set,
+                    trouble: None,
+                }
+            }
+            Err(error) => {
+                let trouble = error.to_string();
+                if cached.trouble.as_ref() != Some(&trouble) {
+                    tracing::error!(trouble, "the keys of before go on to be used");
+                    cached.trouble = Some(trouble);
+                }
+            }
         }
-        Ok(cached.1.clone())
+        cached.set.clone()
     }
 
     fn key(&self, kid: Option<&str>, algorithm: Algorithm) -> Result<DecodingKey, String> {
-        let keys = self.refresh().map_err(|error| error.to_string())?;
+        let keys = self.current();
         let wanted = keys.keys.iter().find(|key| match kid {
             Some(kid) => key.common.key_id.as_deref() == Some(kid),
             None => keys.keys.len() == 1,
@@ -415,6 +454,13 @@ mod tests {
             "keys rotate without a restart"
         );
         assert!(verifier.verify(Some(&bearer(&ours, &named("a")))).is_err());
+        // In the middle of being written, or gone for a moment: the keys of before stay in force.
+        for broken in ["", "{\"keys\": [", "nothing"] {
+            std::fs::write(&path, broken).unwrap();
+            assert!(verifier.verify(Some(&bearer(&theirs, &named("b")))).is_ok(), "{broken}");
+        }
+        std::fs::remove_file(&path).unwrap();
+        assert!(verifier.verify(Some(&bearer(&theirs, &named("b")))).is_ok());
         assert!(JwksFile::open(&dir.path().join("none.json")).is_err());
     }
 

@@ -178,6 +178,7 @@ impl Settings {
         }
         if let Some(entry) = self.0.values_mut().find(|entry| entry.setting.file_key == Some(key)) {
             match std::fs::read_to_string(&value) {
+                Ok(text) if text.trim().is_empty() => problems.push(format!("`{value}`, named by `{key}`, is empty")),
                 Ok(text) => entry.value = text.trim_end_matches(['\r', '\n']).into(),
                 Err(error) => problems.push(format!("can't read `{value}`, named by `{key}`: {error}")),
             }
@@ -215,19 +216,35 @@ impl Settings {
                 section = table;
             }
             let shown = if entry.setting.file_key.is_some() && !entry.value.is_empty() {
-                "***"
+                "***".into()
             } else {
-                &entry.value
+                masked(&entry.value)
             };
-            let _ = writeln!(
-                text,
-                "{name} = {}  # {}",
-                toml::Value::String(shown.into()),
-                entry.origin
-            );
+            let _ = writeln!(text, "{name} = {}  # {}", toml::Value::String(shown), entry.origin);
         }
         text
     }
+}
+
+/// A value without the passwords that stand in URIs of it, where none belongs.
+fn masked(value: &str) -> String {
+    let mut parts = value.split("//");
+    let mut shown = parts.next().unwrap_or_default().to_owned();
+    for part in parts {
+        shown.push_str("//");
+        let (authority, rest) = part.split_at(part.find('/').unwrap_or(part.len()));
+        match authority.rsplit_once('@') {
+            Some((user, hosts)) => {
+                let name = user
+                    .split_once(':')
+                    .map_or(user.to_owned(), |(name, _)| format!("{name}:***"));
+                shown.push_str(&format!("{name}@{hosts}"));
+            }
+            None => shown.push_str(authority),
+        }
+        shown.push_str(rest);
+    }
+    shown
 }
 
 /// Kubernetes puts variables such as `AETERNA_MEMORY_SERVICE_HOST` into every pod.
@@ -344,6 +361,32 @@ mod tests {
         let Problems(problems) = Settings::load(&[TABLE], &sources).unwrap_err();
         assert_eq!(problems.len(), 3, "{problems:?}");
         assert!(problems[1].contains("did you mean `server.listen`"), "{problems:?}");
+    }
+
+    #[test]
+    fn neither_an_empty_secret_nor_a_password_in_the_open_is_taken_lightly() {
+        let dir = std::env::temp_dir().join(format!("aeterna-config-empty-{}", std::process::id()));
+        std::fs::create_dir_all(&dir).unwrap();
+        let file = dir.join("secret");
+        std::fs::write(&file, "\n").unwrap();
+        let flags = [("auth.secret_file", file.to_str().unwrap())];
+        let problems = Settings::load(&[TABLE], &sources(None, &[], &flags)).unwrap_err();
+        std::fs::remove_dir_all(&dir).unwrap();
+        assert!(problems.to_string().contains("is empty"), "{problems}");
+        let flags = [(
+            "server.listen",
+            "redis://ann:hunter2@a:1,b:2/x?y,redis://c/d@e,http://:pw@f",
+        )];
+        let settings = Settings::load(&[TABLE], &sources(None, &[], &flags)).unwrap();
+        let mut reader = settings.reader();
+        reader.problem("server.listen", "no");
+        let problem = reader.finish(None::<()>).unwrap_err().to_string();
+        for shown in [settings.dump(), problem] {
+            assert!(
+                shown.contains("redis://ann:***@a:1,b:2/x?y,redis://c/d@e,http://:***@f"),
+                "{shown}"
+            );
+        }
     }
 
     #[test]

@@ -27,9 +27,9 @@ impl<'a> Reader<'a> {
             return self.problems.push(format!("`{key}` is read but not declared"));
         };
         let shown = if entry.setting.file_key.is_some() {
-            "***"
+            "***".into()
         } else {
-            &entry.value
+            crate::masked(&entry.value)
         };
         self.problems
             .push(format!("`{key}` is `{shown}` ({}): {what}", entry.origin));

@@ -82,6 +82,12 @@ impl Health {
                 .is_some_and(|service| states.serves(service))
         };
         self.tell(service, serving).await;
+        self.tell_all().await;
+    }
+
+    /// Says how the process as a whole is, which balancers ask for by no name.
+    pub(crate) async fn tell_all(&self) {
+        self.tell("", self.is_ready()).await;
     }
 
     async fn tell(&self, service: &'static str, serving: bool) {
@@ -107,6 +113,7 @@ impl Health {
         for (service, serving) in services {
             self.tell(service, serving).await;
         }
+        self.tell_all().await;
     }
 
     /// Says NOT_SERVING for everything, so that balancers turn away.
@@ -149,5 +156,46 @@ impl Health {
             })
             .collect();
         serde_json::json!({"ready": ready, "draining": states.draining, "services": services})
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tonic_health::pb::HealthCheckRequest;
+    use tonic_health::pb::health_check_response::ServingStatus as Told;
+    use tonic_health::pb::health_server::Health as _;
+    use tonic_health::server::HealthService;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn who_asks_for_no_service_hears_whether_all_of_them_serve() {
+        let reporter = HealthReporter::new();
+        let asked = HealthService::from_health_reporter(reporter.clone());
+        let health = Health::new(reporter);
+        let serves = async |service: &str| {
+            let request = HealthCheckRequest {
+                service: service.into(),
+            };
+            let answer = asked.check(tonic::Request::new(request)).await.unwrap().into_inner();
+            answer.status() == Told::Serving
+        };
+        health.tell_all().await;
+        assert!(!serves("").await, "it has not started yet");
+        health.report("a", "store", Dependency::Up).await;
+        health.report("b", "store", Dependency::Up).await;
+        assert!(!serves("").await && !serves("a").await);
+        health.start().await;
+        assert!(serves("").await && serves("a").await && serves("b").await);
+        health.report("b", "store", Dependency::Degraded("slow".into())).await;
+        assert!(serves("").await);
+        health.report("b", "store", Dependency::Down("away".into())).await;
+        assert!(!serves("").await && serves("a").await && !serves("b").await);
+        health.report("b", "store", Dependency::Up).await;
+        assert!(serves("").await);
+        health.drain().await;
+        assert!(!serves("").await && !serves("a").await);
+        health.report("b", "store", Dependency::Up).await;
+        assert!(!serves("").await, "it drains");
     }
 }

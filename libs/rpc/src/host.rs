@@ -231,7 +231,9 @@ impl Host {
             let message = format!("can't listen on {} (`server.listen`): {error}", config.listen);
             Error::new(Reason::NotConfigured, message)
         })?;
-        Self::on(listener, verifier, config, telemetry, services)
+        let host = Self::on(listener, verifier, config, telemetry, services)?;
+        host.health.tell_all().await;
+        Ok(host)
     }
 
     /// The same on a listener that is handed over.
@@ -361,7 +363,7 @@ pub struct Parts {
     pub background: Vec<JoinHandle<()>>,
 }
 
-/// Cancels `stop` on SIGTERM or SIGINT.
+/// Cancels `stop` on SIGTERM or SIGINT, and ends the process at once on another one.
 ///
 /// # Errors
 /// When the signals can't be listened to.
@@ -374,6 +376,12 @@ pub fn stop_on_signal(stop: &CancellationToken) -> std::io::Result<()> {
             _ = interrupt.recv() => tracing::info!("SIGINT: draining"),
         }
         stop.cancel();
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+        tracing::warn!("told to stop once more: ending at once; what was acknowledged is stored");
+        std::process::exit(1);
     });
     Ok(())
 }

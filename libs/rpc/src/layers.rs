@@ -116,7 +116,8 @@ async fn observe(State(stack): State<Stack>, mut request: Request, next: Next) -
         |method| method.path,
     );
     let request_id = request_id(request.headers());
-    let span = tracing::info_span!("rpc", otel.name = label, rpc.method = label, request_id = &*request_id);
+    // Of the highest level, so that whatever is logged has the request id.
+    let span = tracing::error_span!("rpc", otel.name = label, rpc.method = label, request_id = &*request_id);
     aeterna_telemetry::trace::continue_trace(&span, request.headers());
     request.extensions_mut().insert(Arc::clone(&request_id));
 
@@ -136,7 +137,11 @@ async fn observe(State(stack): State<Stack>, mut request: Request, next: Next) -
         .duration
         .record(elapsed.as_secs_f64(), std::slice::from_ref(&method));
     under_way.answered();
-    span.in_scope(|| tracing::debug!(?code, ms = elapsed.as_secs_f64() * 1e3, "answered"));
+    let ms = elapsed.as_secs_f64() * 1e3;
+    span.in_scope(|| match code {
+        Code::Unauthenticated | Code::PermissionDenied => tracing::info!(?code, ms, "refused"),
+        _ => tracing::debug!(?code, ms, "answered"),
+    });
     if let Ok(id) = HeaderValue::from_str(&request_id) {
         response.headers_mut().insert(REQUEST_ID, id);
     }

@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use crate::domain::{Document, Key, Memory, ScopeKey, View};
 use crate::error::MemoryError;
-use crate::store::ledger::system;
+use crate::store::ledger::{SYSTEM, end_past, system};
 use crate::store::{DocumentListing, ExportPage, Exported, Imported, Progress, Relational};
 
 /// Memories, or documents, at a time.
@@ -182,6 +182,7 @@ impl<'a> Reader<'a> {
             if exported.vectors.is_empty() {
                 exported.memory.embedding_model.clear();
             }
+            end_past(&exported.memory, &mut exported.versions, SYSTEM);
         }
         Ok(found)
     }

@@ -11,7 +11,18 @@ if stands ~= ARGV[2] then
 end
 for i = 3, #KEYS do
   local at = 5 + 2 * (i - 3)
-  redis.call('XADD', KEYS[i], 'MAXLEN', '~', ARGV[4], ARGV[at] .. '-0', 'p', ARGV[at + 1])
+  local function add()
+    return redis.pcall('XADD', KEYS[i], 'MAXLEN', '~', ARGV[4], ARGV[at] .. '-0', 'p', ARGV[at + 1])
+  end
+  local added = add()
+  if type(added) == 'table' and added.err then
+    -- The stream is of before the log began anew, at lower places.
+    redis.call('DEL', KEYS[i])
+    added = add()
+  end
+  if type(added) == 'table' and added.err then
+    return added
+  end
 end
 redis.call('SET', KEYS[2], ARGV[3])
 return {'done', ''}

@@ -134,29 +134,6 @@ impl Live for RedisLive {
     }
 
     async fn forget(&self, log: &str) -> Result<(), StorageError> {
-        // What is appended meanwhile counts for nothing once it is forgotten that the log had begun.
-        let streams = key(&format!("stream:{log}"), "*");
-        let mut cursor = 0u64;
-        loop {
-            let mut scan = redis::cmd("SCAN");
-            scan.arg(cursor).arg("MATCH").arg(&streams).arg("COUNT").arg(1000);
-            let (next, found): (u64, Vec<String>) = self
-                .0
-                .with(async |connection| scan.query_async(connection).await)
-                .await?;
-            if !found.is_empty() {
-                let mut unlink = redis::cmd("UNLINK");
-                unlink.arg(found);
-                let () = self
-                    .0
-                    .with(async |connection| unlink.query_async(connection).await)
-                    .await?;
-            }
-            cursor = next;
-            if cursor == 0 {
-                break;
-            }
-        }
         let mut forget = redis::cmd("DEL");
         forget.arg(key("stands", log)).arg(key("began", log));
         self.0

@@ -224,7 +224,9 @@ impl Server {
         }
         if !status.is_success() {
             let said: String = String::from_utf8_lossy(&bytes).chars().take(300).collect();
-            let why = format!("status {}: {said}", status.as_u16());
+            // What it says is for the operator: it may name keys and organisations.
+            tracing::warn!(%url, status = status.as_u16(), said, "an embedding server refuses");
+            let why = format!("status {}", status.as_u16());
             // Only these say that the texts are at fault; a wrong key or name is for an operator to mend.
             let texts = matches!(
                 status,

@@ -419,6 +419,11 @@ impl Background {
         let app = &self.app;
         let events = app.store.events(after, BATCH).await?;
         let Some(last) = events.last() else { return Ok(None) };
+        // Asked afterwards: a node that took over meanwhile may lack what the index stands at, and have gone on since.
+        if !app.store.has(after).await? {
+            *lock(&self.pending.whole) = None;
+            return Err(Error::unavailable("the store was put back to an earlier time"));
+        }
         let keys: HashSet<Key> = events.iter().map(|event| event.key).collect();
         let keys: Vec<Key> = keys.into_iter().collect();
         let states = app.store.states(&serving.model.identity, &keys).await?;

@@ -60,14 +60,16 @@ impl Relay {
             Some(position) => position,
             None => Sequence(self.live.begin(&self.log, self.store.last_sequence().await?.0).await?),
         };
-        if self.position.is_none() && !self.store.has(from).await? {
+        let page = self.store.changes(None, from, PAGE).await?;
+        // Asked afterwards: a node that took over meanwhile may lack it, and have gone on since.
+        if !self.store.has(from).await? {
             tracing::warn!(
                 "the live streams are ahead of the store, which was put back to an earlier time; they begin anew"
             );
+            self.position = None;
             self.live.forget(&self.log).await?;
             return Ok(true);
         }
-        let page = self.store.changes(None, from, PAGE).await?;
         self.oldest = page.first().map(|change| change.committed_at);
         let to = page.last().map_or(from, |change| change.sequence);
         let entry = |change: &Change| Entry {

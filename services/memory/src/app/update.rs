@@ -100,7 +100,11 @@ impl App {
                 idempotency: patch.idempotency.clone(),
             };
             match self.change_one(&writer, item).await {
-                Err(MemoryError::Stale) => tokio::time::sleep(AGAIN).await,
+                Err(MemoryError::Stale) => {
+                    // Reads see at least this from now on.
+                    self.store.last_sequence().await?;
+                    tokio::time::sleep(AGAIN).await;
+                }
                 Err(error) => return Err(error.into()),
                 Ok(written) => {
                     self.await_index(written.sequence).await;

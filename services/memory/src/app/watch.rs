@@ -85,7 +85,7 @@ impl App {
             Some(after) => after,
             None => self.store.last_sequence().await?,
         };
-        if !self.store.has(position).await? {
+        if query.after.is_some() && !self.store.has(position).await? {
             let mut violations = aeterna_error::Violations::default();
             violations.add(
                 "resume_token",

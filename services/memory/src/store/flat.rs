@@ -379,7 +379,7 @@ impl FlatIndex {
     pub fn flush(&self) -> io::Result<()> {
         let mut inner = self.write();
         let watermark = inner.watermark;
-        if inner.dirty {
+        if inner.dirty && !inner.cleared {
             inner.files.flush(watermark)?;
             inner.dirty = false;
         }
@@ -428,6 +428,7 @@ impl VectorIndex for Arc<FlatIndex> {
         let index = Self::clone(self);
         blocking(move || {
             let mut inner = index.write();
+            inner.files.doubt()?;
             let keys: Vec<Key> = inner.by_key.keys().copied().collect();
             keys.into_iter().for_each(|key| inner.remove(key));
             (inner.watermark, inner.dirty, inner.cleared) = (Sequence::default(), true, true);

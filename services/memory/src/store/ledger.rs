@@ -360,6 +360,25 @@ pub async fn import(
     Ok(results)
 }
 
+/// Makes the past of a memory end with what it says now, whatever was sent of it.
+pub fn end_past(memory: &Memory, versions: &mut Vec<Version>, by: &str) {
+    match versions.last_mut() {
+        Some(last) if last.memory.version >= memory.version => {
+            last.memory.body.clone_from(&memory.body);
+            last.memory.deleted_at = memory.deleted_at;
+        }
+        _ => versions.push(Version {
+            memory: memory.clone(),
+            kind: match memory.deleted_at {
+                Some(_) => Kind::Deleted,
+                None => Kind::Added,
+            },
+            changed_at: memory.updated_at,
+            changed_by: by.to_owned(),
+        }),
+    }
+}
+
 async fn import_one(
     ledger: &mut dyn Ledger,
     rooms: &mut Rooms,
@@ -393,14 +412,7 @@ async fn import_one(
     } else {
         Kind::Added
     };
-    if versions.last().is_none_or(|last| last.memory.version < memory.version) {
-        versions.push(Version {
-            memory: memory.clone(),
-            kind,
-            changed_at: memory.updated_at,
-            changed_by: ledger.writer().subject.clone(),
-        });
-    }
+    end_past(&memory, &mut versions, &ledger.writer().subject);
     for mut version in versions {
         version.memory.id = memory.id;
         version.memory.scope = memory.scope.clone();
@@ -611,11 +623,14 @@ pub fn damaged(what: &str) -> MemoryError {
     MemoryError::Other(Error::internal(format!("a stored {what} can't be decoded")))
 }
 
+/// The subject of what the service writes on its own.
+pub const SYSTEM: &str = "system";
+
 /// The service itself, where it writes on its own.
 pub fn system(tenant: &str, now: Timestamp) -> Result<Writer, MemoryError> {
     Ok(Writer {
         tenant: tenant.parse().map_err(|_| damaged("tenant"))?,
-        subject: "system".into(),
+        subject: SYSTEM.into(),
         now,
     })
 }

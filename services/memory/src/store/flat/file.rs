@@ -211,6 +211,14 @@ impl Files {
         Ok(self.slots - 1)
     }
 
+    /// From here on nothing says that it is complete, until it is flushed.
+    pub fn doubt(&self) -> io::Result<()> {
+        match fs::remove_file(self.directory.join("manifest.json")) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => Ok(()),
+        }
+    }
+
     /// Makes everything survive a loss of power: first the rows, then the manifest that counts on them.
     pub fn flush(&mut self, watermark: Sequence) -> io::Result<()> {
         self.map.flush()?;

@@ -103,8 +103,8 @@ pub async fn reap(
 /// one it comes from.
 pub async fn keep_ascending(connection: &mut PgConnection) -> Result<(), MemoryError> {
     // No place of this cluster is as large as that of the next transaction. (The horizon is of no use: what committed after a
-    // transaction that is still under way is above it.)
-    let query = "UPDATE meta SET value = (value::bigint + behind.by)::text FROM (SELECT max(sequence) - (SELECT value::bigint \
+    // transaction that is still under way is above it.) As far above as in a new timeline: what was undone must not come again.
+    let query = "UPDATE meta SET value = (value::bigint + behind.by + (1::bigint << 40))::text FROM (SELECT max(sequence) - (SELECT value::bigint \
                  FROM meta WHERE name = 'base') - (pg_snapshot_xmax(pg_current_snapshot())::text::bigint << 20) + (1 << 20) AS by \
                  FROM outbox) behind WHERE name = 'base' AND behind.by >= (1 << 20)";
     let moved = sqlx::query(query).execute(connection).await.map_err(storage)?;
