@@ -232,17 +232,16 @@ fn masked(value: &str) -> String {
     let mut shown = parts.next().unwrap_or_default().to_owned();
     for part in parts {
         shown.push_str("//");
-        let (authority, rest) = part.split_at(part.find('/').unwrap_or(part.len()));
-        match authority.rsplit_once('@') {
+        // A password may have a slash in it.
+        match part.rsplit_once('@') {
             Some((user, hosts)) => {
                 let name = user
                     .split_once(':')
                     .map_or(user.to_owned(), |(name, _)| format!("{name}:***"));
                 shown.push_str(&format!("{name}@{hosts}"));
             }
-            None => shown.push_str(authority),
+            None => shown.push_str(part),
         }
-        shown.push_str(rest);
     }
     shown
 }

@@ -35,6 +35,12 @@ impl<'a> Reader<'a> {
             .push(format!("`{key}` is `{shown}` ({}): {what}", entry.origin));
     }
 
+    /// Notes that the value of `key` is wrong, without showing it.
+    pub fn hidden_problem(&mut self, key: &str, what: impl Display) {
+        let origin = self.settings.0.get(key).map_or("unknown", |entry| &entry.origin);
+        self.problems.push(format!("`{key}` ({origin}): {what}"));
+    }
+
     /// The value, parsed; `None` after noting a problem.
     pub fn get<T: FromStr<Err: Display>>(&mut self, key: &str) -> Option<T> {
         let text = self.text(key)?;

@@ -376,6 +376,8 @@ pub fn stop_on_signal(stop: &CancellationToken) -> std::io::Result<()> {
             _ = interrupt.recv() => tracing::info!("SIGINT: draining"),
         }
         stop.cancel();
+        // One wish may come as several signals: to the process, and to its group.
+        tokio::time::sleep(Duration::from_secs(1)).await;
         tokio::select! {
             _ = terminate.recv() => {}
             _ = interrupt.recv() => {}

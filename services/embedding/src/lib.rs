@@ -176,12 +176,12 @@ fn openai(reader: &mut Reader<'_>) -> Option<Option<Options>> {
         match url.parse::<reqwest::Url>() {
             Ok(url) if !url.username().is_empty() || url.password().is_some() || url.query().is_some() => {
                 let what = "has a URL with a user, a password or a query, which would be shown; set `embedding.openai.api_key_file`";
-                reader.problem("embedding.openai.urls", what);
+                reader.hidden_problem("embedding.openai.urls", what);
                 return None;
             }
             Ok(url) if matches!(url.scheme(), "http" | "https") => parsed.push(url),
             _ => {
-                reader.problem("embedding.openai.urls", format!("`{url}` is no http or https URL"));
+                reader.hidden_problem("embedding.openai.urls", "has something that is no http or https URL");
                 return None;
             }
         }

@@ -447,7 +447,7 @@ pub trait Relational: Policies + Documents + Moving {
     /// The models that have made vectors.
     async fn models(&self) -> Result<Vec<String>, MemoryError>;
 
-    /// How many vectors a model has made. Counting reads them all.
+    /// How many vectors of memories that are not deleted a model has made. Counting reads them all.
     async fn vectors_by(&self, model: &str) -> Result<i64, MemoryError>;
 
     /// Forgets all vectors that a model has made.

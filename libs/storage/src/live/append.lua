@@ -15,7 +15,7 @@ for i = 3, #KEYS do
     return redis.pcall('XADD', KEYS[i], 'MAXLEN', '~', ARGV[4], ARGV[at] .. '-0', 'p', ARGV[at + 1])
   end
   local added = add()
-  if type(added) == 'table' and added.err then
+  if type(added) == 'table' and added.err and string.find(added.err, 'equal or smaller', 1, true) then
     -- The stream is of before the log began anew, at lower places.
     redis.call('DEL', KEYS[i])
     added = add()

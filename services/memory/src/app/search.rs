@@ -234,6 +234,9 @@ impl App {
 
     /// Has the cross-encoder read the best of them with the query, and orders them by what it says and what they had before.
     async fn rerank(&self, context: &RequestContext, hits: &mut [Hit], query: &SearchQuery) -> Result<(), Error> {
+        if hits.is_empty() {
+            return Ok(());
+        }
         let count = hits.len().min(RERANKED.max(query.top_k));
         let (read, _) = hits.split_at_mut(count);
         let texts = read.iter().map(|hit| hit.memory.body.dense_text()).collect();

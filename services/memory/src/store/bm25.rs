@@ -23,11 +23,13 @@ pub fn rarity(documents: i64, with: i64) -> f64 {
 pub fn rarest(mut counted: Vec<(i64, String)>) -> Vec<(i64, String)> {
     counted.sort();
     let mut documents = 0;
-    let taken = counted.into_iter().enumerate().take_while(|(place, (count, _))| {
+    let taken = counted.into_iter().take_while(|(count, _)| {
+        // Words that nobody has said come first, and must not take the place of those that somebody has.
+        let first = documents == 0;
         documents += count;
-        *place == 0 || documents <= DOCUMENTS
+        first || documents <= DOCUMENTS
     });
-    taken.map(|(_, term)| term).collect()
+    taken.collect()
 }
 
 /// What was counted not long ago, each with the newest memory at that time: counting reads whole lists, and a store that has
@@ -58,5 +60,27 @@ impl<K: Eq + Hash, V: Copy> Counts<K, V> {
         }
         let counted = counted.into_iter();
         self.0.extend(counted.map(|(key, value)| (key, (value, newest))));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_rarest_words_that_somebody_has_said_are_taken() {
+        let taken = |counted: &[(i64, &str)]| {
+            let counted = counted
+                .iter()
+                .map(|(count, term)| (*count, (*term).to_owned()))
+                .collect();
+            rarest(counted).into_iter().map(|(_, term)| term).collect::<Vec<_>>()
+        };
+        assert_eq!(taken(&[(900, "b"), (2, "a"), (700, "c")]), ["a", "c"]);
+        assert_eq!(taken(&[(90_000, "everywhere")]), ["everywhere"]);
+        assert_eq!(
+            taken(&[(90_000, "coffee"), (0, "xyzzy"), (0, "qwrt")]),
+            ["qwrt", "xyzzy", "coffee"]
+        );
     }
 }

@@ -151,6 +151,7 @@ pub async fn relational(store: Arc<dyn Relational>) {
     tenants_and_scopes_are_walls(store).await;
     words_and_neighbours_are_found(store).await;
     search::the_arms_of_a_search_are_read_together(store).await;
+    vectors_of_what_is_deleted_do_not_count(store).await;
     notes_are_kept(store).await;
     the_outbox_tells_the_index_everything(store).await;
     filters::mean_what_the_language_says(store).await;
@@ -160,6 +161,17 @@ pub async fn relational(store: Arc<dyn Relational>) {
     past::the_past_is_there_and_the_clock_may_go_back(store).await;
     past::documents_and_policies_are_kept(store).await;
     past::exports_are_imported_as_they_were(store).await;
+}
+
+/// Another model makes none of these, and must not wait for them.
+async fn vectors_of_what_is_deleted_do_not_count(store: &dyn Relational) {
+    let before = store.vectors_by(MODEL).await.unwrap();
+    let items = vec![addition(scope(Layer::Team, "counted"), body("counted"), Some(11))];
+    let added = add(store, "counted", items).await.remove(0).unwrap().memory;
+    assert_eq!(store.vectors_by(MODEL).await.unwrap(), before + 1);
+    let gone = change(store, &writer("counted", 1), added.id, None, Change::Delete, None).await;
+    gone.unwrap();
+    assert_eq!(store.vectors_by(MODEL).await.unwrap(), before);
 }
 
 async fn notes_are_kept(store: &dyn Relational) {

@@ -108,6 +108,15 @@ impl Background {
             Err(error) => Err(error),
         };
         if let Err(error) = complete {
+            // Of a store that was put back to an earlier time, it would never be complete.
+            let undone = match next.index.watermark() {
+                Some(watermark) => app.store.has(watermark).await.is_ok_and(|there| !there),
+                None => true,
+            };
+            if undone {
+                self.pending.unsettled.store(true, Ordering::SeqCst);
+                return Ok(());
+            }
             *self.ready() = Some(next);
             return Err(error);
         }

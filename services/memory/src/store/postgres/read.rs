@@ -239,7 +239,8 @@ pub async fn models(connection: &mut PgConnection) -> Result<Vec<String>, Memory
 }
 
 pub async fn vectors_by(connection: &mut PgConnection, model: &str) -> Result<i64, MemoryError> {
-    let query = "SELECT count(*) FROM vectors v JOIN models k ON k.key = v.model WHERE k.identity = $1";
+    let query = "SELECT count(*) FROM vectors v JOIN models k ON k.key = v.model JOIN memories m ON m.key = v.memory \
+                 WHERE k.identity = $1 AND m.deleted_at IS NULL";
     let counted = sqlx::query_scalar(query).bind(model).fetch_one(connection).await;
     counted.map_err(storage)
 }

@@ -260,7 +260,10 @@ pub fn models(connection: &Connection) -> Result<Vec<String>, MemoryError> {
 
 /// How many vectors a model has made.
 pub fn vectors_by(connection: &Connection, model: &str) -> Result<i64, MemoryError> {
-    let query = format!("SELECT count(*) FROM {}", vectors(connection, model)?);
+    let query = format!(
+        "SELECT count(*) FROM {} v JOIN memories m ON m.key = v.memory WHERE m.deleted_at IS NULL",
+        vectors(connection, model)?
+    );
     connection.query_row(&query, [], |row| row.get(0)).map_err(failed)
 }
 
