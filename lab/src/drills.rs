@@ -108,12 +108,7 @@ impl Drill {
                 broken();
                 lab.kill(&primary, Part::Patroni).await?;
                 // Its lease ends, and another node takes over while it still runs.
-                let other = async {
-                    while lab.primary().await.is_none_or(|now| now == primary) {
-                        tokio::time::sleep(LASTS / 10).await;
-                    }
-                };
-                tokio::time::timeout(RESUME, other).await.context("nobody took over")?;
+                succeeded(&primary, async || lab.primary().await).await?;
                 goes_on(load).await?;
                 lab.start(&primary)?;
             }
@@ -158,12 +153,7 @@ impl Drill {
                 broken();
                 lab.kill(&master, Part::All).await?;
                 // One that is back before it was taken for dead would be in the way of the other one.
-                let other = async {
-                    while lab.redis_master().await.is_none_or(|now| now == master) {
-                        tokio::time::sleep(LASTS / 10).await;
-                    }
-                };
-                tokio::time::timeout(RESUME, other).await.context("nobody took over")?;
+                succeeded(&master, async || lab.redis_master().await).await?;
                 goes_on(load).await?;
                 lab.start(&master)?;
             }
@@ -230,6 +220,16 @@ async fn near_again(load: &Load) -> anyhow::Result<()> {
 
 async fn primary(lab: &Lab) -> anyhow::Result<String> {
     lab.primary().await.context("there is no primary")
+}
+
+/// Waits until somebody else leads than before.
+async fn succeeded(before: &str, leader: impl AsyncFn() -> Option<String>) -> anyhow::Result<()> {
+    let other = async {
+        while leader().await.is_none_or(|now| now == before) {
+            tokio::time::sleep(LASTS / 10).await;
+        }
+    };
+    tokio::time::timeout(RESUME, other).await.context("nobody took over")
 }
 
 /// Kills members, and starts them again once the load goes on without.

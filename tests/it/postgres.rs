@@ -118,11 +118,7 @@ async fn what_was_deleted_only_on_a_lost_primary_is_found_again() {
     while standby.sql("aeterna", "SELECT count(*) FROM memories") == "0" {
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
-    standby.sql("postgres", "ALTER SYSTEM SET primary_conninfo = ''");
-    standby.sql("postgres", "SELECT pg_reload_conf()");
-    while primary.sql("postgres", "SELECT count(*) FROM pg_stat_replication") != "0" {
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
+    standby.leave(&primary).await;
     let delete = DeleteRequest {
         id,
         ..Default::default()

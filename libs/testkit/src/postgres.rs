@@ -47,6 +47,17 @@ impl PostgresServer {
         Self::begin(settings, Some(self))
     }
 
+    /// This standby follows its primary no longer.
+    pub async fn leave(&self, primary: &Self) {
+        let followers = || primary.sql("postgres", "SELECT count(*) FROM pg_stat_replication");
+        let before = followers();
+        self.sql("postgres", "ALTER SYSTEM SET primary_conninfo = ''");
+        self.sql("postgres", "SELECT pg_reload_conf()");
+        while followers() == before {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
     fn begin(settings: &[&str], of: Option<&Self>) -> Self {
         let bin = binaries();
         // A path of a socket is short.

@@ -31,10 +31,10 @@ impl App {
 
     /// An answer that is larger than a message may be is refused with the limit, and what to do.
     fn fitting<T: prost::Message>(&self, answer: T, advice: &str) -> Answer<T> {
-        let (bytes, limit) = (answer.encoded_len(), self.message_bytes);
-        if bytes <= limit {
+        if !self.is_too_large(&answer) {
             return Ok(Response::new(answer));
         }
+        let (bytes, limit) = (answer.encoded_len(), self.message_bytes);
         let message = format!("the answer has {bytes} bytes, and `limits.message_bytes` is {limit}; {advice}");
         Err(Error::new(Reason::MessageTooLarge, message).with("limit", limit).into())
     }

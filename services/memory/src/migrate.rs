@@ -3,7 +3,6 @@
 
 use aeterna_error::{Error, Reason};
 use aeterna_types::{Clock as _, Scope, SystemClock, TenantId, chain};
-
 use serde_json::Value;
 
 use crate::domain::{Document, Key, Memory, ScopeKey, View};

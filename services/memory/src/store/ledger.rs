@@ -360,6 +360,14 @@ pub async fn import(
     Ok(results)
 }
 
+/// The change that a memory is which comes as it was.
+fn arrives_as(memory: &Memory) -> Kind {
+    match memory.deleted_at {
+        Some(_) => Kind::Deleted,
+        None => Kind::Added,
+    }
+}
+
 /// Makes the past of a memory end with what it says now, whatever was sent of it.
 pub fn end_past(memory: &Memory, versions: &mut Vec<Version>, by: &str) {
     match versions.last_mut() {
@@ -369,10 +377,7 @@ pub fn end_past(memory: &Memory, versions: &mut Vec<Version>, by: &str) {
         }
         _ => versions.push(Version {
             memory: memory.clone(),
-            kind: match memory.deleted_at {
-                Some(_) => Kind::Deleted,
-                None => Kind::Added,
-            },
+            kind: arrives_as(memory),
             changed_at: memory.updated_at,
             changed_by: by.to_owned(),
         }),
@@ -407,18 +412,13 @@ async fn import_one(
     let vector = item.vectors.first();
     memory.embedding_model = vector.map(|vector| vector.model.clone()).unwrap_or_default();
     let key = ledger.insert(scope, &memory, vector).await?;
-    let kind = if memory.deleted_at.is_some() {
-        Kind::Deleted
-    } else {
-        Kind::Added
-    };
     end_past(&memory, &mut versions, &ledger.writer().subject);
     for mut version in versions {
         version.memory.id = memory.id;
         version.memory.scope = memory.scope.clone();
         ledger.history(&version).await?;
     }
-    let sequence = ledger.event(key, &memory, kind).await?;
+    let sequence = ledger.event(key, &memory, arrives_as(&memory)).await?;
     Ok((Outcome::Created, sequence))
 }
 

@@ -444,8 +444,10 @@ impl Relational for PostgresStore {
     }
 
     async fn has(&self, place: Sequence) -> Result<bool, MemoryError> {
-        let found = following!(self, session => read::has(session, place))?;
-        Ok(found || place <= Sequence::default())
+        if place <= Sequence::default() {
+            return Ok(true);
+        }
+        following!(self, session => read::has(session, place))
     }
 
     async fn reach(&self, sequence: Sequence) -> Result<(), MemoryError> {

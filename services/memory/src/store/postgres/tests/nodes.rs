@@ -66,11 +66,7 @@ async fn what_a_primary_showed_at_its_end_is_not_waited_for_and_nothing_new_hide
     while standby.sql("aeterna", "SELECT count(*) FROM memories") == "0" {
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
-    standby.sql("postgres", "ALTER SYSTEM SET primary_conninfo = ''");
-    standby.sql("postgres", "SELECT pg_reload_conf()");
-    while primary.sql("postgres", "SELECT count(*) FROM pg_stat_replication") != "0" {
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
+    standby.leave(&primary).await;
     // Whoever follows the outbox has read it, and it goes with its node.
     for number in 0..3 {
         say(&store, &format!("gone {number}")).await.unwrap();
@@ -114,11 +110,7 @@ async fn what_only_a_standby_has_that_does_not_take_over_was_never_done() {
         }
     };
     has(&behind, "1").await;
-    behind.sql("postgres", "ALTER SYSTEM SET primary_conninfo = ''");
-    behind.sql("postgres", "SELECT pg_reload_conf()");
-    while primary.sql("postgres", "SELECT count(*) FROM pg_stat_replication") != "1" {
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
+    behind.leave(&primary).await;
     let writer = ledger::system("many", Timestamp::default()).unwrap();
     say(&first, "in doubt").await.unwrap();
     let import: RequestId = "an-import".parse().unwrap();
