@@ -180,6 +180,47 @@ async fn both_indexes_find_the_same_and_a_cluster_may_go_and_come_back() {
     let errors = String::from_utf8_lossy(&said.stderr);
     assert!(said.status.success() && output.contains(wanted), "{output}{errors}");
     assert_eq!((cluster.stop().await, flat.stop().await), (Some(0), Some(0)));
+    if let Some((lab, _)) = &lab {
+        let (hosts, _) = uri.split_once("/lab").unwrap();
+        let uri = format!("{hosts}/strict?replicas=2&consistency=2");
+        let strict = copy(&server, &path("strict"), &uri, &key).await;
+        takes_nothing_and_says_so(lab, &mut Client::new(strict.channel())).await;
+        assert_eq!(strict.stop().await, Some(0));
+    }
+}
+
+/// With as many replicas wanted as there are, a node that is away keeps the index from changes; searches say so, and have all
+/// of them once it is back.
+async fn takes_nothing_and_says_so(lab: &Lab, client: &mut Client) {
+    let node = &lab.members()[0];
+    lab.kill(node, Part::All).await.unwrap();
+    let told: Vec<String> = (0..40).map(|number| format!("Fay counted {number} herons")).collect();
+    fill(client, OURS, &told).await;
+    // One that the index lacks is not the nearest, and it is said that some may be missing.
+    let missing = async {
+        loop {
+            for query in &told {
+                let (dense, away) = found(client, query, SearchMode::Dense, "").await;
+                if away && dense.first().is_none_or(|first| first.0 != *query) {
+                    return;
+                }
+            }
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(60), missing).await.unwrap();
+    lab.start(node).unwrap();
+    let back = async {
+        for query in &told {
+            loop {
+                let (dense, away) = found(client, query, SearchMode::Dense, "").await;
+                if !away && dense.first().is_some_and(|first| first.0 == *query) {
+                    break;
+                }
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(60), back).await.unwrap();
 }
 
 /// Without the cluster memories are stored and found by their words, and the answer says so.

@@ -128,8 +128,7 @@ pub trait Live: fmt::Debug + Send + Sync {
     /// When the server is away.
     async fn since(&self, log: &str, stream: &str) -> Result<Option<i64>, StorageError>;
 
-    /// Forgets where a log began and stands, as a failover may: its holder begins it anew, and what its streams have from before
-    /// is read no more.
+    /// Forgets where a log began and stands, and what its streams have: its holder begins it anew.
     ///
     /// # Errors
     /// When the server is away.
@@ -234,6 +233,9 @@ mod tests {
         let options = options.with_passwords(server, sentinels);
         let live = Patient(RedisLive::new(options.clone()).unwrap());
         conformance::conforms(&live).await;
+        // What nobody reads any more is not kept.
+        let streams = live.0.keys("aeterna:stream:*").await.unwrap();
+        assert_eq!(streams, ["aeterna:stream:log:s:2"]);
         let cache = RedisCache::new(options).unwrap();
         conformance::caches(&cache).await;
 

@@ -47,7 +47,7 @@ pub use watch::{News, RING, WatchQuery};
 use crate::domain::{Change, Sequence, Writer};
 use crate::metrics::Metrics;
 use crate::store::code::Code;
-use crate::store::{Relational, StorageError, StoredVector, VectorIndex};
+use crate::store::{Changes, Relational, StorageError, StoredVector, VectorIndex};
 
 /// The model that this service keeps vectors of.
 #[derive(Clone, Debug)]
@@ -68,6 +68,31 @@ pub struct Serving {
     pub model: Model,
     /// The index.
     pub index: Arc<dyn VectorIndex>,
+    /// The index did not take what was last brought to it.
+    refuses: AtomicBool,
+}
+
+impl Serving {
+    /// An index that nothing was brought to yet.
+    pub fn new(model: Model, index: Arc<dyn VectorIndex>) -> Self {
+        Self {
+            model,
+            index,
+            refuses: AtomicBool::new(false),
+        }
+    }
+
+    /// Brings changes to the index.
+    async fn apply(&self, changes: Changes) -> Result<(), Error> {
+        let applied = self.index.apply(changes).await;
+        self.refuses.store(applied.is_err(), Ordering::SeqCst);
+        applied.map_err(|error| Error::unavailable("the vector index can't be written").caused_by(error))
+    }
+
+    /// The index did not take what was last brought to it: it answers without that.
+    fn refuses(&self) -> bool {
+        self.refuses.load(Ordering::SeqCst)
+    }
 }
 
 /// Opens and removes indexes, each of one model.

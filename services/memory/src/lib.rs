@@ -392,7 +392,7 @@ pub async fn build(config: Config, deps: Deps) -> Result<Service, Error> {
         index_away: AtomicBool::new(false),
         store,
         indexes,
-        serving: RwLock::new(Arc::new(Serving { model: first, index })),
+        serving: RwLock::new(Arc::new(Serving::new(first, index))),
         wanted,
         embedder: deps.embedder,
         breaker: Breaker::default(),

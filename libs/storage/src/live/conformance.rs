@@ -116,6 +116,8 @@ pub async fn conforms(live: &dyn Live) {
     assert_eq!(live.begin("log", 10).await.unwrap(), 10);
     assert_eq!(append(batch("x", 10, &[("s", 11)])).await, Appended::Done);
     assert_eq!(read("s", 10, 10).await, entries("s", &[11]));
+    // Whoever stands there reads nothing that was undone.
+    assert_eq!(read("t", 10, 10).await, entries("t", &[]));
 }
 
 /// What every adapter of a cache does alike.

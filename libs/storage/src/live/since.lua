@@ -1,17 +1,18 @@
--- The place after which a stream has everything. KEYS: where the log began, the stream.
+-- The place after which a stream has everything. KEYS: where the log began, how often it began anew, the stream.
 -- Answers with nothing when the log was never begun.
 local began = redis.call('GET', KEYS[1])
-if not began or redis.call('EXISTS', KEYS[2]) == 0 then
+local stream = KEYS[3] .. ':' .. (redis.call('GET', KEYS[2]) or '0')
+if not began or redis.call('EXISTS', stream) == 0 then
   return began
 end
-local about = redis.call('XINFO', 'STREAM', KEYS[2])
+local about = redis.call('XINFO', 'STREAM', stream)
 local known = {}
 for i = 1, #about, 2 do
   known[about[i]] = about[i + 1]
 end
 local first = known['first-entry'] and string.match(known['first-entry'][1], '^%d+')
--- What was there before the log began anew, nobody reads; once anything has gone, the first entry is the last place to read after.
-if first and known['entries-added'] > known['length'] and (#first > #began or (#first == #began and first > began)) then
+-- Once anything has gone, the first entry is the last place to read after.
+if first and known['entries-added'] > known['length'] then
   return first
 end
 return began

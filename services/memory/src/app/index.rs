@@ -210,7 +210,7 @@ impl Background {
                 removals: Vec::new(),
                 at: end,
             };
-            apply(serving, changes).await?;
+            serving.apply(changes).await?;
             let noted = serving.index.fill_to(from, upto, end).await;
             noted.map_err(|error| Error::unavailable("the vector index can't be written").caused_by(error))?;
             if told.elapsed() > TOLD {
@@ -410,7 +410,7 @@ impl Background {
             return Ok(None);
         };
         let last = news.at;
-        apply(serving, news).await?;
+        serving.apply(news).await?;
         Ok(Some(last))
     }
 
@@ -449,7 +449,7 @@ impl Background {
         let opened = app.indexes.open(&next, app.store.last_sequence().await?).await;
         let (index, fresh) =
             opened.map_err(|error| Error::unavailable("the next index can't be opened").caused_by(error))?;
-        let serving = Serving { model: next, index };
+        let serving = Serving::new(next, index);
         if fresh.is_some() {
             self.rebuild(&serving).await?;
         }
@@ -497,11 +497,6 @@ impl Background {
 
 fn lock<T>(what: &Mutex<T>) -> MutexGuard<'_, T> {
     what.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-async fn apply(serving: &Serving, changes: Changes) -> Result<(), Error> {
-    let applied = serving.index.apply(changes).await;
-    applied.map_err(|error| Error::unavailable("the vector index can't be written").caused_by(error))
 }
 
 async fn tend(serving: &Serving) -> Result<Care, Error> {

@@ -73,10 +73,7 @@ impl Background {
             }
             return Ok(());
         };
-        let next = Serving {
-            model: model.clone(),
-            index,
-        };
+        let next = Serving::new(model.clone(), index);
         self.fill(&next, stop).await?;
         if stop.is_cancelled() {
             return Ok(());

@@ -14,7 +14,6 @@ use aeterna_storage::StorageError;
 use aeterna_storage::live::{Appended, Batch, Live};
 use uuid::Uuid;
 
-use super::apply;
 use crate::app::Serving;
 use crate::domain::Sequence;
 use crate::store::Changes;
@@ -179,7 +178,7 @@ impl Turns {
                     }
                 };
                 if matches!(turn, Turn::Mine(_)) {
-                    apply(serving, changes).await?;
+                    serving.apply(changes).await?;
                 }
                 serving.index.advance(to);
                 applied(to);
@@ -222,6 +221,8 @@ mod tests {
         watermark: AtomicI64,
         /// This copy never gets an answer.
         hangs: AtomicBool,
+        /// It takes nothing from this copy.
+        fails: AtomicBool,
     }
 
     #[async_trait]
@@ -229,6 +230,9 @@ mod tests {
         async fn apply(&self, changes: Changes) -> Result<(), StorageError> {
             if self.hangs.load(Ordering::SeqCst) {
                 std::future::pending::<()>().await;
+            }
+            if self.fails.load(Ordering::SeqCst) {
+                return Err(StorageError::Unavailable("fails".into()));
             }
             tokio::time::sleep(Duration::from_millis(1)).await;
             self.applied.lock().unwrap().push(changes.at.0);
@@ -295,7 +299,7 @@ mod tests {
             Self {
                 turns: Turns::new(Arc::clone(live), "log".into()),
                 index: Arc::clone(&index),
-                serving: Serving { model, index },
+                serving: Serving::new(model, index),
             }
         }
 
@@ -346,6 +350,28 @@ mod tests {
         }
         assert!(began.elapsed() >= TERM);
         assert_eq!(*applied.lock().unwrap(), pages());
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn an_index_that_takes_nothing_is_known_until_it_does_again() {
+        let (live, applied): (Arc<dyn Live>, _) = (Arc::new(MemoryLive::default()), Arc::default());
+        let copy = Copy::new(&live, &applied);
+        let away = async |_| Err(Error::unavailable("the store is away"));
+        copy.turns.follow(&copy.serving, away, |_| ()).await.unwrap_err();
+        assert!(!copy.serving.refuses());
+        copy.index.fails.store(true, Ordering::SeqCst);
+        let news = async |_| {
+            Ok(Some(Changes {
+                upserts: Vec::new(),
+                removals: Vec::new(),
+                at: Sequence(PAGE),
+            }))
+        };
+        copy.turns.follow(&copy.serving, news, |_| ()).await.unwrap_err();
+        assert!(copy.serving.refuses());
+        copy.index.fails.store(false, Ordering::SeqCst);
+        copy.follow().await;
+        assert!(!copy.serving.refuses());
     }
 
     #[tokio::test(flavor = "multi_thread")]

@@ -135,10 +135,15 @@ impl<'s> Run<'s> {
         let followed = !needed || query.after == Sequence::default() || app.reached(query.after).await;
         // Another one may have taken over meanwhile, and the one before is not followed up any more.
         self.serving = app.serving();
-        if !followed && query.arms != Arms::Lexical {
-            self.lacks("the vector index has not followed the write of `consistency_token` yet");
+        let refuses = needed && self.serving.refuses();
+        if query.arms != Arms::Lexical {
+            if !followed {
+                self.lacks("the vector index has not followed the write of `consistency_token` yet");
+            } else if refuses {
+                self.lacks("the vector index takes no changes for now; it may lack the last ones");
+            }
         }
-        followed
+        followed && !refuses
     }
 
     /// Asks the index for the nearest vectors and for words at once, so that one that does not answer is waited for once.
