@@ -7,7 +7,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use aeterna_proto::embedding::v1::embedding_service_client::EmbeddingServiceClient;
-use aeterna_proto::embedding::v1::{BatchEmbedRequest, EmbedRequest};
+use aeterna_proto::embedding::v1::size::By;
+use aeterna_proto::embedding::v1::{BatchEmbedRequest, EmbedRequest, Size};
 use aeterna_proto::memory::v1::memory_service_client::MemoryServiceClient;
 use aeterna_proto::memory::v1::{BatchAddRequest, SearchRequest, SearchResponse, StatsRequest};
 use aeterna_rpc::AnyChannel;
@@ -23,6 +24,8 @@ use crate::notes::{item, user};
 use crate::sandbox::Sandbox;
 
 const DIMENSION: usize = 64;
+/// Bytes of a text that the server takes.
+const WINDOW: usize = 10_000;
 
 /// What the server does.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -88,6 +91,9 @@ async fn embeddings(State(script): State<Arc<Script>>, headers: HeaderMap, body:
             return (StatusCode::TOO_MANY_REQUESTS, [("retry-after", "1")], "slow down").into_response();
         }
         _ => {}
+    }
+    if texts.iter().any(|text| text.len() > WINDOW) {
+        return (StatusCode::BAD_REQUEST, "maximum context length exceeded").into_response();
     }
     if mode != Mode::Lenient && texts.iter().any(|text| text.contains("forbidden")) {
         return (StatusCode::BAD_REQUEST, "this text is not taken").into_response();
@@ -255,6 +261,27 @@ async fn texts_share_calls_and_a_busy_server_is_waited_for() {
     });
     assert_eq!(refusal(&bad.unwrap_err()).0, "INVALID_FIELD");
     assert!(good.is_ok());
+    // What is longer than the model's window is cut, and said to be; others beside it are whole.
+    let long = "harbour ".repeat(5_000);
+    let (cut, whole) = tokio::join!(async { client.clone().embed(embed(&long)).await }, async {
+        client.clone().embed(embed("a small text")).await
+    });
+    let (cut, whole) = (cut.unwrap().into_inner(), whole.unwrap().into_inner());
+    assert!(cut.truncated && !whole.truncated && whole.tokens > 0);
+    let same = client.embed(embed(&long[..WINDOW])).await.unwrap().into_inner();
+    assert_eq!(cut.vector, same.vector);
+    // As many dimensions as the model has can be asked for by their number.
+    let sized = |number| EmbedRequest {
+        size: Some(Size {
+            by: Some(By::Dimension(number)),
+        }),
+        ..embed("a small text")
+    };
+    assert_eq!(client.embed(sized(64)).await.unwrap().into_inner().vector, whole.vector);
+    assert_eq!(
+        refusal(&client.embed(sized(65)).await.unwrap_err()),
+        ("INVALID_FIELD".into(), vec!["size.dimension".into()])
+    );
     // Every token is paid for, those of calls that cost less than a millionth of a dollar, too.
     let metrics = get(sandbox.address, "/metrics").await.unwrap();
     let counted = |name: &str| {

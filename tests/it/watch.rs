@@ -8,7 +8,7 @@ use aeterna_proto::memory::v1::{
     BatchAddRequest, ChangeKind, DeleteRequest, Memory, UpdateRequest, WatchRequest, WatchResponse,
 };
 use aeterna_rpc::AnyChannel;
-use aeterna_testkit::{NEVER, Program, SECRET, bearing, built, refusal};
+use aeterna_testkit::{NEVER, Program, SECRET, bearing, built, refusal, token};
 use tonic::Streaming;
 
 use crate::notes::{item, user};
@@ -148,6 +148,32 @@ async fn a_watcher_is_told_what_it_may_see_and_goes_on_where_it_ended() {
     sandbox.stop().await;
 }
 
+#[tokio::test]
+async fn a_watcher_is_told_nothing_once_its_token_has_ended() {
+    let sandbox = Sandbox::start(&[("auth.hs256_secret", SECRET)]).await;
+    for (way, channel) in sandbox.ways() {
+        let mut client = MemoryServiceClient::new(channel);
+        // Clocks may differ by half a minute: it is let in for two seconds more.
+        let now = std::time::SystemTime::now()
+            .duration_since(std::time::UNIX_EPOCH)
+            .unwrap();
+        let ending = token("acme", Role::Writer, &[], now.as_secs() - 28);
+        let request = WatchRequest {
+            scope: user(way),
+            ..Default::default()
+        };
+        let mut stream = client.watch(bearing(request, &ending)).await.unwrap().into_inner();
+        client.add(bearing(item(way, "a fox"), &ending)).await.unwrap();
+        assert_eq!(next(&mut stream).await.memory.unwrap().content, "a fox", "{way}");
+        let end = tokio::time::timeout(Duration::from_secs(20), stream.message()).await;
+        let status = end.expect("the stream ends").unwrap_err();
+        assert_eq!(refusal(&status).0, "TOKEN_INVALID", "{way}: {status}");
+        let status = client.add(bearing(item(way, "late"), &ending)).await.unwrap_err();
+        assert_eq!(refusal(&status).0, "TOKEN_INVALID", "{way}");
+    }
+    sandbox.stop().await;
+}
+
 /// What the memories say.
 trait Contents {
     fn map_content(&self) -> Vec<&str>;
@@ -246,7 +272,7 @@ async fn no_tenant_hears_of_another() {
     let sandbox = Sandbox::start(&[("auth.hs256_secret", SECRET)]).await;
     for (way, channel) in sandbox.ways() {
         let mut client = MemoryServiceClient::new(channel);
-        let token = |tenant: &str| aeterna_testkit::token(tenant, Role::Admin, &[], NEVER);
+        let token = |tenant: &str| token(tenant, Role::Admin, &[], NEVER);
         let (ours, theirs) = (format!("acme-{way}"), format!("evil-{way}"));
         let from_the_start = || WatchRequest {
             resume_token: "1.0".into(),

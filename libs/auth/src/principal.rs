@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::str::FromStr;
+use std::time::SystemTime;
 
 use aeterna_error::{Error, Reason};
 use aeterna_proto::Permission;
@@ -54,6 +55,8 @@ pub struct Principal {
     pub role: Role,
     /// The scope it can't leave.
     pub within: Scope,
+    /// When its token ends; `None`: it has none.
+    pub until: Option<SystemTime>,
 }
 
 impl Principal {
@@ -64,6 +67,7 @@ impl Principal {
             subject: "local".into(),
             role: Role::Admin,
             within: Scope::default(),
+            until: None,
         }
     }
 
@@ -74,6 +78,7 @@ impl Principal {
             subject: "service".into(),
             role: Role::Writer,
             within: Scope::default(),
+            until: None,
         }
     }
 

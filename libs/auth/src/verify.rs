@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use aeterna_error::{Error, Reason};
 use aeterna_types::{Layer, Scope};
@@ -12,6 +12,9 @@ use jsonwebtoken::{Algorithm, DecodingKey, EncodingKey, Header, Validation, deco
 use serde::{Deserialize, Serialize};
 
 use crate::{Principal, Role};
+
+/// By how much clocks may differ.
+const LEEWAY: Duration = Duration::from_secs(30);
 
 /// What a token says. Other claims are ignored.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -60,6 +63,7 @@ impl Claims {
             subject: self.sub,
             role: self.role,
             within,
+            until: SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(self.exp).saturating_add(LEEWAY)),
         })
     }
 }
@@ -266,7 +270,7 @@ impl Verifier {
         };
         let mut validation = Validation::new(algorithm);
         validation.validate_nbf = true;
-        validation.leeway = 30;
+        validation.leeway = LEEWAY.as_secs();
         validation.validate_aud = expected.audience.is_some();
         if let Some(audience) = &expected.audience {
             validation.set_audience(&[audience]);
@@ -334,6 +338,12 @@ mod tests {
         let principal = verdict(&claims()).unwrap();
         assert_eq!((principal.tenant.as_str(), principal.role), ("acme", Role::Writer));
         assert_eq!(principal.within.get(Layer::User), Some("ann"));
+        let end = Duration::from_secs(4_000_000_000) + LEEWAY;
+        assert_eq!(principal.until, Some(SystemTime::UNIX_EPOCH + end));
+        // One that never ends.
+        let mut eternal = claims();
+        eternal.exp = u64::MAX;
+        assert_eq!(verdict(&eternal).unwrap().until, None);
     }
 
     #[test]
@@ -432,7 +442,7 @@ mod tests {
             let set =
                 serde_json::json!({"keys": [{"kty": "RSA", "kid": kid, "alg": "RS256", "use": "sig", "n": n, "e": e}]});
             std::fs::write(&path, set.to_string()).unwrap();
-            let time = SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(age);
+            let time = SystemTime::UNIX_EPOCH + Duration::from_secs(age);
             std::fs::File::open(&path).unwrap().set_modified(time).unwrap();
         };
         let named = |kid: &str| Header {

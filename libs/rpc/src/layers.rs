@@ -21,6 +21,7 @@ use tonic::{Code, Status};
 use tracing::Instrument as _;
 
 use crate::context::{InProcess, REQUEST_ID, RequestContext};
+use crate::expiry;
 use crate::limits::{Limits, RateLimiter};
 
 /// The stack of one process.
@@ -252,9 +253,12 @@ async fn enforce(State(stack): State<Stack>, mut request: Request, next: Next) -
         Ok(context) => context,
         Err(error) => return refuse(error),
     };
-    let deadline = context.deadline();
+    let (deadline, until) = (context.deadline(), context.principal().until);
     request.extensions_mut().insert(context);
-    let answer = next.run(request);
+    let answer = next.run(request).map(|answer| match until {
+        Some(until) => expiry::ends(answer, until),
+        None => answer,
+    });
     let Some(deadline) = deadline else { return answer.await };
     // A handler that never yields can't be timed out; its answer is late all the same.
     match tokio::time::timeout_at(deadline.into(), answer).await {

@@ -6,6 +6,7 @@ mod breaker;
 mod channel;
 mod context;
 mod credentials;
+mod expiry;
 mod flags;
 mod health;
 mod host;

@@ -5,6 +5,7 @@ mod models;
 mod rerank;
 mod select;
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use moka::future::Cache;
@@ -20,7 +21,7 @@ use crate::error::EmbeddingError;
 use crate::metrics::Metrics;
 use crate::store::cross::CrossEncoder;
 use crate::store::shared::Shared;
-use crate::store::{Embedded, Model, TextKind};
+use crate::store::{Embedded, Model, SIZES, TextKind};
 
 /// Of a tenant's text.
 type Digest = [u8; 32];
@@ -30,6 +31,7 @@ type CacheKey = (usize, TextKind, Digest);
 
 /// The service's domain.
 pub struct App {
+    sizes: Vec<usize>,
     models: Vec<Arc<dyn Model>>,
     cache: Cache<CacheKey, Arc<Embedded>>,
     shared: Option<Shared>,
@@ -64,7 +66,10 @@ impl App {
             .max_capacity(cache_bytes)
             .weigher(|_, embedded: &Arc<Embedded>| u32::try_from(embedded.vector.len() * 4 + 128).unwrap_or(u32::MAX))
             .build();
+        let full = models.iter().map(|model| model.info().dimension);
+        let sizes: BTreeSet<usize> = SIZES.into_iter().chain(full).collect();
         Ok(Self {
+            sizes: sizes.into_iter().collect(),
             models,
             cache,
             shared,
@@ -72,6 +77,11 @@ impl App {
             latencies: Latencies::default(),
             metrics,
         })
+    }
+
+    /// The sizes that can be asked for, ascending: what is larger than a model's own is clipped to it.
+    pub fn sizes(&self) -> &[usize] {
+        &self.sizes
     }
 
     /// The index of the model of that name; empty means the default.

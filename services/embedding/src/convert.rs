@@ -4,7 +4,7 @@ use aeterna_error::{Error, Violations};
 use aeterna_proto::embedding::v1 as wire;
 
 use crate::app::{Batch, Choice, Listed, Reranked, Selection, SelectionRequest, Wanted};
-use crate::store::{SIZES, TextKind};
+use crate::store::TextKind;
 
 const MAX_TEXT_BYTES: usize = 65_536;
 const MAX_TEXTS: usize = 1000;
@@ -40,7 +40,7 @@ fn model_name(violations: &mut Violations, model: &str) {
     }
 }
 
-fn wanted(violations: &mut Violations, model: String, size: Option<wire::Size>, kind: i32) -> Wanted {
+fn wanted(violations: &mut Violations, sizes: &[usize], model: String, size: Option<wire::Size>, kind: i32) -> Wanted {
     model_name(violations, &model);
     let size = match size.and_then(|size| size.by) {
         None => None,
@@ -50,9 +50,11 @@ fn wanted(violations: &mut Violations, model: String, size: Option<wire::Size>, 
             Choice::Rule | Choice::Measured => None,
         },
         Some(wire::size::By::Dimension(number)) => {
-            let size = usize::try_from(number).ok().filter(|size| SIZES.contains(size));
+            let size = usize::try_from(number).ok().filter(|size| sizes.contains(size));
             if size.is_none() {
-                violations.add("size.dimension", format!("is {number}; send 256, 384, 768 or 1536"));
+                let sizes: Vec<String> = sizes.iter().map(usize::to_string).collect();
+                let description = format!("is {number}; send one of {}", sizes.join(", "));
+                violations.add("size.dimension", description);
             }
             size
         }
@@ -68,11 +70,11 @@ fn wanted(violations: &mut Violations, model: String, size: Option<wire::Size>, 
     Wanted { model, size, kind }
 }
 
-/// The text and what is wanted of it.
-pub fn embed_request(request: wire::EmbedRequest) -> Result<(String, Wanted), Error> {
+/// The text and what is wanted of it; `sizes` can be asked for.
+pub fn embed_request(request: wire::EmbedRequest, sizes: &[usize]) -> Result<(String, Wanted), Error> {
     let mut violations = Violations::default();
     text(&mut violations, "text", &request.text);
-    let wanted = wanted(&mut violations, request.model, request.size, request.kind);
+    let wanted = wanted(&mut violations, sizes, request.model, request.size, request.kind);
     violations.into_result()?;
     Ok((request.text, wanted))
 }
@@ -106,11 +108,11 @@ pub fn rerank_response(reranked: Reranked) -> wire::RerankResponse {
     }
 }
 
-/// The texts and what is wanted of them.
-pub fn batch_request(request: wire::BatchEmbedRequest) -> Result<(Vec<String>, Wanted), Error> {
+/// The texts and what is wanted of them; `sizes` can be asked for.
+pub fn batch_request(request: wire::BatchEmbedRequest, sizes: &[usize]) -> Result<(Vec<String>, Wanted), Error> {
     let mut violations = Violations::default();
     texts(&mut violations, &request.texts);
-    let wanted = wanted(&mut violations, request.model, request.size, request.kind);
+    let wanted = wanted(&mut violations, sizes, request.model, request.size, request.kind);
     violations.into_result()?;
     Ok((request.texts, wanted))
 }

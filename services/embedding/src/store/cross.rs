@@ -9,6 +9,7 @@ use candle_nn::{Linear, Module as _, linear, ops};
 use candle_transformers::models::bert::BertModel;
 use rayon::prelude::*;
 use tokenizers::Tokenizer;
+use tokio_util::sync::CancellationToken;
 
 use super::local::{Loaded, bad, tensors};
 use crate::error::EmbeddingError;
@@ -69,8 +70,13 @@ impl CrossEncoder {
     /// When the model fails.
     pub async fn score(&self, query: String, texts: Vec<String>) -> Result<Vec<f64>, EmbeddingError> {
         let network = Arc::clone(&self.0);
+        let gone = CancellationToken::new();
+        let _caller = gone.clone().drop_guard();
         let scored = tokio::task::spawn_blocking(move || {
-            let score = |texts: &[String]| network.score(&query, texts);
+            let score = |texts: &[String]| match gone.is_cancelled() {
+                true => Err("the caller has left".into()),
+                false => network.score(&query, texts),
+            };
             let parts: Result<Vec<Vec<f64>>, _> =
                 network.threads.install(|| texts.par_chunks(BATCH).map(score).collect());
             parts.map(|parts| parts.concat())

@@ -39,7 +39,11 @@ impl Model for HashModel {
     }
 
     async fn embed(&self, text: String, _kind: TextKind) -> Result<Embedded, EmbeddingError> {
-        let terms = aeterna_text::analyse(&text);
+        let mut terms = aeterna_text::analyse(&text);
+        if terms.is_empty() {
+            // It is like nothing but itself.
+            terms.push(text);
+        }
         let tokens = u32::try_from(terms.len()).unwrap_or(u32::MAX);
         Ok(Embedded {
             vector: hash(&terms),
@@ -105,8 +109,21 @@ mod tests {
         }
     }
 
-    #[test]
-    fn a_text_without_words_is_the_zero_vector() {
-        assert!(hash(&[]).iter().all(|x| *x == 0.0));
+    #[tokio::test]
+    async fn a_text_without_words_is_like_itself_alone() {
+        let vector = async |text: &str| {
+            HashModel::new()
+                .embed(text.into(), TextKind::Query)
+                .await
+                .unwrap()
+                .vector
+        };
+        let (smile, again, tears) = (
+            vector("\u{1f600}").await,
+            vector("\u{1f600}").await,
+            vector("\u{1f622}").await,
+        );
+        let cosine = |other: &[f32]| smile.iter().zip(other).map(|(x, y)| x * y).sum::<f32>();
+        assert!((cosine(&again) - 1.0).abs() < 1e-5 && cosine(&tears).abs() < 0.9);
     }
 }

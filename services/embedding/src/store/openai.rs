@@ -17,6 +17,8 @@ use crate::metrics::Metrics;
 /// Texts in one call, and their bytes, at most.
 const BATCH: usize = 128;
 const BATCH_BYTES: usize = 256 << 10;
+/// Bytes of a text that every model has room for: what is refused at this length is refused for what it says.
+const SHORT: usize = 1 << 10;
 /// How long a text waits for others to share its call.
 const GATHER: Duration = Duration::from_millis(3);
 /// Calls under way at a time.
@@ -153,7 +155,9 @@ enum Outcome {
 }
 
 impl Server {
-    /// Embeds texts; one that the server refuses does not keep the others from their vectors.
+    /// Embeds texts; one that the server refuses does not keep the others from their vectors. Servers say in many ways that a
+    /// text is longer than the model's window, and not how much longer: one that is refused alone is cut in half until it is
+    /// taken.
     async fn embed(&self, texts: &[String]) -> Vec<Result<Embedded, EmbeddingError>> {
         match self.patiently(texts).await {
             Ok(embedded) => embedded.into_iter().map(Ok).collect(),
@@ -161,6 +165,15 @@ impl Server {
                 let (left, right) = texts.split_at(texts.len() / 2);
                 let mut results = Box::pin(self.embed(left)).await;
                 results.extend(Box::pin(self.embed(right)).await);
+                results
+            }
+            Err(EmbeddingError::Refused(_)) if texts.iter().any(|text| text.len() > SHORT) => {
+                let halves: Vec<String> = texts.iter().map(|text| half(text).to_owned()).collect();
+                let mut results = Box::pin(self.embed(&halves)).await;
+                results
+                    .iter_mut()
+                    .flatten()
+                    .for_each(|embedded| embedded.truncated = true);
                 results
             }
             Err(error) => texts.iter().map(|_| Err(error.clone())).collect(),
@@ -238,7 +251,7 @@ impl Server {
                 Outcome::Failed(why, wait)
             };
         }
-        match self.read(&bytes, texts.len()) {
+        match self.read(&bytes, texts) {
             Ok(embedded) => Outcome::Done(embedded),
             Err(why) => Outcome::Failed(why, None),
         }
@@ -246,7 +259,8 @@ impl Server {
 
     /// The vectors of an answer, in the order of the texts. Servers differ: places may be missing or out of order, counts of
     /// tokens may be missing.
-    fn read(&self, bytes: &[u8], wanted: usize) -> Result<Vec<Embedded>, String> {
+    fn read(&self, bytes: &[u8], texts: &[String]) -> Result<Vec<Embedded>, String> {
+        let wanted = texts.len();
         let answer: Value = serde_json::from_slice(bytes).map_err(|error| format!("the answer is no JSON: {error}"))?;
         let data = answer["data"].as_array().ok_or("the answer has no `data`")?;
         if data.len() != wanted {
@@ -280,12 +294,10 @@ impl Server {
             // A dollar for a million of them is a millionth for each.
             self.metrics.cost.add(tokens as f64 * price, &[]);
         }
-        // The count is of the whole call: the first text carries it.
-        let mut left = u32::try_from(tokens).unwrap_or(u32::MAX);
-        let embedded = vectors.into_iter().map(|vector| {
+        let embedded = vectors.into_iter().zip(shares(tokens, texts)).map(|(vector, tokens)| {
             Some(Embedded {
                 vector: vector?,
-                tokens: std::mem::take(&mut left),
+                tokens,
                 truncated: false,
             })
         });
@@ -294,6 +306,23 @@ impl Server {
             .ok_or_else(|| "two embeddings have the same place".to_owned())
     }
 }
+
+/// The first half of a text, cut between characters.
+fn half(text: &str) -> &str {
+    &text[..text.floor_char_boundary(text.len().div_ceil(2))]
+}
+
+/// A count of tokens of a whole call, divided among its texts by their length; nothing of it is lost.
+fn shares(tokens: u64, texts: &[String]) -> impl Iterator<Item = u32> {
+    let all: u64 = texts.iter().map(|text| text.len() as u64).sum();
+    let upto = move |bytes: u64| tokens.saturating_mul(bytes) / all.max(1);
+    texts.iter().scan(0, move |before, text| {
+        let from = upto(*before);
+        *before += text.len() as u64;
+        Some(u32::try_from(upto(*before) - from).unwrap_or(u32::MAX))
+    })
+}
+
 /// How long a server asks to be left alone: seconds, or a date (RFC 9110, §10.2.3).
 fn pause(value: &HeaderValue) -> Option<Duration> {
     let text = value.to_str().ok()?.trim();
@@ -322,5 +351,25 @@ mod tests {
         let wait = asked(&soon).unwrap();
         assert!((80..=90).contains(&wait.as_secs()), "{wait:?}");
         assert_eq!(asked("later"), None);
+    }
+
+    #[test]
+    fn tokens_of_a_call_are_divided_among_its_texts() {
+        let texts = ["a", "four", "a", "ninety bytes and so on"].map(str::to_owned);
+        let divided: Vec<u32> = shares(57, &texts).collect();
+        assert_eq!(divided.iter().sum::<u32>(), 57);
+        assert!(divided[1] > divided[0] && divided[3] > 40, "{divided:?}");
+        assert_eq!(shares(u64::MAX, &texts[..1]).collect::<Vec<_>>(), [u32::MAX]);
+        assert_eq!(shares(7, &[]).count(), 0);
+    }
+
+    #[test]
+    fn a_text_is_cut_between_characters() {
+        assert_eq!((half("abcd"), half("abc"), half("äö")), ("ab", "ab", "ä"));
+        let mut text = "\u{1f600}".repeat(500);
+        while text.len() > SHORT {
+            text = half(&text).to_owned();
+        }
+        assert!(text.len() > SHORT / 3 && text.chars().all(|c| c == '\u{1f600}'));
     }
 }

@@ -272,7 +272,10 @@ impl App {
         let mut vectors: HashMap<Key, Vec<f32>> = vectors.into_iter().collect();
         let vectors: Vec<Option<Vec<f32>>> = keys.iter().map(|key| vectors.remove(key)).collect();
         let relevance: Vec<f64> = hits.iter().map(|hit| hit.score).collect();
-        let order = diverse::order(&relevance, &vectors, lambda, query.top_k);
+        let limit = query.top_k;
+        // Of a thousand results it takes a second, in which nothing else must wait.
+        let ordered = tokio::task::spawn_blocking(move || diverse::order(&relevance, &vectors, lambda, limit)).await;
+        let order = ordered.map_err(Error::internal)?;
         let mut all: Vec<Option<Hit>> = std::mem::take(hits).into_iter().map(Some).collect();
         hits.extend(order.into_iter().filter_map(|place| all[place].take()));
         Ok(())

@@ -109,6 +109,9 @@ impl<'s> Run<'s> {
         if past.as_ref().is_some_and(|past| past.cut) {
             self.lacks("of what has changed since `as_of`, only a part was looked at; narrow the scope");
         }
+        if query.arms != Arms::Lexical && past.as_ref().is_some_and(Past::is_partly_embedded) {
+            self.lacks("of what was reworded since `as_of`, only the nearest by words had vectors; narrow the scope");
+        }
         if query.arms != Arms::Lexical && self.serving.index.watermark().is_none() {
             self.lacks("the vector index does not have everything yet");
         }
@@ -275,7 +278,10 @@ impl<'s> Run<'s> {
             .collect();
         if let (Some(past), Some(near)) = (&bounds.past, near) {
             let model = &self.serving.model;
-            let earlier = self.app.past_cosines(self.context, model, past, &near.vector).await?;
+            let earlier = self
+                .app
+                .past_cosines(self.context, model, past, (&near.vector, &self.terms))
+                .await?;
             cosines.extend(
                 earlier
                     .into_iter()

@@ -1,5 +1,6 @@
 //! Searching the past: what has changed since then is scored here, by its text of that time.
 
+use std::cmp::Reverse;
 use std::collections::{HashMap, HashSet};
 
 use aeterna_error::Error;
@@ -15,7 +16,8 @@ use crate::store::{Earlier, Rescoring};
 
 /// Memories that have changed since and are scored by their text of that time, at most.
 const CHANGED: usize = 2_000;
-/// Texts that are embedded for a search, at most; the others have their lexical score.
+/// Texts that are embedded for a search, at most, those first that share the most words with it; the others have their lexical
+/// score.
 const EMBEDDED: usize = 200;
 
 /// The constants of BM25, as SQLite has them.
@@ -33,6 +35,28 @@ pub struct Past {
     reworded: HashSet<Key>,
     /// There were more.
     pub cut: bool,
+}
+
+impl Past {
+    /// Only some of the texts of that time are embedded.
+    pub fn is_partly_embedded(&self) -> bool {
+        self.reworded.len() > EMBEDDED
+    }
+
+    /// The texts to embed: those that share the most words with the query, and of them the newest memories.
+    fn to_embed(&self, terms: &[String]) -> Vec<(Key, String)> {
+        let shared = |memory: &Memory| {
+            let words: HashSet<String> = aeterna_text::analyse(&memory.body.lexical_text()).into_iter().collect();
+            terms.iter().filter(|term| words.contains(*term)).count()
+        };
+        let reworded = self.changed.iter().filter(|(key, _)| self.reworded.contains(key));
+        let mut reworded: Vec<(usize, Key, &Memory)> =
+            reworded.map(|(key, memory)| (shared(memory), *key, memory)).collect();
+        reworded.sort_unstable_by_key(|(shared, key, _)| Reverse((*shared, *key)));
+        reworded.truncate(EMBEDDED);
+        let text = |(_, key, memory): (usize, Key, &Memory)| (key, memory.body.dense_text());
+        reworded.into_iter().map(text).collect()
+    }
 }
 
 impl App {
@@ -64,7 +88,7 @@ impl App {
         context: &RequestContext,
         model: &Model,
         past: &Past,
-        vector: &[f32],
+        (vector, terms): (&[f32], &[String]),
     ) -> Result<Vec<(Key, f64)>, Error> {
         let kept: Vec<Key> = past
             .changed
@@ -79,15 +103,9 @@ impl App {
         };
         let kept = self.store.cosines(&context.principal().tenant, &kept).await?;
         let mut cosines: Vec<(Key, f64)> = kept.into_iter().map(|(key, cosine)| (key, f64::from(cosine))).collect();
-        let reworded = past
-            .changed
-            .iter()
-            .filter(|(key, _)| past.reworded.contains(key))
-            .take(EMBEDDED);
-        let (keys, texts): (Vec<Key>, Vec<String>) =
-            reworded.map(|(key, memory)| (*key, memory.body.dense_text())).unzip();
+        let (keys, texts): (Vec<Key>, Vec<String>) = past.to_embed(terms).into_iter().unzip();
         if !texts.is_empty() {
-            let vectors = self.embed(context, model, texts, false).await?;
+            let vectors = self.embed_soon(context, model, texts, false).await?;
             let cosine = |other: &Vec<f32>| cosine(&other[..vector.len()], vector);
             cosines.extend(keys.into_iter().zip(vectors.iter().map(cosine)));
         }
@@ -135,7 +153,10 @@ fn bm25(texts: &[(Key, Vec<String>)], terms: &[String], with: &[i64], documents:
 
 #[cfg(test)]
 mod tests {
+    use aeterna_types::{MemoryId, Scope};
+
     use super::*;
+    use crate::domain::Body;
 
     #[test]
     fn rare_words_and_short_texts_count_more() {
@@ -150,5 +171,31 @@ mod tests {
         let scores: HashMap<Key, f64> = bm25(&texts, &terms, &[1, 20], 100).into_iter().collect();
         assert!(scores[&Key(1)] > scores[&Key(2)] && scores[&Key(2)] > scores[&Key(3)]);
         assert!(!scores.contains_key(&Key(4)));
+    }
+
+    #[test]
+    fn the_texts_that_share_most_words_are_embedded_first() {
+        let memory = |content: String| Memory {
+            id: MemoryId::from_bytes([7; 16]),
+            scope: Scope::default(),
+            body: Body::of(content),
+            created_at: Timestamp::default(),
+            updated_at: Timestamp::default(),
+            deleted_at: None,
+            version: 1,
+            embedding_model: String::new(),
+        };
+        let mut past = Past::default();
+        for number in 0..300 {
+            let said = if number == 3 { "the grey cat" } else { "a cat" };
+            past.changed.insert(Key(number), memory(format!("{said} {number}")));
+        }
+        past.reworded.extend((0..299).map(Key));
+        let chosen = past.to_embed(&["cat".to_owned(), "grey".to_owned()]);
+        assert!(past.is_partly_embedded() && chosen.len() == EMBEDDED);
+        let [first, second, .., last] = &chosen[..] else {
+            panic!("{chosen:?}")
+        };
+        assert_eq!((first.0, second.0, last.0), (Key(3), Key(298), Key(100)));
     }
 }
