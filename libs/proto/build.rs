@@ -58,14 +58,21 @@ fn methods(pool: &prost_reflect::DescriptorPool) -> Result<String, Box<dyn Error
             .and_then(|level| level.as_enum_number())
             .is_some_and(|level| level == 1);
         let path = format!("/{}/{}", method.parent_service().full_name(), method.name());
-        rows.push((path, number, read_only));
+        rows.push((
+            path,
+            number,
+            read_only,
+            method.is_client_streaming(),
+            method.is_server_streaming(),
+        ));
     }
     rows.sort();
     let mut text = String::from("&[\n");
-    for (path, number, read_only) in rows {
+    for (path, number, read_only, client, server) in rows {
         writeln!(
             text,
-            "    Method {{ path: {path:?}, permission: permission({number}), read_only: {read_only} }},"
+            "    Method {{ path: {path:?}, permission: permission({number}), read_only: {read_only}, \
+             client_streaming: {client}, server_streaming: {server} }},"
         )?;
     }
     text.push(']');

@@ -282,6 +282,14 @@ async fn texts_share_calls_and_a_busy_server_is_waited_for() {
         refusal(&client.embed(sized(65)).await.unwrap_err()),
         ("INVALID_FIELD".into(), vec!["size.dimension".into()])
     );
+    let of_another = EmbedRequest {
+        model: "hash".into(),
+        ..sized(64)
+    };
+    assert_eq!(
+        refusal(&client.embed(of_another).await.unwrap_err()).1,
+        ["size.dimension"]
+    );
     // Every token is paid for, those of calls that cost less than a millionth of a dollar, too.
     let metrics = get(sandbox.address, "/metrics").await.unwrap();
     let counted = |name: &str| {

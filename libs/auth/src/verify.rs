@@ -42,6 +42,12 @@ pub struct Claims {
 }
 
 impl Claims {
+    /// When it is refused; `None`: later than there is a time for. The whole second in which it ends still counts.
+    fn end(&self) -> Option<SystemTime> {
+        let end = Duration::from_secs(self.exp.checked_add(1)?).checked_add(LEEWAY)?;
+        SystemTime::UNIX_EPOCH.checked_add(end)
+    }
+
     fn principal(self) -> Result<Principal, String> {
         let mut within = Scope::default();
         for (name, id) in &self.within {
@@ -58,12 +64,13 @@ impl Claims {
         if self.sub.is_empty() || self.sub.chars().count() > 256 {
             return Err("the claim `sub` must have 1 to 256 characters".into());
         }
+        let until = self.end();
         Ok(Principal {
             tenant,
             subject: self.sub,
             role: self.role,
             within,
-            until: SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(self.exp).saturating_add(LEEWAY)),
+            until,
         })
     }
 }
@@ -338,7 +345,7 @@ mod tests {
         let principal = verdict(&claims()).unwrap();
         assert_eq!((principal.tenant.as_str(), principal.role), ("acme", Role::Writer));
         assert_eq!(principal.within.get(Layer::User), Some("ann"));
-        let end = Duration::from_secs(4_000_000_000) + LEEWAY;
+        let end = Duration::from_secs(4_000_000_001) + LEEWAY;
         assert_eq!(principal.until, Some(SystemTime::UNIX_EPOCH + end));
         // One that never ends.
         let mut eternal = claims();

@@ -74,7 +74,7 @@ pub const REASONS: &[ReasonInfo] = &[
         reason: Reason::TokenInvalid,
         name: "TOKEN_INVALID",
         code: Code::Unauthenticated,
-        meaning: "the token is malformed, expired, not yet valid, or signed by an unknown key",
+        meaning: "the token is malformed, expired, not yet valid, or signed by an unknown key; a stream ends with its token",
         remedy: "get a new token",
         example: "a token whose `exp` has passed",
     },

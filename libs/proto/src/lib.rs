@@ -46,6 +46,10 @@ pub struct Method {
     pub permission: Permission,
     /// It changes nothing, so that it may be repeated without asking.
     pub read_only: bool,
+    /// The caller sends a stream of messages.
+    pub client_streaming: bool,
+    /// The answer is a stream of messages.
+    pub server_streaming: bool,
 }
 
 /// Every method of every contract, sorted by path.

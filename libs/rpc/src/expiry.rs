@@ -1,31 +1,49 @@
-//! Answers that end with the caller's token: a stream may go on for longer than whoever asked for it is let in.
+//! Streams that end with the caller's token: they may go on for longer than whoever began them is let in. Other calls are
+//! answered, since what they did is done.
 
 use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::SystemTime;
 
 use aeterna_error::{Error, Reason};
+use aeterna_proto::Method;
 use axum::body::{Body, Bytes};
 use axum::response::Response;
 use http::HeaderMap;
 use http_body::Frame;
-use tokio::time::{Instant, Sleep, sleep_until};
+use tokio::time::{Instant, Sleep, sleep_until, timeout_at};
 use tonic::Status;
 
-/// An answer that ends with TOKEN_INVALID when the token does.
-pub(crate) fn ends(answer: Response, end: SystemTime) -> Response {
-    let left = end.duration_since(SystemTime::now()).unwrap_or_default();
-    let Some(at) = Instant::now().checked_add(left) else {
-        return answer;
+use crate::layers::refuse;
+
+/// The answer to a call of a method; a stream in either direction ends with TOKEN_INVALID when the token does.
+pub(crate) async fn bounded(
+    method: &Method,
+    until: Option<SystemTime>,
+    answer: impl Future<Output = Response>,
+) -> Response {
+    let streaming = method.client_streaming || method.server_streaming;
+    let left = until
+        .filter(|_| streaming)
+        .map(|until| until.duration_since(SystemTime::now()).unwrap_or_default());
+    let Some(at) = left.and_then(|left| Instant::now().checked_add(left)) else {
+        return answer.await;
     };
-    answer.map(|body| {
-        Body::new(Bounded {
-            body,
-            at,
-            timer: Box::pin(sleep_until(at)),
-            over: false,
-        })
-    })
+    let answer = match method.client_streaming {
+        true => timeout_at(at, answer).await.unwrap_or_else(|_| refuse(expired())),
+        false => answer.await,
+    };
+    match method.server_streaming {
+        true => answer.map(|body| Body::new(Bounded::new(body, at))),
+        false => answer,
+    }
+}
+
+fn expired() -> Error {
+    Error::new(
+        Reason::TokenInvalid,
+        "the token has expired meanwhile; go on with a new one",
+    )
 }
 
 struct Bounded {
@@ -33,6 +51,17 @@ struct Bounded {
     at: Instant,
     timer: Pin<Box<Sleep>>,
     over: bool,
+}
+
+impl Bounded {
+    fn new(body: Body, at: Instant) -> Self {
+        Self {
+            body,
+            at,
+            timer: Box::pin(sleep_until(at)),
+            over: false,
+        }
+    }
 }
 
 impl http_body::Body for Bounded {
@@ -54,9 +83,8 @@ impl http_body::Body for Bounded {
             }
         }
         (self.over, self.body) = (true, Body::empty());
-        let message = "the token has expired meanwhile; go on with a new one";
         let mut trailers = HeaderMap::new();
-        let told = Status::from(Error::new(Reason::TokenInvalid, message)).add_header(&mut trailers);
+        let told = Status::from(expired()).add_header(&mut trailers);
         Poll::Ready(told.is_ok().then_some(Ok(Frame::trailers(trailers))))
     }
 

@@ -1,4 +1,5 @@
-//! The layer stack in front of every service, outermost first: observe → catch panics → limit → authenticate → deadline.
+//! The layer stack in front of every service, outermost first: observe → catch panics → limit → authenticate → deadline and,
+//! for streams, the end of the token.
 
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
@@ -6,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use aeterna_auth::{Verifier, authorize};
 use aeterna_error::{Error, Reason};
+use aeterna_proto::Method;
 use axum::Router;
 use axum::body::Body;
 use axum::extract::{Request, State};
@@ -102,7 +104,7 @@ pub fn grpc_status<B>(response: &http::Response<B>) -> Code {
         .map_or(Code::Ok, |code| Code::from_bytes(code.as_bytes()))
 }
 
-fn refuse(error: Error) -> Response {
+pub(crate) fn refuse(error: Error) -> Response {
     Status::from(error).into_http::<Body>()
 }
 
@@ -249,16 +251,13 @@ async fn enforce(State(stack): State<Stack>, mut request: Request, next: Next) -
         );
         return refuse(Error::new(Reason::RateLimited, message).retry_after(Duration::from_secs(1)));
     }
-    let context = match admit(inner, &request) {
-        Ok(context) => context,
+    let (method, context) = match admit(inner, &request) {
+        Ok(admitted) => admitted,
         Err(error) => return refuse(error),
     };
     let (deadline, until) = (context.deadline(), context.principal().until);
     request.extensions_mut().insert(context);
-    let answer = next.run(request).map(|answer| match until {
-        Some(until) => expiry::ends(answer, until),
-        None => answer,
-    });
+    let answer = expiry::bounded(method, until, next.run(request));
     let Some(deadline) = deadline else { return answer.await };
     // A handler that never yields can't be timed out; its answer is late all the same.
     match tokio::time::timeout_at(deadline.into(), answer).await {
@@ -271,7 +270,7 @@ async fn enforce(State(stack): State<Stack>, mut request: Request, next: Next) -
 }
 
 /// Decides whether a request may run, and as whom.
-fn admit(inner: &Inner, request: &Request) -> Result<RequestContext, Error> {
+fn admit(inner: &Inner, request: &Request) -> Result<(&'static Method, RequestContext), Error> {
     let method = aeterna_proto::method(request.uri().path());
     let method = method.ok_or_else(|| {
         Error::new(
@@ -324,12 +323,8 @@ fn admit(inner: &Inner, request: &Request) -> Result<RequestContext, Error> {
     let carried = carried
         .iter()
         .filter_map(|name| Some((http::HeaderName::from_static(name), headers.get(*name)?.clone())));
-    Ok(RequestContext::new(
-        principal,
-        request_id,
-        Some(deadline),
-        carried.collect(),
-    ))
+    let context = RequestContext::new(principal, request_id, Some(deadline), carried.collect());
+    Ok((method, context))
 }
 
 /// Without tokens, loopback is the only wall, and a web page whose name was rebound to loopback stands behind it: it is

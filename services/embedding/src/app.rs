@@ -31,7 +31,6 @@ type CacheKey = (usize, TextKind, Digest);
 
 /// The service's domain.
 pub struct App {
-    sizes: Vec<usize>,
     models: Vec<Arc<dyn Model>>,
     cache: Cache<CacheKey, Arc<Embedded>>,
     shared: Option<Shared>,
@@ -66,10 +65,7 @@ impl App {
             .max_capacity(cache_bytes)
             .weigher(|_, embedded: &Arc<Embedded>| u32::try_from(embedded.vector.len() * 4 + 128).unwrap_or(u32::MAX))
             .build();
-        let full = models.iter().map(|model| model.info().dimension);
-        let sizes: BTreeSet<usize> = SIZES.into_iter().chain(full).collect();
         Ok(Self {
-            sizes: sizes.into_iter().collect(),
             models,
             cache,
             shared,
@@ -79,9 +75,11 @@ impl App {
         })
     }
 
-    /// The sizes that can be asked for, ascending: what is larger than a model's own is clipped to it.
-    pub fn sizes(&self) -> &[usize] {
-        &self.sizes
+    /// The sizes that can be asked of a model, ascending; what is larger than its own is clipped to it.
+    pub fn sizes(&self, name: &str) -> Vec<usize> {
+        let own = self.model(name).map(|index| self.models[index].info().dimension);
+        let sizes: BTreeSet<usize> = SIZES.into_iter().chain(own).collect();
+        sizes.into_iter().collect()
     }
 
     /// The index of the model of that name; empty means the default.

@@ -25,14 +25,18 @@ impl Embedding {
 impl EmbeddingService for Embedding {
     async fn embed(&self, request: Request<EmbedRequest>) -> Result<Response<EmbedResponse>, Status> {
         let context = RequestContext::of(&request)?;
-        let (text, wanted) = convert::embed_request(request.into_inner(), self.0.sizes())?;
+        let request = request.into_inner();
+        let sizes = self.0.sizes(&request.model);
+        let (text, wanted) = convert::embed_request(request, &sizes)?;
         let batch = self.0.embed(&context, vec![text], wanted).await.map_err(Error::from)?;
         Ok(Response::new(convert::embed_response(batch)))
     }
 
     async fn batch_embed(&self, request: Request<BatchEmbedRequest>) -> Result<Response<BatchEmbedResponse>, Status> {
         let context = RequestContext::of(&request)?;
-        let (texts, wanted) = convert::batch_request(request.into_inner(), self.0.sizes())?;
+        let request = request.into_inner();
+        let sizes = self.0.sizes(&request.model);
+        let (texts, wanted) = convert::batch_request(request, &sizes)?;
         let batch = self.0.embed(&context, texts, wanted).await.map_err(Error::from)?;
         Ok(Response::new(convert::batch_response(batch)))
     }

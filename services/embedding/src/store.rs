@@ -26,7 +26,7 @@ pub struct ModelInfo {
     pub matryoshka: bool,
     /// It compares words and not meanings.
     pub lexical: bool,
-    /// Tokens it reads of a text; 0: no limit.
+    /// Tokens it reads of a text; 0: no limit, or one that its server knows.
     pub max_tokens: usize,
     /// Digest of what it was loaded from.
     pub revision: String,

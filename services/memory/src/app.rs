@@ -89,6 +89,11 @@ impl Serving {
         applied.map_err(|error| Error::unavailable("the vector index can't be written").caused_by(error))
     }
 
+    /// The index has taken what was last brought to it, by another copy.
+    fn applied(&self) {
+        self.refuses.store(false, Ordering::SeqCst);
+    }
+
     /// The index did not take what was last brought to it: it answers without that.
     fn refuses(&self) -> bool {
         self.refuses.load(Ordering::SeqCst)
@@ -214,7 +219,7 @@ pub struct App {
     pub(crate) stop: CancellationToken,
     /// The change up to which the index has everything.
     pub(crate) indexed: Sender<Sequence>,
-    /// The index did not take what was last brought to it.
+    /// The index does not follow the store, whichever of the two fails.
     pub(crate) index_away: AtomicBool,
 }
 

@@ -1,5 +1,5 @@
 -- Appends a piece of a log, all of it or nothing.
--- KEYS: the lease, where the log stands, how often it began anew, then the stream of each entry.
+-- KEYS: the lease, where the log stands, which streams it has, then the stream of each entry.
 -- ARGV: the holder, where the log stood, where it stands then, how many entries a stream keeps, then the place and the payload
 -- of each entry.
 if redis.call('GET', KEYS[1]) ~= ARGV[1] then
@@ -9,10 +9,10 @@ local stands = redis.call('GET', KEYS[2]) or ''
 if stands ~= ARGV[2] then
   return {'at', stands}
 end
-local anew = redis.call('GET', KEYS[3]) or '0'
 for i = 4, #KEYS do
   local at = 5 + 2 * (i - 4)
-  redis.call('XADD', KEYS[i] .. ':' .. anew, 'MAXLEN', '~', ARGV[4], ARGV[at] .. '-0', 'p', ARGV[at + 1])
+  redis.call('SADD', KEYS[3], KEYS[i])
+  redis.call('XADD', KEYS[i], 'MAXLEN', '~', ARGV[4], ARGV[at] .. '-0', 'p', ARGV[at + 1])
 end
 redis.call('SET', KEYS[2], ARGV[3])
 return {'done', ''}

@@ -1,4 +1,5 @@
--- Forgets where a log began and stands, and leaves its streams: from now on it has others. KEYS: where it stands, where it began,
--- how often it began anew. Answers with which streams it has left.
-redis.call('DEL', KEYS[1], KEYS[2])
-return redis.call('INCR', KEYS[3]) - 1
+-- Forgets where a log began and stands, and its streams. KEYS: where it stands, where it began, which streams it has.
+for _, stream in ipairs(redis.call('SMEMBERS', KEYS[3])) do
+  redis.call('UNLINK', stream)
+end
+redis.call('UNLINK', KEYS[1], KEYS[2], KEYS[3])

@@ -1,4 +1,4 @@
--- Reads a stream after a place. KEYS: where the log began, how often it began anew, the stream. ARGV: the place, how many.
+-- Reads a stream after a place. KEYS: where the log began, the stream. ARGV: the place, how many.
 -- Answers with nothing when something may be missing between: the log began later, or what followed the place was trimmed.
 
 -- Places are larger than what a number of Lua keeps exactly.
@@ -13,11 +13,10 @@ local began = redis.call('GET', KEYS[1])
 if not began or less(ARGV[1], began) then
   return false
 end
-local stream = KEYS[3] .. ':' .. (redis.call('GET', KEYS[2]) or '0')
-if redis.call('EXISTS', stream) == 0 then
+if redis.call('EXISTS', KEYS[2]) == 0 then
   return {}
 end
-local about = redis.call('XINFO', 'STREAM', stream)
+local about = redis.call('XINFO', 'STREAM', KEYS[2])
 local known = {}
 for i = 1, #about, 2 do
   known[about[i]] = about[i + 1]
@@ -28,7 +27,7 @@ if first and known['entries-added'] > known['length'] and less(ARGV[1], string.m
   return false
 end
 local found = {}
-for _, entry in ipairs(redis.call('XRANGE', stream, '(' .. ARGV[1] .. '-0', '+', 'COUNT', ARGV[2])) do
+for _, entry in ipairs(redis.call('XRANGE', KEYS[2], '(' .. ARGV[1] .. '-0', '+', 'COUNT', ARGV[2])) do
   found[#found + 1] = string.match(entry[1], '^%d+')
   found[#found + 1] = entry[2][2]
 end

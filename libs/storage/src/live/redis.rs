@@ -88,10 +88,10 @@ impl Live for RedisLive {
         append
             .key(key("lease", batch.log))
             .key(key("stands", batch.log))
-            .key(key("anew", batch.log));
+            .key(key("streams", batch.log));
         append.arg(batch.holder).arg(batch.from).arg(batch.to).arg(batch.keep);
         for entry in &batch.entries {
-            append.key(stream_key(batch.log, &entry.stream));
+            append.key(key(&format!("stream:{}", batch.log), &entry.stream));
             append.arg(entry.place).arg(entry.payload.as_slice());
         }
         let (what, stands): (String, String) = self
@@ -107,9 +107,7 @@ impl Live for RedisLive {
 
     async fn read(&self, log: &str, stream: &str, after: i64, limit: usize) -> Result<Page, StorageError> {
         let mut read = READ.prepare_invoke();
-        read.key(key("began", log))
-            .key(key("anew", log))
-            .key(stream_key(log, stream));
+        read.key(key("began", log)).key(key(&format!("stream:{log}"), stream));
         read.arg(after).arg(limit);
         let found: Option<Vec<Vec<u8>>> = self
             .0
@@ -133,10 +131,7 @@ impl Live for RedisLive {
 
     async fn since(&self, log: &str, stream: &str) -> Result<Option<i64>, StorageError> {
         let mut since = SINCE.prepare_invoke();
-        since
-            .key(key("began", log))
-            .key(key("anew", log))
-            .key(stream_key(log, stream));
+        since.key(key("began", log)).key(key(&format!("stream:{log}"), stream));
         self.0
             .with(async |connection| since.invoke_async(connection).await)
             .await
@@ -147,58 +142,11 @@ impl Live for RedisLive {
         forget
             .key(key("stands", log))
             .key(key("began", log))
-            .key(key("anew", log));
-        let left: i64 = self
-            .0
+            .key(key("streams", log));
+        self.0
             .with(async |connection| forget.invoke_async(connection).await)
-            .await?;
-        let streams = self.keys(&format!("{}:{left}", stream_key(&literal(log), "*"))).await?;
-        for some in streams.chunks(1000) {
-            let mut unlink = redis::cmd("UNLINK");
-            unlink.arg(some);
-            self.0
-                .with(async |connection| unlink.query_async::<()>(connection).await)
-                .await?;
-        }
-        Ok(())
+            .await
     }
-}
-
-impl RedisLive {
-    /// The keys that a pattern matches.
-    pub(super) async fn keys(&self, pattern: &str) -> Result<Vec<String>, StorageError> {
-        let (mut keys, mut cursor) = (Vec::new(), 0_u64);
-        loop {
-            let mut scan = redis::cmd("SCAN");
-            scan.arg(cursor).arg("MATCH").arg(pattern).arg("COUNT").arg(1000);
-            let found: Vec<String>;
-            (cursor, found) = self
-                .0
-                .with(async |connection| scan.query_async(connection).await)
-                .await?;
-            keys.extend(found);
-            if cursor == 0 {
-                return Ok(keys);
-            }
-        }
-    }
-}
-
-/// What the keys of a stream begin with; how often its log began anew follows.
-fn stream_key(log: &str, stream: &str) -> String {
-    key(&format!("stream:{log}"), stream)
-}
-
-/// A name as a pattern that matches nothing else.
-fn literal(name: &str) -> String {
-    let mut pattern = String::with_capacity(name.len());
-    for c in name.chars() {
-        if matches!(c, '*' | '?' | '[' | ']' | '\\' | '^') {
-            pattern.push('\\');
-        }
-        pattern.push(c);
-    }
-    pattern
 }
 
 /// Listens to the master, for as long as it is the master.

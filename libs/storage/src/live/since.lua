@@ -1,11 +1,10 @@
--- The place after which a stream has everything. KEYS: where the log began, how often it began anew, the stream.
+-- The place after which a stream has everything. KEYS: where the log began, the stream.
 -- Answers with nothing when the log was never begun.
 local began = redis.call('GET', KEYS[1])
-local stream = KEYS[3] .. ':' .. (redis.call('GET', KEYS[2]) or '0')
-if not began or redis.call('EXISTS', stream) == 0 then
+if not began or redis.call('EXISTS', KEYS[2]) == 0 then
   return began
 end
-local about = redis.call('XINFO', 'STREAM', stream)
+local about = redis.call('XINFO', 'STREAM', KEYS[2])
 local known = {}
 for i = 1, #about, 2 do
   known[about[i]] = about[i + 1]

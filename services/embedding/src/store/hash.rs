@@ -27,7 +27,7 @@ impl HashModel {
             matryoshka: true,
             lexical: true,
             max_tokens: 0,
-            revision: format!("1-{}", aeterna_text::VERSION),
+            revision: format!("2-{}", aeterna_text::VERSION),
         })
     }
 }

@@ -18,7 +18,7 @@ use crate::metrics::Metrics;
 const BATCH: usize = 128;
 const BATCH_BYTES: usize = 256 << 10;
 /// Bytes of a text that every model has room for: what is refused at this length is refused for what it says.
-const SHORT: usize = 1 << 10;
+const SHORT: usize = 128;
 /// How long a text waits for others to share its call.
 const GATHER: Duration = Duration::from_millis(3);
 /// Calls under way at a time.
@@ -157,7 +157,7 @@ enum Outcome {
 impl Server {
     /// Embeds texts; one that the server refuses does not keep the others from their vectors. Servers say in many ways that a
     /// text is longer than the model's window, and not how much longer: one that is refused alone is cut in half until it is
-    /// taken.
+    /// taken, or too short to be too long.
     async fn embed(&self, texts: &[String]) -> Vec<Result<Embedded, EmbeddingError>> {
         match self.patiently(texts).await {
             Ok(embedded) => embedded.into_iter().map(Ok).collect(),
@@ -167,16 +167,15 @@ impl Server {
                 results.extend(Box::pin(self.embed(right)).await);
                 results
             }
-            Err(EmbeddingError::Refused(_)) if texts.iter().any(|text| text.len() > SHORT) => {
-                let halves: Vec<String> = texts.iter().map(|text| half(text).to_owned()).collect();
-                let mut results = Box::pin(self.embed(&halves)).await;
-                results
-                    .iter_mut()
-                    .flatten()
-                    .for_each(|embedded| embedded.truncated = true);
-                results
-            }
-            Err(error) => texts.iter().map(|_| Err(error.clone())).collect(),
+            Err(error) => match texts {
+                [text] if matches!(error, EmbeddingError::Refused(_)) && text.len() > SHORT => {
+                    let mut result = Box::pin(self.embed(&[half(text).to_owned()])).await;
+                    let cut = |embedded: &mut Embedded| embedded.truncated = true;
+                    result.iter_mut().flatten().for_each(cut);
+                    result
+                }
+                _ => texts.iter().map(|_| Err(error.clone())).collect(),
+            },
         }
     }
 
@@ -370,6 +369,6 @@ mod tests {
         while text.len() > SHORT {
             text = half(&text).to_owned();
         }
-        assert!(text.len() > SHORT / 3 && text.chars().all(|c| c == '\u{1f600}'));
+        assert!(text.len() > SHORT / 4 && text.chars().all(|c| c == '\u{1f600}'));
     }
 }

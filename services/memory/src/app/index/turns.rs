@@ -177,8 +177,9 @@ impl Turns {
                         turn => break turn,
                     }
                 };
-                if matches!(turn, Turn::Mine(_)) {
-                    serving.apply(changes).await?;
+                match turn {
+                    Turn::Mine(_) => serving.apply(changes).await?,
+                    Turn::Others | Turn::Done => serving.applied(),
                 }
                 serving.index.advance(to);
                 applied(to);
@@ -369,9 +370,16 @@ mod tests {
         };
         copy.turns.follow(&copy.serving, news, |_| ()).await.unwrap_err();
         assert!(copy.serving.refuses());
-        copy.index.fails.store(false, Ordering::SeqCst);
+        // Until it takes them, from this copy or another.
+        Copy::new(&live, &applied).follow().await;
         copy.follow().await;
         assert!(!copy.serving.refuses());
+        let alone = Copy::new(&(Arc::new(MemoryLive::default()) as Arc<dyn Live>), &applied);
+        alone.index.fails.store(true, Ordering::SeqCst);
+        alone.turns.follow(&alone.serving, news, |_| ()).await.unwrap_err();
+        alone.index.fails.store(false, Ordering::SeqCst);
+        alone.follow().await;
+        assert!(!alone.serving.refuses());
     }
 
     #[tokio::test(flavor = "multi_thread")]

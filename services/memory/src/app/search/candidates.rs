@@ -42,7 +42,7 @@ pub(super) struct Bounds {
     among: Arc<Among>,
     /// What there was at the time that is asked for.
     pub past: Option<Past>,
-    /// The index lacks no write that must be seen, or is not needed.
+    /// The index lacks no write that must be seen and takes changes, or is not needed.
     followed: bool,
 }
 
@@ -109,9 +109,6 @@ impl<'s> Run<'s> {
         if past.as_ref().is_some_and(|past| past.cut) {
             self.lacks("of what has changed since `as_of`, only a part was looked at; narrow the scope");
         }
-        if query.arms != Arms::Lexical && past.as_ref().is_some_and(Past::is_partly_embedded) {
-            self.lacks("of what was reworded since `as_of`, only the nearest by words had vectors; narrow the scope");
-        }
         if query.arms != Arms::Lexical && self.serving.index.watermark().is_none() {
             self.lacks("the vector index does not have everything yet");
         }
@@ -131,7 +128,7 @@ impl<'s> Run<'s> {
     }
 
     /// Waits until the index that answers has the write that must be seen, as far as it is needed; false when it does not in
-    /// time.
+    /// time, or takes no changes.
     async fn wait_for_index(&mut self) -> bool {
         let (app, query) = (self.app, self.query);
         let needed = query.arms != Arms::Lexical || self.serving.index.keeps_texts();
@@ -233,7 +230,14 @@ impl<'s> Run<'s> {
         let found = std::mem::replace(&mut scored.dense, Ok(Vec::new()));
         let mut dense = Vec::new();
         match self.cosines(bounds, scoring.dense.as_ref(), found).await {
-            Ok(cosines) => dense = cosines,
+            Ok(cosines) => {
+                dense = cosines;
+                if scoring.dense.is_some() && bounds.past.as_ref().is_some_and(Past::is_partly_embedded) {
+                    self.lacks(
+                        "of what was reworded since `as_of`, only the nearest by words were compared; narrow the scope",
+                    );
+                }
+            }
             Err(error) => {
                 self.note_no_vectors(&error);
                 scoring.dense = None;

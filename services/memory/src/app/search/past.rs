@@ -50,11 +50,12 @@ impl Past {
             terms.iter().filter(|term| words.contains(*term)).count()
         };
         let reworded = self.changed.iter().filter(|(key, _)| self.reworded.contains(key));
-        let mut reworded: Vec<(usize, Key, &Memory)> =
-            reworded.map(|(key, memory)| (shared(memory), *key, memory)).collect();
-        reworded.sort_unstable_by_key(|(shared, key, _)| Reverse((*shared, *key)));
-        reworded.truncate(EMBEDDED);
-        let text = |(_, key, memory): (usize, Key, &Memory)| (key, memory.body.dense_text());
+        let mut reworded: Vec<(Key, &Memory)> = reworded.map(|(key, memory)| (*key, memory)).collect();
+        if self.is_partly_embedded() {
+            reworded.sort_by_cached_key(|(key, memory)| Reverse((shared(memory), *key)));
+            reworded.truncate(EMBEDDED);
+        }
+        let text = |(key, memory): (Key, &Memory)| (key, memory.body.dense_text());
         reworded.into_iter().map(text).collect()
     }
 }
