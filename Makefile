@@ -64,7 +64,7 @@ audit: ## check the dependencies for known vulnerabilities (ADVISORY_DB=a local 
 	cargo deny --locked check advisories
 
 
-tools: ## install the pinned tools that the other targets need
+tools: ## install buf, grpcurl and cargo-deny (tests and the lab install the rest)
 	scripts/tools.sh buf grpcurl cargo-deny
 
 docs-update: ## rewrite the documentation pages that are generated from the code

@@ -117,7 +117,8 @@ pub async fn run(args: Args) -> anyhow::Result<Value> {
 async fn measure(args: &Args, server: &Program) -> anyhow::Result<Value> {
     let mut growth = Vec::new();
     let mut done = 0;
-    for n in [args.n / 100, args.n / 10, args.n] {
+    let points = [args.n / 100, args.n / 10, args.n];
+    for n in points.into_iter().filter(|n| *n > 0) {
         let added = n - done;
         let took = fill(args, server, done, n).await?;
         done = n;

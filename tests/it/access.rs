@@ -6,6 +6,8 @@ use aeterna_auth::Role;
 use aeterna_proto::embedding::v1::embedding_service_client::EmbeddingServiceClient;
 use aeterna_proto::embedding::v1::{BatchEmbedRequest, EmbedRequest, ListModelsRequest};
 use aeterna_testkit::{SECRET, bearing, get, http, refusal};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
 use tonic::{Code, Request};
 
 use crate::sandbox::Sandbox;
@@ -213,5 +215,31 @@ async fn garbage_on_the_wire_is_refused_and_harms_nobody() {
         .list_models(ListModelsRequest {})
         .await
         .unwrap();
+    sandbox.stop().await;
+}
+
+#[tokio::test]
+async fn a_connection_that_does_not_say_what_it_speaks_is_closed() {
+    let sandbox = Sandbox::start(&[]).await;
+    // The second one is the beginning of what HTTP/2 begins with.
+    let closed = ["", "PRI * HTTP/2"].map(async |beginning| {
+        let mut stream = TcpStream::connect(sandbox.address).await.unwrap();
+        stream.write_all(beginning.as_bytes()).await.unwrap();
+        let mut told = Vec::new();
+        // An end or a reset, as systems differ.
+        let ended = tokio::time::timeout(Duration::from_secs(30), stream.read_to_end(&mut told)).await;
+        assert!(ended.is_ok() && told.is_empty(), "{beginning:?}: {told:?}");
+    });
+    futures::future::join_all(closed).await;
+    // One that says it in pieces is answered.
+    let mut stream = TcpStream::connect(sandbox.address).await.unwrap();
+    for piece in ["P", "UT /healthz HTTP/1.1\r\nhost: x\r\n", "connection: close\r\n\r\n"] {
+        stream.write_all(piece.as_bytes()).await.unwrap();
+        stream.flush().await.unwrap();
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    let mut told = String::new();
+    stream.read_to_string(&mut told).await.unwrap();
+    assert!(told.starts_with("HTTP/1.1 405"), "{told}");
     sandbox.stop().await;
 }

@@ -205,6 +205,49 @@ async fn memories_move_from_server_to_server_and_from_mem0() {
     std::fs::write(&cut, whole.replace("Ann likes tea", "Ann likes rum")).unwrap();
     let import = aeterna(&["import", cut.to_str().unwrap()], &env).await;
     assert!(!import.status.success(), "{}", told(&import));
+    std::fs::write(&cut, whole.repeat(2)).unwrap();
+    let twice = aeterna(&["import", cut.to_str().unwrap()], &env).await;
+    assert!(
+        !twice.status.success() && told(&twice).contains("several exports"),
+        "{}",
+        told(&twice)
+    );
+
+    // What was removed for good since comes back with the same file; and exports and imports go through pipes.
+    for id in before
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|memory| memory["id"].as_str().unwrap())
+    {
+        assert!(aeterna(&["delete", "--purge", id], &env).await.status.success());
+    }
+    assert_eq!(listed(&url).await.as_array().map_or(0, Vec::len), 0);
+    let text = told(&aeterna(&["import", file], &env).await);
+    assert!(text.contains("2 new, 0 there already, 0 refused"), "{text}");
+    let (third, other) = (tempfile::tempdir().unwrap(), url.as_str());
+    let (three, url) = start(third.path(), &[]).await;
+    let script = "\"$0\" export - --history --embeddings --url \"$1\" | \"$0\" import - --url \"$2\"";
+    let piped = tokio::process::Command::new("sh")
+        .args(["-c", script])
+        .args([built("aeterna").as_os_str(), other.as_ref(), url.as_ref()])
+        .output()
+        .await
+        .unwrap();
+    assert!(
+        told(&piped).contains("2 new, 0 there already, 0 refused"),
+        "{}",
+        told(&piped)
+    );
+    assert_eq!(listed(&url).await, before);
+    three.stop().await;
+    // On a full disk it is not said that all went well.
+    let full = std::fs::File::options().write(true).open("/dev/full").unwrap();
+    let told = tokio::process::Command::new(built("aeterna"))
+        .args(["list", "--json", "--url", other])
+        .stdout(full)
+        .status();
+    assert_eq!(told.await.unwrap().code(), Some(1));
     two.stop().await;
 }
 

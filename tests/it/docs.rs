@@ -21,7 +21,8 @@ fn the_page_of_errors_lists_every_reason() {
         "# Errors\n\n<!-- Made from libs/error/src/reason.rs by `make docs-update`. -->\n\nEvery error is a canonical gRPC \
          status with `google.rpc.ErrorInfo{reason, domain: \"aeterna\"}`. Bad input adds `google.rpc.BadRequest` with every\n\
          field at fault, and `google.rpc.RetryInfo` says when a retry helps. The `x-request-id` header of each answer finds \
-         the call in the log.\n\n| reason | code | what happened | what to do | example |\n|---|---|---|---|---|\n",
+         the call in the log:\nby default refused tokens and failures that have a cause, every call with \
+         `log.filter = \"info,aeterna_rpc=debug\"`.\n\n| reason | code | what happened | what to do | example |\n|---|---|---|---|---|\n",
     );
     for row in aeterna_error::REASONS {
         let _ = writeln!(

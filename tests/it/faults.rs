@@ -332,3 +332,33 @@ async fn of_fifty_clients_one_wins_each_version_and_no_update_is_lost() {
     assert_eq!(last.version, 2 + 2 * CLIENTS as i64);
     sandbox.stop().await;
 }
+
+#[tokio::test]
+async fn without_its_index_a_search_goes_by_words_and_says_why() {
+    let data = tempfile::tempdir().unwrap();
+    let request = SearchRequest {
+        scope: user("ann"),
+        query: "who keeps the lighthouse?".into(),
+        ..Default::default()
+    };
+    // Nobody listens on the discard port.
+    let away = [("memory.index", "qdrant://127.0.0.1:9/none")];
+    let sandbox = Sandbox::start_in(data.path(), &away).await;
+    for (way, channel) in sandbox.ways() {
+        let mut client = Client::new(channel);
+        let added = client.add(item("the lighthouse is kept by Eve".into())).await.unwrap();
+        let added = added.into_inner().memory.unwrap();
+        let found = client.search(request.clone()).await.unwrap().into_inner();
+        assert!(found.degraded && found.model.is_empty(), "{way}: {found:?}");
+        let why = &found.degraded_reasons;
+        assert!(why.iter().any(|why| why.contains("vector index")), "{way}: {why:?}");
+        assert_eq!(found.results[0].memory.as_ref().unwrap().id, added.id, "{way}");
+    }
+    sandbox.stop().await;
+    let sandbox = Sandbox::start_in(data.path(), &[]).await;
+    let [(_, channel), _] = sandbox.ways();
+    let found = Client::new(channel).search(request).await.unwrap().into_inner();
+    assert!(!found.degraded && found.model == "hash", "{found:?}");
+    assert_eq!(found.results.len(), 1, "{found:?}");
+    sandbox.stop().await;
+}

@@ -5,18 +5,91 @@ use aeterna_proto::memory::v1::knowledge_service_client::KnowledgeServiceClient;
 use aeterna_proto::memory::v1::memory_service_client::MemoryServiceClient;
 use aeterna_proto::memory::v1::policy_service_client::PolicyServiceClient;
 use aeterna_proto::memory::v1::{
-    DeleteDocumentRequest, DeletePolicyRequest, Document, GetDocumentRequest, Policy, PutDocumentRequest,
-    PutPolicyRequest,
+    DeleteDocumentRequest, DeletePolicyRequest, Document, ExportRequest, ExportedMemory, GetDocumentRequest,
+    ImportRequest, Memory, Policy, PutDocumentRequest, PutPolicyRequest, WatchRequest,
 };
+use aeterna_rpc::AnyChannel;
 use aeterna_testkit::{NEVER, RawClient, SECRET, bearing, refusal, token};
 use prost::Message as _;
-use tonic::{Code, Request};
+use tonic::{Code, Request, Status};
 
 use crate::hostile::{methods, requests};
 use crate::notes::{item, user};
 use crate::sandbox::Sandbox;
 
 const MARK: &str = "launch-code-4711";
+
+fn carries(bytes: &[u8]) -> bool {
+    bytes.windows(MARK.len()).any(|part| part == MARK.as_bytes())
+}
+
+/// Everything that Export tells of Ann's.
+async fn export(client: &mut MemoryServiceClient<AnyChannel>, token: &str) -> Result<Vec<u8>, Status> {
+    let request = ExportRequest {
+        scope: user("ann"),
+        include_history: true,
+        ..Default::default()
+    };
+    let mut chunks = client.export(bearing(request, token)).await?.into_inner();
+    let mut all = Vec::new();
+    while let Some(chunk) = chunks.message().await? {
+        all.extend(chunk.encode_to_vec());
+    }
+    Ok(all)
+}
+
+/// A memory of Ann's that is none.
+async fn plant(client: &mut MemoryServiceClient<AnyChannel>, token: &str) -> Result<i64, Status> {
+    let memory = Memory {
+        scope: user("ann"),
+        content: "planted".into(),
+        ..Default::default()
+    };
+    let import = ImportRequest {
+        import_id: "planting".into(),
+        memories: vec![ExportedMemory {
+            memory: Some(memory),
+            ..Default::default()
+        }],
+        summary: None,
+    };
+    let told = client.import(bearing(tokio_stream::iter([import]), token)).await?;
+    Ok(told.into_inner().created)
+}
+
+/// Watch and Export tell nobody else of Ann's memories, and Import takes none for hers.
+async fn streams_tell_nothing(client: &mut MemoryServiceClient<AnyChannel>, who: &str, stranger: &str) {
+    let watch = WatchRequest {
+        scope: user("ann"),
+        resume_token: "1.0".into(),
+        documents: true,
+        ..Default::default()
+    };
+    if who.contains("user") {
+        let planted = plant(client, stranger).await;
+        assert!(planted.is_err() || planted.is_ok_and(|created| created == 0), "{who}");
+        let [watched, exported] = [
+            client.watch(bearing(watch, stranger)).await.map(drop),
+            export(client, stranger).await.map(drop),
+        ];
+        for status in [watched.unwrap_err(), exported.unwrap_err()] {
+            assert_eq!(refusal(&status).0, "SCOPE_DENIED", "{who}: {status:?}");
+        }
+        return;
+    }
+    // Another tenant has an Ann of its own.
+    plant(client, stranger).await.unwrap();
+    assert!(!carries(&export(client, stranger).await.unwrap()), "{who}");
+    let mut told = client.watch(bearing(watch, stranger)).await.unwrap().into_inner();
+    // All that there is of his own before comes first.
+    loop {
+        let event = told.message().await.unwrap().unwrap();
+        assert!(!carries(&event.encode_to_vec()), "{who}");
+        if event.memory.is_some_and(|memory| memory.content == "planted") {
+            break;
+        }
+    }
+}
 
 #[tokio::test]
 async fn no_rpc_is_answered_to_a_token_that_is_none() {
@@ -119,7 +192,6 @@ async fn no_rpc_tells_another_tenant_or_scope_anything() {
 
         let raw = RawClient::new(channel);
         let requests = requests(&added.id);
-        let carries = |bytes: &[u8]| bytes.windows(MARK.len()).any(|part| part == MARK.as_bytes());
         // The owner does see it: what follows can fail.
         let mut seen = 0;
         for (path, base) in methods(&requests) {
@@ -163,6 +235,7 @@ async fn no_rpc_tells_another_tenant_or_scope_anything() {
                     }
                 }
             }
+            streams_tell_nothing(&mut memories, who, stranger).await;
             let gone = DeleteDocumentRequest {
                 scope: user("ann"),
                 path: "notes/a.md".into(),
@@ -185,6 +258,11 @@ async fn no_rpc_tells_another_tenant_or_scope_anything() {
             );
         }
         // All is as it was.
+        let told = export(&mut memories, &admin).await.unwrap();
+        assert!(
+            carries(&told) && !told.windows(7).any(|part| part == b"planted"),
+            "{way}"
+        );
         let get = GetDocumentRequest {
             scope: user("ann"),
             path: "notes/a.md".into(),

@@ -4,14 +4,16 @@ use std::time::Duration;
 
 use aeterna_auth::Role;
 use aeterna_proto::common::v1::{Layer, Scope};
+use aeterna_proto::errors::v1::Reason;
 use aeterna_proto::memory::v1::knowledge_service_client::KnowledgeServiceClient;
 use aeterna_proto::memory::v1::memory_service_client::MemoryServiceClient;
 use aeterna_proto::memory::v1::policy_service_client::PolicyServiceClient;
 use aeterna_proto::memory::v1::{
-    AddRequest, ChangeKind, DeleteDocumentRequest, DeletePolicyRequest, DeleteRequest, DiffDocumentRequest, Document,
-    GetDocumentRequest, GetEffectivePolicyRequest, GetRequest, ListDocumentVersionsRequest, ListDocumentsRequest,
-    ListPoliciesRequest, ListRequest, Memory, Policy, PolicyRules, PutDocumentRequest, PutPolicyRequest,
-    RestoreDocumentRequest, WatchRequest, WriterRule,
+    AddRequest, BatchAddRequest, ChangeKind, DeleteDocumentRequest, DeletePolicyRequest, DeleteRequest,
+    DiffDocumentRequest, Document, ExportedMemory, GetDocumentRequest, GetEffectivePolicyRequest, GetRequest,
+    ImportRequest, ListDocumentVersionsRequest, ListDocumentsRequest, ListPoliciesRequest, ListRequest, Memory, Policy,
+    PolicyRules, PutDocumentRequest, PutPolicyRequest, RestoreDocumentRequest, UpdateRequest, WatchRequest, WriterRule,
+    batch_add_result,
 };
 use aeterna_testkit::{NEVER, SECRET, bearing, refusal, token};
 use tonic::Code;
@@ -438,6 +440,143 @@ async fn a_policy_of_a_layer_holds_in_that_layer_alone() {
         let left = memories.list(list).await.unwrap().into_inner().memories;
         let left: Vec<&str> = left.iter().map(|memory| memory.content.as_str()).collect();
         assert_eq!(left, [long], "{way}");
+    }
+    sandbox.stop().await;
+}
+
+#[tokio::test]
+async fn a_policy_holds_in_every_way_to_write_and_nowhere_but_in_its_layers() {
+    let sandbox = Sandbox::start(&[("auth.hs256_secret", SECRET)]).await;
+    for (way, channel) in sandbox.ways() {
+        let admin = token(way, Role::Admin, &[], NEVER);
+        let writer = token(way, Role::Writer, &[], NEVER);
+        let mut policies = PolicyServiceClient::new(channel.clone());
+        let mut memories = MemoryServiceClient::new(channel);
+        let memory = |session: &str, content: &str| {
+            Some(Memory {
+                scope: Some(Scope {
+                    user: "ann".into(),
+                    session: session.into(),
+                    ..Default::default()
+                }),
+                content: content.into(),
+                ..Default::default()
+            })
+        };
+        let add = |session: &str, content: &str| AddRequest {
+            memory: memory(session, content),
+            request_id: String::new(),
+        };
+        let of_sessions = |name: &str, rules: PolicyRules| {
+            let mut put = policy(name, None, rules);
+            put.policy.as_mut().unwrap().layers = vec![Layer::Session.into()];
+            bearing(put, &admin)
+        };
+        let long = "x".repeat(21);
+        let rules = PolicyRules {
+            max_content_bytes: Some(20),
+            max_memories: Some(3),
+            time_to_live: Some(prost_types::Duration {
+                seconds: 3600,
+                nanos: 0,
+            }),
+            deleted_retention: Some(prost_types::Duration {
+                seconds: 0,
+                nanos: 1_000_000,
+            }),
+            ..Default::default()
+        };
+        policies.put_policy(of_sessions("brief", rules)).await.unwrap();
+        let kept = memories.add(bearing(add("monday", "a note"), &writer)).await.unwrap();
+        let kept = kept.into_inner().memory.unwrap();
+        let update = UpdateRequest {
+            memory: Some(Memory {
+                id: kept.id.clone(),
+                content: long.clone(),
+                ..Default::default()
+            }),
+            update_mask: Some(prost_types::FieldMask {
+                paths: vec!["content".into()],
+            }),
+            request_id: String::new(),
+        };
+        let status = memories.update(bearing(update, &writer)).await.unwrap_err();
+        assert_eq!(refusal(&status).0, "POLICY_DENIED", "{way}: {status:?}");
+
+        let exported = |content: &str| ExportedMemory {
+            memory: memory("monday", content),
+            ..Default::default()
+        };
+        let import = ImportRequest {
+            import_id: "i".into(),
+            memories: vec![exported(&long), exported("an imported note")],
+            summary: None,
+        };
+        let import = bearing(tokio_stream::iter([import]), &writer);
+        let told = memories.import(import).await.unwrap().into_inner();
+        assert_eq!((told.created, told.refused), (1, 1), "{way}: {told:?}");
+        assert_eq!(told.errors[0].reason(), Reason::PolicyDenied, "{way}");
+
+        let batch = BatchAddRequest {
+            requests: vec![add("monday", "a third"), add("monday", "a fourth"), add("", &long)],
+        };
+        let batch = memories.batch_add(bearing(batch, &writer)).await.unwrap().into_inner();
+        let refused = batch.results.into_iter().map(|result| match result.result {
+            Some(batch_add_result::Result::Error(error)) => Some(error.reason()),
+            _ => None,
+        });
+        let refused: Vec<Option<Reason>> = refused.collect();
+        assert_eq!(refused, [None, Some(Reason::PolicyDenied), None], "{way}");
+        let list = ListRequest {
+            scope: memory("monday", "").unwrap().scope,
+            ..Default::default()
+        };
+        let there = memories
+            .list(bearing(list, &writer))
+            .await
+            .unwrap()
+            .into_inner()
+            .memories;
+        let lasting: Vec<&str> = there
+            .iter()
+            .filter(|memory| memory.expires_at.is_none())
+            .map(|memory| memory.content.as_str())
+            .collect();
+        assert_eq!((there.len(), lasting), (4, vec![long.as_str()]), "{way}");
+
+        let closed = PolicyRules {
+            writers: WriterRule::Admins.into(),
+            ..Default::default()
+        };
+        policies.put_policy(of_sessions("closed", closed)).await.unwrap();
+        let status = memories.add(bearing(add("tuesday", "no"), &writer)).await.unwrap_err();
+        assert_eq!(refusal(&status).0, "POLICY_DENIED", "{way}: {status:?}");
+        let of_the_user = memories.add(bearing(add("", "yes"), &writer)).await.unwrap();
+        let of_the_user = of_the_user.into_inner().memory.unwrap();
+
+        // Of what is deleted, only that of the layer is removed for good.
+        for id in [&kept.id, &of_the_user.id] {
+            let delete = DeleteRequest {
+                id: id.clone(),
+                ..Default::default()
+            };
+            memories.delete(bearing(delete, &admin)).await.unwrap();
+        }
+        let get = |id: &str| {
+            let get = GetRequest {
+                id: id.into(),
+                show_deleted: true,
+                ..Default::default()
+            };
+            bearing(get, &admin)
+        };
+        let mut left = 300;
+        while memories.get(get(&kept.id)).await.is_ok() {
+            left -= 1;
+            assert!(left > 0, "{way}: it is kept although its time is over");
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        memories.get(get(&of_the_user.id)).await.unwrap();
     }
     sandbox.stop().await;
 }

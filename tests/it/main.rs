@@ -4,6 +4,7 @@
 
 mod access;
 mod cli;
+mod clock;
 mod crash;
 mod docs;
 mod embedding;

@@ -353,6 +353,7 @@ async fn history_tells_every_version_and_a_purge_ends_it() {
             (1, 15, 0),
             "{way}"
         );
+        assert!(counted.index_bytes > 0, "{way}: {counted:?}");
 
         let item = |id: &str, purge: bool| DeleteRequest {
             id: id.into(),

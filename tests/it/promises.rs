@@ -206,6 +206,19 @@ async fn every_part_of_a_score_is_told_and_they_add_up() {
             assert!(found.is_sorted_by(|a, b| a.score >= b.score));
             let Some(threshold) = threshold else {
                 assert_eq!(found.len(), 4, "{way}");
+                // What happened later is more recent, by half for each 30 days.
+                let mut by_time: Vec<_> = found.iter().collect();
+                by_time.sort_by_key(|result| result.memory.as_ref().unwrap().event_at.unwrap().seconds);
+                let recency: Vec<f64> = by_time
+                    .iter()
+                    .map(|result| result.breakdown.as_ref().unwrap().recency_part)
+                    .collect();
+                for pair in recency.windows(2) {
+                    assert!(
+                        pair[0] > 0.0 && (pair[1] / pair[0] - 2.0).abs() < 1e-3,
+                        "{way}: {recency:?}"
+                    );
+                }
                 let best = found[0].memory.as_ref().unwrap();
                 assert_eq!(best.importance, Some(0.9), "{way}: {fusion:?}");
                 // What is left out makes room for the next best.

@@ -2,11 +2,13 @@
 
 use std::net::SocketAddr;
 use std::path::Path;
+use std::sync::Arc;
 
 use aeterna_auth::{Expected, Verifier};
 use aeterna_config::Sources;
 use aeterna_rpc::{AnyChannel, Host, Router};
 use aeterna_telemetry::Telemetry;
+use aeterna_types::{Clock, SystemClock};
 use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
@@ -31,6 +33,11 @@ impl Sandbox {
 
     /// The same on a data directory of the caller's.
     pub async fn start_in(data: &Path, flags: &[(&str, &str)]) -> Self {
+        Self::start_at(data, flags, Arc::new(SystemClock)).await
+    }
+
+    /// The same at the time of a clock of the caller's.
+    pub async fn start_at(data: &Path, flags: &[(&str, &str)], clock: Arc<dyn Clock>) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0")
             .await
             .expect("loopback has a free port");
@@ -49,7 +56,8 @@ impl Sandbox {
             None => Verifier::Open,
         };
         let telemetry = Telemetry::local().expect("metrics need nothing");
-        let host = Host::on(listener, verifier, config, telemetry, &services.names()).expect("the host starts");
+        let mut host = Host::on(listener, verifier, config, telemetry, &services.names()).expect("the host starts");
+        host.clock = clock;
         let parts = aeterna::build(services, &host).await.expect("the services start");
         let routers = parts.routers.iter().cloned();
         let router = routers

@@ -137,6 +137,13 @@ async fn what_was_exported_is_imported_as_it_was() {
         // Interrupted, and sent again from the beginning.
         let some = import(&mut target, chunks(&id, &all[..200], None)).await.unwrap();
         assert_eq!((some.created, some.merged), (200, 0), "{way}");
+        // Another stream under the same id, also when it is shorter.
+        let mut other = all.clone();
+        other[7].memory.as_mut().unwrap().content = "another".into();
+        let status = import(&mut target, chunks(&id, &other, None)).await.unwrap_err();
+        assert_eq!(refusal(&status).0, "INVALID_STATE", "{way}: {status:?}");
+        let status = import(&mut target, chunks(&id, &all[..100], None)).await.unwrap_err();
+        assert_eq!(refusal(&status).0, "INVALID_STATE", "{way}: {status:?}");
         let done = import(&mut target, chunks(&id, &all, Some(summary.clone())))
             .await
             .unwrap();
@@ -170,13 +177,17 @@ async fn what_was_exported_is_imported_as_it_was() {
         };
         let found = target.search(query).await.unwrap().into_inner().results;
         assert_eq!(found[0].memory.as_ref().unwrap().content, "the last words", "{way}");
-        // Another stream under the same id, also when it is shorter, and a stream that is not what its summary says.
-        let mut other = all.clone();
-        other[7].memory.as_mut().unwrap().content = "another".into();
-        let status = import(&mut target, chunks(&id, &other, None)).await.unwrap_err();
-        assert_eq!(refusal(&status).0, "INVALID_STATE", "{way}: {status:?}");
-        let status = import(&mut target, chunks(&id, &all[..100], None)).await.unwrap_err();
-        assert_eq!(refusal(&status).0, "INVALID_STATE", "{way}: {status:?}");
+        // Once all of it is stored, what was removed for good since comes again with the same stream.
+        let purge = DeleteRequest {
+            id: found[0].memory.as_ref().unwrap().id.clone(),
+            purge: true,
+            ..Default::default()
+        };
+        target.delete(purge).await.unwrap();
+        let again = import(&mut target, chunks(&id, &all, Some(summary.clone())))
+            .await
+            .unwrap();
+        assert_eq!((again.created, again.merged, again.refused), (1, 451, 0), "{way}");
         // The past of a memory ends with what it says now, whether it was sent or not.
         let mut cut = all.iter().find(|one| one.versions.len() > 1).unwrap().clone();
         let now = cut.versions.pop().unwrap();
@@ -339,10 +350,21 @@ async fn killed_in_the_middle_of_an_import_nothing_is_lost_or_doubled() {
     let mut cut = client.export(everything("ann")).await.unwrap().into_inner();
     let begun = cut.message().await.unwrap().unwrap();
     source.kill().await;
+    let mut last = begun.resume_token;
+    let ended = loop {
+        match cut.message().await {
+            Ok(Some(chunk)) => last = chunk.resume_token,
+            other => break other,
+        }
+    };
+    assert!(
+        ended.is_err() && !last.is_empty(),
+        "the export was over before its server was: {ended:?}"
+    );
     let source = start(first.path()).await;
     let mut client = MemoryServiceClient::new(source.channel());
     let on = ExportRequest {
-        resume_token: begun.resume_token,
+        resume_token: last,
         ..everything("ann")
     };
     let rest = export(&mut client, on).await;

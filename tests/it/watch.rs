@@ -27,7 +27,7 @@ async fn add(client: &mut Client, name: &str, content: &str) -> Memory {
 }
 
 /// The next event that is no heartbeat.
-async fn next(stream: &mut Streaming<WatchResponse>) -> WatchResponse {
+pub async fn next(stream: &mut Streaming<WatchResponse>) -> WatchResponse {
     loop {
         let event = tokio::time::timeout(Duration::from_secs(60), stream.message()).await;
         let event = event.expect("an event comes").unwrap().expect("the stream goes on");
@@ -320,6 +320,9 @@ async fn thousands_of_watchers_are_told_while_half_of_them_sleep() {
     const EACH: usize = 200;
     const CHANGES: usize = 10;
     const BYTES: usize = 24 << 10;
+    /// More than the ring of changes holds, of which those who are awake see none.
+    const MISSED: usize = 1_100;
+    const WAKING: usize = 3 * EACH;
     let data = tempfile::tempdir().unwrap();
     let flags = [
         "serve",
@@ -333,9 +336,14 @@ async fn thousands_of_watchers_are_told_while_half_of_them_sleep() {
     let (mut clients, mut asleep, mut awake) = (Vec::new(), Vec::new(), Vec::new());
     for connection in 0..CONNECTIONS {
         let client = MemoryServiceClient::new(program.channel());
+        // Ann's are seen by all of them, those of an agent of hers by the sleepers.
+        let mut scope = user("ann");
+        if connection % 2 == 0 {
+            scope.as_mut().unwrap().agent = "late".into();
+        }
         let watching = (0..EACH).map(async |_| {
             let request = WatchRequest {
-                scope: user("ann"),
+                scope: scope.clone(),
                 ..Default::default()
             };
             let opened = client.clone().watch(request).await;
@@ -373,14 +381,37 @@ async fn thousands_of_watchers_are_told_while_half_of_them_sleep() {
     let taken = program.peak_memory() - before;
     let all = (asleep.len() * CHANGES * BYTES) as u64;
     assert!(taken < all / 3, "{taken} bytes more, and {all} wait");
-    // Those of one connection wake up: what others on it have not read would keep one of them waiting.
-    let waking = asleep[..EACH].iter_mut().map(async |stream| {
-        for n in 0..CHANGES {
+    let of_the_agent = |n: usize| {
+        let mut request = item("ann", &content(n));
+        let scope = &mut request.memory.as_mut().unwrap().scope;
+        scope.as_mut().unwrap().agent = "late".into();
+        request
+    };
+    for first in (CHANGES..CHANGES + MISSED).step_by(100) {
+        let requests = (first..first + 100).map(of_the_agent).collect();
+        let added = client
+            .batch_add(BatchAddRequest { requests })
+            .await
+            .unwrap()
+            .into_inner();
+        assert_eq!(added.results.len(), 100);
+    }
+    // Those of some connections wake up, far behind the ring, and read on: what others on a connection have not read would keep
+    // one of them waiting.
+    let ring = program.peak_memory();
+    let waking = asleep[..WAKING].iter_mut().map(async |stream| {
+        for n in 0..2 * CHANGES {
             let told = next(stream).await.memory.unwrap().content;
             assert!(told.starts_with(&format!("news {n} ")), "{n}: {}", &told[..20]);
         }
     });
     futures::future::join_all(waking).await;
+    let taken = program.peak_memory() - ring;
+    let all = (WAKING * 32 * BYTES) as u64;
+    assert!(
+        taken < all / 3,
+        "{taken} bytes more for those who read on, and a page of each has {all}"
+    );
     drop((asleep, clients));
     program.stop().await;
 }

@@ -140,7 +140,7 @@ pub const REASONS: &[ReasonInfo] = &[
         code: Code::FailedPrecondition,
         meaning: "something must be configured first",
         remedy: "set what the message names",
-        example: "an agent run without an LLM configured",
+        example: "Search with `rerank` and no `embedding.reranker_dir`",
     },
     ReasonInfo {
         reason: Reason::InvalidState,
@@ -156,7 +156,7 @@ pub const REASONS: &[ReasonInfo] = &[
         code: Code::Unimplemented,
         meaning: "the option or RPC is part of the contract and not served by this version",
         remedy: "leave the option out, or use a newer version",
-        example: "Search with `rerank` when this version has no reranker",
+        example: "a call to ReasoningService",
     },
     ReasonInfo {
         reason: Reason::ModelNotFound,
@@ -180,7 +180,7 @@ pub const REASONS: &[ReasonInfo] = &[
         code: Code::ResourceExhausted,
         meaning: "a budget of time, tokens, queries or money is used up",
         remedy: "raise the budget that the message names",
-        example: "an agent run whose `max_cost_micro_usd` is reached",
+        example: "none yet: no RPC of this version has a budget",
     },
     ReasonInfo {
         reason: Reason::ResumeTooOld,
@@ -188,7 +188,7 @@ pub const REASONS: &[ReasonInfo] = &[
         code: Code::OutOfRange,
         meaning: "a resume token or offset is older than what is kept",
         remedy: "start again from the beginning",
-        example: "Watch with a resume token of last month",
+        example: "none yet: this version keeps all changes",
     },
     ReasonInfo {
         reason: Reason::Internal,
@@ -220,7 +220,7 @@ pub const REASONS: &[ReasonInfo] = &[
         code: Code::Cancelled,
         meaning: "the caller or an operator cancelled the work",
         remedy: "start it again if it is still wanted",
-        example: "an agent run that was cancelled",
+        example: "a call that its caller gave up while another service worked on it",
     },
     ReasonInfo {
         reason: Reason::FellBehind,

@@ -9,6 +9,7 @@ use aeterna_auth::{Expected, JwksFile, Verifier};
 use aeterna_config::{Problems, Reader, Secret, Setting, Settings, Sources};
 use aeterna_error::{Error, Reason};
 use aeterna_telemetry::{LogFormat, Telemetry};
+use aeterna_types::{Clock, SystemClock};
 use axum::Router;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
@@ -210,6 +211,8 @@ pub struct Host {
     pub stack: Stack,
     /// Health of the services.
     pub health: Health,
+    /// Where the time of its services comes from.
+    pub clock: Arc<dyn Clock>,
     /// Cancelled when the process should end: calls under way are still answered.
     pub stop: CancellationToken,
     /// Cancelled when the last call was answered: background work ends and stores close.
@@ -256,6 +259,7 @@ impl Host {
             telemetry,
             stack,
             health,
+            clock: Arc::new(SystemClock),
             stop: CancellationToken::new(),
             drained: CancellationToken::new(),
             listener: Some(listener),

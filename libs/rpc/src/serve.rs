@@ -15,8 +15,8 @@ use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto::Builder;
 use hyper_util::server::graceful::GracefulShutdown;
 use hyper_util::service::TowerToHyperService;
-use tokio::net::TcpListener;
-use tokio::sync::Semaphore;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
 use tower::ServiceExt as _;
@@ -81,6 +81,11 @@ const STREAMS: u32 = 1000;
 const CONNECTION_WINDOW: u32 = 2 << 20;
 const STREAM_WINDOW: u32 = 512 << 10;
 
+/// How long a connection may take to say which HTTP it speaks, and then for the head of a request.
+const GREETING: Duration = Duration::from_secs(10);
+/// What HTTP/2 begins with (RFC 9113, §3.4).
+const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+
 /// A listener with everything mounted on it.
 #[derive(Debug)]
 pub struct Server {
@@ -101,7 +106,7 @@ impl Server {
         builder
             .http1()
             .timer(TokioTimer::new())
-            .header_read_timeout(Duration::from_secs(10))
+            .header_read_timeout(GREETING)
             .http2()
             .timer(TokioTimer::new())
             .max_concurrent_streams(STREAMS)
@@ -125,15 +130,18 @@ impl Server {
                 current.oneshot(request)
             });
             let service = TowerToHyperService::new(service);
-            let connection = builder
-                .serve_connection_with_upgrades(TokioIo::new(stream), service)
-                .into_owned();
-            let connection = graceful.watch(connection);
+            let (builder, watcher, stop) = (builder.clone(), graceful.watcher(), stop.clone());
             tokio::spawn(async move {
-                if let Err(error) = connection.await {
+                let _permit = permit;
+                tokio::select! {
+                    biased;
+                    greets = greets(&stream) => if !greets { return },
+                    () = stop.cancelled() => return,
+                }
+                let connection = builder.serve_connection_with_upgrades(TokioIo::new(stream), service);
+                if let Err(error) = watcher.watch(connection.into_owned()).await {
                     tracing::debug!(%error, "a connection ended early");
                 }
-                drop(permit);
             });
         }
         drop(self.listener);
@@ -146,10 +154,23 @@ impl Server {
     }
 }
 
-async fn accept(
-    listener: &TcpListener,
-    connections: &Arc<Semaphore>,
-) -> Option<(tokio::net::TcpStream, tokio::sync::OwnedSemaphorePermit)> {
+/// Waits for what a connection begins with, as far as it takes to tell HTTP/1 from HTTP/2; false when that does not come.
+async fn greets(stream: &TcpStream) -> bool {
+    let greets = async {
+        let mut bytes = [0; PREFACE.len()];
+        loop {
+            match stream.peek(&mut bytes).await {
+                Ok(0) | Err(_) => return false,
+                Ok(read) if read == PREFACE.len() || bytes[..read] != PREFACE[..read] => return true,
+                // While there is something, it is told again at once.
+                Ok(_) => tokio::time::sleep(Duration::from_millis(10)).await,
+            }
+        }
+    };
+    tokio::time::timeout(GREETING, greets).await.unwrap_or(false)
+}
+
+async fn accept(listener: &TcpListener, connections: &Arc<Semaphore>) -> Option<(TcpStream, OwnedSemaphorePermit)> {
     let permit = Arc::clone(connections).acquire_owned().await.ok()?;
     match listener.accept().await {
         Ok((stream, _)) => {

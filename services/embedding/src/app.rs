@@ -43,7 +43,7 @@ impl App {
     /// With its models, the default put first.
     ///
     /// # Errors
-    /// When no model has the default's name.
+    /// When no model has the default's name, or two models have the same.
     pub fn new(
         mut models: Vec<Arc<dyn Model>>,
         default: &str,
@@ -52,6 +52,12 @@ impl App {
         reranker: Option<CrossEncoder>,
         metrics: Metrics,
     ) -> Result<Self, EmbeddingError> {
+        for (place, model) in models.iter().enumerate() {
+            let name = &model.info().name;
+            if models[..place].iter().any(|other| other.info().name == *name) {
+                return Err(EmbeddingError::TwoModels(name.clone()));
+            }
+        }
         if !default.is_empty() {
             let known = names(&models);
             let found = models.iter().position(|model| model.info().name == default);

@@ -1,6 +1,6 @@
 //! What can go wrong, by what a caller can do about it.
 
-use aeterna_error::{Error, Reason};
+use aeterna_error::{Error, Reason, Violations};
 
 /// An error of the embedding service.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -13,6 +13,12 @@ pub enum EmbeddingError {
         /// The names that are there.
         known: String,
     },
+    /// Two models have the same name.
+    #[error(
+        "two models are named `{0}`; rename a directory in `embedding.model_dirs`, or leave one of them or \
+         `embedding.openai.model` out"
+    )]
+    TwoModels(String),
     /// A model directory can't be used.
     #[error("the model directory `{dir}` can't be used: {why}")]
     BadDirectory {
@@ -30,9 +36,27 @@ pub enum EmbeddingError {
     /// The model's server does not take the text.
     #[error("the model's server refuses the text: {0}")]
     Refused(String),
+    /// The same of one of several texts.
+    #[error("the model's server refuses the text: {why}")]
+    RefusedOne {
+        /// Its place.
+        index: usize,
+        /// What the server says.
+        why: String,
+    },
     /// The model's servers are away, or answer nonsense.
     #[error("the model's server is away: {0}")]
     Away(String),
+}
+
+impl EmbeddingError {
+    /// Of a call with one text.
+    pub fn alone(self) -> Self {
+        match self {
+            Self::RefusedOne { why, .. } => Self::Refused(why),
+            error => error,
+        }
+    }
 }
 
 impl From<EmbeddingError> for Error {
@@ -42,12 +66,21 @@ impl From<EmbeddingError> for Error {
                 let message = error.to_string();
                 Self::new(Reason::ModelNotFound, message).with("models", known)
             }
-            EmbeddingError::BadDirectory { .. } | EmbeddingError::NoReranker => {
+            EmbeddingError::BadDirectory { .. } | EmbeddingError::TwoModels(_) | EmbeddingError::NoReranker => {
                 Self::new(Reason::NotConfigured, error.to_string())
             }
-            EmbeddingError::Refused(_) => Self::new(Reason::InvalidField, error.to_string()),
+            EmbeddingError::Refused(_) => refused("text", &error),
+            EmbeddingError::RefusedOne { index, .. } => refused(&format!("texts[{index}]"), &error),
             EmbeddingError::Away(_) => Self::unavailable(error.to_string()),
             EmbeddingError::Failed(why) => Self::internal(why.clone()),
         }
     }
+}
+
+/// What is said of a text that is not taken.
+fn refused(field: &str, error: &EmbeddingError) -> Error {
+    let mut violations = Violations::default();
+    violations.add(field, error.to_string());
+    let refused = violations.into_result().err();
+    refused.unwrap_or_else(|| Error::internal("a violation is missing"))
 }

@@ -28,7 +28,8 @@ impl EmbeddingService for Embedding {
         let request = request.into_inner();
         let sizes = self.0.sizes(&request.model);
         let (text, wanted) = convert::embed_request(request, &sizes)?;
-        let batch = self.0.embed(&context, vec![text], wanted).await.map_err(Error::from)?;
+        let batch = self.0.embed(&context, vec![text], wanted).await;
+        let batch = batch.map_err(|error| Error::from(error.alone()))?;
         Ok(Response::new(convert::embed_response(batch)))
     }
 

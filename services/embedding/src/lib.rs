@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use aeterna_config::{Reader, Setting};
-use aeterna_error::Error;
+use aeterna_error::{Error, Reason};
 use aeterna_proto::embedding::v1::embedding_service_server::EmbeddingServiceServer;
 use aeterna_rpc::{Dependency, Health};
 use aeterna_storage::{RedisCache, RedisOptions};
@@ -160,13 +160,16 @@ impl Config {
 
 /// How an OpenAI-compatible model is reached, when there is one.
 fn openai(reader: &mut Reader<'_>) -> Option<Option<Options>> {
-    let urls = reader.list("embedding.openai.urls")?;
-    let model = reader.text("embedding.openai.model")?;
-    let dimension: usize = reader.within("embedding.openai.dimension", 64..=65_472)?;
-    let matryoshka: bool = reader.get("embedding.openai.matryoshka")?;
-    let key = reader.secret("embedding.openai.api_key")?;
-    let timeout = reader.duration("embedding.openai.timeout")?;
-    let price = reader.text("embedding.openai.price")?;
+    // All of them, so that all problems are told together.
+    let urls = reader.list("embedding.openai.urls");
+    let model = reader.text("embedding.openai.model");
+    let dimension: Option<usize> = reader.within("embedding.openai.dimension", 64..=65_472);
+    let matryoshka: Option<bool> = reader.get("embedding.openai.matryoshka");
+    let key = reader.secret("embedding.openai.api_key");
+    let timeout = reader.duration("embedding.openai.timeout");
+    let price = reader.text("embedding.openai.price");
+    let (urls, model, dimension, matryoshka) = (urls?, model?, dimension?, matryoshka?);
+    let (key, timeout, price) = (key?, timeout?, price?);
     if !dimension.is_multiple_of(64) {
         reader.problem("embedding.openai.dimension", "is no multiple of 64");
         return None;
@@ -248,6 +251,11 @@ pub fn installed(data_dir: &Path) -> Vec<PathBuf> {
     dirs
 }
 
+/// What is wrong with what a setting names.
+fn setting(name: &str, error: &EmbeddingError) -> Error {
+    Error::new(Reason::NotConfigured, format!("`{name}`: {error}"))
+}
+
 /// Loads the models and makes the service's routes.
 ///
 /// # Errors
@@ -272,7 +280,10 @@ pub async fn build(config: Config, deps: Deps) -> Result<Routes, Error> {
     }
     for dir in dirs {
         let loaded = tokio::task::spawn_blocking(move || store::local::LocalModel::load(&dir, threads)).await;
-        models.push(Arc::new(loaded.map_err(Error::internal)??));
+        let loaded = loaded.map_err(Error::internal)?;
+        models.push(Arc::new(
+            loaded.map_err(|error| setting("embedding.model_dirs", &error))?,
+        ));
     }
     let metrics = metrics::Metrics::new(&deps.meter);
     if let Some(options) = config.openai {
@@ -283,7 +294,8 @@ pub async fn build(config: Config, deps: Deps) -> Result<Routes, Error> {
     if !config.reranker_dir.as_os_str().is_empty() {
         let dir = config.reranker_dir;
         let loaded = tokio::task::spawn_blocking(move || store::cross::CrossEncoder::load(&dir, threads)).await;
-        reranker = Some(loaded.map_err(Error::internal)??);
+        let loaded = loaded.map_err(Error::internal)?;
+        reranker = Some(loaded.map_err(|error| setting("embedding.reranker_dir", &error))?);
     }
     let mut shared = None;
     if let Some((options, term)) = config.shared {
@@ -299,7 +311,13 @@ pub async fn build(config: Config, deps: Deps) -> Result<Routes, Error> {
         shared,
         reranker,
         metrics,
-    )?;
+    );
+    let app = app.map_err(|error| match error {
+        EmbeddingError::UnknownModel { .. } => {
+            Error::new(Reason::NotConfigured, format!("`embedding.default_model`: {error}"))
+        }
+        error => error.into(),
+    })?;
     deps.health.report(SERVICE, "models", Dependency::Up).await;
     let server = EmbeddingServiceServer::new(grpc::Embedding::new(app))
         .max_decoding_message_size(deps.message_bytes)

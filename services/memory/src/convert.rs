@@ -391,11 +391,7 @@ pub fn update_request(mut request: wire::UpdateRequest) -> Result<Patch, Error> 
     };
     let id = id(&mut violations, "memory.id", &memory.id);
     let etag = Some(std::mem::take(&mut memory.etag)).filter(|etag| !etag.is_empty());
-    // A value that is not to be taken need not be there.
-    if !fields.iter().any(|field| field == "content") {
-        memory.content = "-".into();
-    }
-    let values = body(&mut violations, memory);
+    let values = body(&mut violations, named(memory, &fields));
     violations.finish(id.map(|id| Patch {
         id,
         etag,
@@ -403,6 +399,31 @@ pub fn update_request(mut request: wire::UpdateRequest) -> Result<Patch, Error> 
         fields,
         idempotency,
     }))
+}
+
+/// What a mask names: a value that is not to be taken need not be there, nor be sound.
+fn named(memory: wire::Memory, fields: &[String]) -> wire::Memory {
+    let has = |name: &str| fields.iter().any(|field| field == name);
+    let source = memory.source.unwrap_or_default();
+    let text = |name: &str, text: String| if has(name) { text } else { String::new() };
+    wire::Memory {
+        content: if has("content") { memory.content } else { "-".into() },
+        metadata: memory.metadata.filter(|_| has("metadata")),
+        tags: if has("tags") { memory.tags } else { Vec::new() },
+        importance: memory.importance.filter(|_| has("importance")),
+        source: Some(wire::Source {
+            speaker: text("source.speaker", source.speaker),
+            caption: text("source.caption", source.caption),
+            reference: text("source.reference", source.reference),
+            ..Default::default()
+        }),
+        event_at: memory.event_at.filter(|_| has("event_at")),
+        valid_at: memory.valid_at.filter(|_| has("valid_at")),
+        invalid_at: memory.invalid_at.filter(|_| has("invalid_at")),
+        expires_at: memory.expires_at.filter(|_| has("expires_at")),
+        superseded_by: text("superseded_by", memory.superseded_by),
+        ..Default::default()
+    }
 }
 
 /// Items on a page.

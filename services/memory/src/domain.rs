@@ -346,6 +346,21 @@ pub struct Change {
     pub subject: Subject,
 }
 
+impl Change {
+    /// About how many bytes it takes in memory.
+    pub fn bytes(&self) -> usize {
+        const REST: usize = 512;
+        let said = match &self.subject {
+            Subject::Memory(_, Some(memory)) => {
+                let metadata = serde_json::to_string(&memory.body.metadata);
+                memory.body.content.len() + metadata.map_or(0, |text| text.len())
+            }
+            _ => 0,
+        };
+        REST + said
+    }
+}
+
 /// What was changed, as it was after the change.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Subject {

@@ -14,7 +14,7 @@ pub enum MemoryError {
     #[error("there is no document `{0}` in this scope")]
     NoDocument(String),
     /// A document has no such version.
-    #[error("the document has no version {0}")]
+    #[error("the document has no version {0}; ListDocumentVersions has the numbers")]
     NoVersion(i64),
     /// There is no such policy.
     #[error("there is no policy `{0}`; ListPolicies has the names")]

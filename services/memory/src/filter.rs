@@ -126,6 +126,8 @@ pub enum Literal {
     Text(String),
     /// A finite number.
     Number(f64),
+    /// A whole number, for fields that hold such: exact however large.
+    Whole(i64),
     /// `true` or `false`, in metadata.
     Bool(bool),
     /// `null`, in metadata: no value.

@@ -27,7 +27,7 @@ use aeterna_proto::memory::v1::policy_service_server::PolicyServiceServer;
 use aeterna_rpc::{AnyChannel, Breaker, Credentials, Dependency, Health};
 use aeterna_storage::live::Live;
 use aeterna_storage::{DirectoryLock, PostgresOptions, RedisLive, RedisOptions, SqliteOptions};
-use aeterna_types::SystemClock;
+use aeterna_types::Clock;
 use opentelemetry::metrics::Meter;
 use tokio::sync::{broadcast, watch};
 use tokio::task::JoinHandle;
@@ -332,6 +332,8 @@ pub struct Deps {
     pub embedder: AnyChannel,
     /// What its background work presents to the embedding service.
     pub credentials: Credentials,
+    /// Where its time comes from.
+    pub clock: Arc<dyn Clock>,
     /// Ends its streams, so that the process can drain.
     pub stop: CancellationToken,
     /// Ends its background work, once no call is under way any more.
@@ -348,6 +350,7 @@ impl Deps {
             data_dir: host.config.data_dir.clone(),
             embedder,
             credentials: host.credentials(),
+            clock: Arc::clone(&host.clock),
             stop: host.stop.clone(),
             drained: host.drained.clone(),
         }
@@ -398,7 +401,7 @@ pub async fn build(config: Config, deps: Deps) -> Result<Service, Error> {
         breaker: Breaker::default(),
         reader: Breaker::default(),
         credentials: deps.credentials,
-        clock: Arc::new(SystemClock),
+        clock: deps.clock,
         metrics: metrics::Metrics::new(&deps.meter),
         message_bytes: deps.message_bytes,
         committed: app::Committed::new(),

@@ -444,6 +444,9 @@ pub trait Relational: Policies + Documents + Moving {
     /// How far the writer's import of that id has come.
     async fn import_progress(&self, writer: &Writer, id: &RequestId) -> Result<Option<Progress>, MemoryError>;
 
+    /// Forgets how far it has come, once it is complete.
+    async fn end_import(&self, writer: &Writer, id: &RequestId) -> Result<(), MemoryError>;
+
     /// The models that have made vectors.
     async fn models(&self) -> Result<Vec<String>, MemoryError>;
 
@@ -564,11 +567,16 @@ pub trait Policies: Send + Sync {
     /// All policies of a tenant, by name.
     async fn policies(&self, tenant: &TenantId) -> Result<Vec<Policy>, MemoryError>;
 
-    /// Writes a policy; its version, time and author are given by the store.
+    /// The same, with all that were acknowledged by any copy of the service: for whoever writes.
+    async fn policies_in_force(&self, tenant: &TenantId) -> Result<Vec<Policy>, MemoryError>;
+
+    /// Writes a policy; its version, time and author are given by the store. `seen` is the etag of what is replaced, as far as
+    /// its writer knows: `Stale` when it is another one by now, or there is one.
     async fn put_policy(
         &self,
         writer: &Writer,
         policy: Policy,
+        seen: Option<String>,
         etag: Option<String>,
         idempotency: Option<Idempotency>,
     ) -> Result<Policy, MemoryError>;
@@ -576,7 +584,7 @@ pub trait Policies: Send + Sync {
     /// Deletes a policy.
     async fn delete_policy(&self, writer: &Writer, name: &str, etag: Option<String>) -> Result<(), MemoryError>;
 
-    /// Removes for good what was deleted in a scope before a time, at most `limit` memories; how many there were.
+    /// Removes for good what was deleted in a scope before a time, at most `limit` memories; how many were removed.
     async fn purge_deleted(
         &self,
         scope: ScopeKey,

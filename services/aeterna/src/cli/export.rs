@@ -1,7 +1,8 @@
 //! `aeterna export`.
 
 use std::fs::File;
-use std::io::{BufWriter, Write as _};
+use std::io::{BufWriter, Write};
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -23,7 +24,8 @@ const TIMEOUT: Duration = Duration::from_secs(3600);
 /// What `export` takes.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// The file to write: one memory a line as JSON, and the number of memories with their digest in the last line
+    /// The file to write, or `-` for standard output: one memory a line as JSON, and the number of memories with their digest in
+    /// the last line
     file: PathBuf,
     #[command(flatten)]
     standing: Standing,
@@ -49,35 +51,61 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
         include_embeddings: args.embeddings,
         resume_token: String::new(),
     };
-    // Whole or not at all: a half file would look like a small export.
-    let draft = args.file.with_added_extension("part");
-    let written = write(&client, request, &draft).await;
     let context = || format!("write `{}`", args.file.display());
-    match written {
-        Ok(summary) => {
-            std::fs::rename(&draft, &args.file).with_context(context)?;
-            output::line(format!("{}: {} memories", args.file.display(), summary.count));
-            Ok(())
-        }
-        Err(error) => {
-            let _ = std::fs::remove_file(&draft);
-            Err(error).with_context(context)
-        }
+    if args.file == Path::new("-") {
+        let summary = write(&client, request, &mut std::io::stdout())
+            .await
+            .with_context(context)?;
+        output::note(format!("{} memories", summary.count));
+        return Ok(());
     }
+    // Whole or not at all: a half file would look like a small export.
+    let place = match args.file.parent() {
+        Some(place) if place != Path::new("") => place,
+        _ => Path::new("."),
+    };
+    let permissions = std::fs::Permissions::from_mode(0o666);
+    let draft = tempfile::Builder::new()
+        .prefix(".export-")
+        .permissions(permissions)
+        .tempfile_in(place);
+    let mut draft = draft.with_context(context)?;
+    let written = tokio::select! {
+        written = write(&client, request, draft.as_file_mut()) => written,
+        stopped = tokio::signal::ctrl_c() => stopped.map_err(Into::into).and(Err(anyhow::anyhow!("stopped"))),
+    };
+    let summary = written.with_context(context)?;
+    draft.as_file().sync_all().with_context(context)?;
+    draft.persist(&args.file).with_context(context)?;
+    File::open(place)
+        .and_then(|place| place.sync_all())
+        .with_context(context)?;
+    output::line(format!("{}: {} memories", args.file.display(), summary.count));
+    Ok(())
 }
 
-async fn write(client: &Client, mut request: ExportRequest, path: &Path) -> anyhow::Result<StreamSummary> {
-    let mut file = BufWriter::new(File::create(path)?);
+async fn write(
+    client: &Client,
+    mut request: ExportRequest,
+    to: &mut (dyn Write + Send),
+) -> anyhow::Result<StreamSummary> {
+    let mut file = BufWriter::new(to);
     let bar = ProgressBar::new_spinner();
     bar.set_style(ProgressStyle::with_template("{spinner} {msg}  {elapsed}")?);
     let (mut count, mut digest) = (0i64, [0u8; 32]);
     let mut patience = Patience::new();
     let summary = loop {
+        let before = count;
         let status = match stream(client, &mut request, &mut file, &mut count, &mut digest, &bar).await? {
             Ok(summary) => break summary,
             Err(status) => status,
         };
+        if count > before {
+            patience.progress();
+        }
+        // A connection that broke in the middle is no answer.
         let passing = matches!(status.code(), Code::Unavailable | Code::DeadlineExceeded);
+        let passing = passing || !aeterna_error::is_answer(&status);
         if !passing || !patience.wait(&bar).await {
             return Err(status.into());
         }
@@ -90,9 +118,7 @@ async fn write(client: &Client, mut request: ExportRequest, path: &Path) -> anyh
     );
     let end = json::to_line("aeterna.memory.v1.StreamSummary", &summary)?;
     writeln!(file, "{{\"summary\": {end}}}")?;
-    file.into_inner()
-        .map_err(std::io::IntoInnerError::into_error)?
-        .sync_all()?;
+    file.flush()?;
     Ok(summary)
 }
 
@@ -100,7 +126,7 @@ async fn write(client: &Client, mut request: ExportRequest, path: &Path) -> anyh
 async fn stream(
     client: &Client,
     request: &mut ExportRequest,
-    file: &mut BufWriter<File>,
+    file: &mut (dyn Write + Send),
     count: &mut i64,
     digest: &mut [u8; 32],
     bar: &ProgressBar,

@@ -17,7 +17,7 @@ use tonic::Code;
 
 use super::client::{Client, Patience, Remote};
 use super::{output, scope};
-use crate::import::{Format, Item, guess, open};
+use crate::import::{Format, Input, Item, guess, open};
 
 /// Memories in one call at most.
 const BATCH_ITEMS: usize = 100;
@@ -31,7 +31,8 @@ const SHOWN: u64 = 20;
 /// What `import` takes.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// The file: what `export` wrote, one memory a line as JSON, a dump of mem0, or LoCoMo-form conversations
+    /// The file, or `-` for standard input: what `export` wrote, one memory a line as JSON, a dump of mem0, or LoCoMo-form
+    /// conversations
     file: PathBuf,
     /// How the file is laid out
     #[arg(long, value_enum, default_value = "auto")]
@@ -53,14 +54,16 @@ struct Tally {
 
 pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
     let client = args.remote.client()?;
+    let context = || format!("read `{}`", args.file.display());
+    let input = Input::of(&args.file).with_context(context)?;
     let format = match args.format {
-        Format::Auto => guess(&args.file).with_context(|| format!("read `{}`", args.file.display()))?,
+        Format::Auto => guess(input.path()).with_context(context)?,
         format => format,
     };
     if format == Format::Export {
-        return exported::run(&client, &args.file).await;
+        return exported::run(&client, input.path(), &args.file).await;
     }
-    let source = open(&args.file, format, args.scope.as_ref())?;
+    let source = open(input.path(), format, args.scope.as_ref()).with_context(context)?;
     let bar = ProgressBar::new(source.total);
     bar.set_style(ProgressStyle::with_template(
         "{bar:40} {percent:>3} %  {msg}  {elapsed}, {eta} to go",

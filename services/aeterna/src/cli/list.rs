@@ -1,5 +1,7 @@
 //! `aeterna list`.
 
+use std::num::NonZeroUsize;
+
 use aeterna_proto::memory::v1::{ListRequest, ListResponse};
 
 use super::client::Answered;
@@ -16,8 +18,8 @@ pub struct Args {
     #[arg(long, default_value = "")]
     filter: String,
     /// Memories to show at most
-    #[arg(long, default_value_t = 20)]
-    limit: usize,
+    #[arg(long, default_value = "20")]
+    limit: NonZeroUsize,
     /// Also show deleted and expired ones
     #[arg(long)]
     deleted: bool,
@@ -30,9 +32,10 @@ pub struct Args {
 
 pub async fn run(args: Args) -> anyhow::Result<()> {
     let client = args.answered.client()?;
+    let limit = args.limit.get();
     let mut all = ListResponse::default();
     loop {
-        let missing = args.limit.saturating_sub(all.memories.len());
+        let missing = limit.saturating_sub(all.memories.len());
         let request = ListRequest {
             scope: args.standing.scope.clone(),
             filter: args.filter.clone(),
@@ -46,7 +49,7 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
         all.memories.extend(page.memories);
         all.next_page_token = page.next_page_token;
         // Pages of one list may have different sizes.
-        if all.memories.len() >= args.limit || all.next_page_token.is_empty() {
+        if all.memories.len() >= limit || all.next_page_token.is_empty() {
             break;
         }
     }
@@ -66,7 +69,7 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
     }
     output::line(table);
     if !all.next_page_token.is_empty() {
-        output::note(format!("there are more; --limit shows more than {}", args.limit));
+        output::note(format!("there are more; --limit shows more than {limit}"));
     }
     Ok(())
 }

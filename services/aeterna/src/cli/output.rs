@@ -12,11 +12,18 @@ use super::scope;
 /// Columns that a table has where no terminal says otherwise.
 const WIDTH: u16 = 120;
 
-/// A line on standard output. A reader that went away (`| head`) ends the program quietly.
+/// A line on standard output. A reader that went away (`| head`) ends the program quietly; when it can't be written otherwise, as
+/// on a full disk, the program fails.
 pub fn line(text: impl std::fmt::Display) {
     use std::io::Write as _;
-    if writeln!(std::io::stdout(), "{text}").is_err() {
-        std::process::exit(0);
+    let mut out = std::io::stdout();
+    match writeln!(out, "{text}").and_then(|()| out.flush()) {
+        Ok(()) => {}
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => std::process::exit(0),
+        Err(error) => {
+            eprintln!("error: standard output can't be written: {error}");
+            std::process::exit(1);
+        }
     }
 }
 
@@ -27,16 +34,25 @@ pub fn note(text: impl std::fmt::Display) {
 
 /// An error with what the server says about it.
 pub fn error(error: &anyhow::Error) {
-    match error.downcast_ref::<Status>() {
-        Some(status) => eprintln!("error: {}", refusal(status)),
-        None => eprintln!("error: {error:#}"),
+    eprintln!("error: {}", told(error));
+}
+
+fn told(error: &anyhow::Error) -> String {
+    let mut parts = Vec::new();
+    for cause in error.chain() {
+        if let Some(status) = cause.downcast_ref::<Status>() {
+            parts.push(refusal(status));
+            return parts.join(": ");
+        }
+        parts.push(cause.to_string());
     }
+    format!("{error:#}")
 }
 
 /// What a server's refusal says, every field at fault included.
 pub fn refusal(status: &Status) -> String {
     let error = aeterna_error::from_status(status);
-    if status.code() == tonic::Code::Unavailable && error.reason() != aeterna_error::Reason::Draining {
+    if status.code() == tonic::Code::Unavailable && !aeterna_error::is_answer(status) {
         return format!(
             "the server can't be reached ({}); start it with `aeterna serve`, or say where it is with --url",
             root_cause(status)
@@ -132,6 +148,15 @@ mod tests {
     #[test]
     fn nothing_that_a_terminal_obeys_is_printed() {
         assert_eq!(clean("a\u{1b}[2J\nb\u{202e}c"), "a\u{fffd}[2J b\u{fffd}c");
+    }
+
+    #[test]
+    fn a_server_that_answers_is_not_called_away_and_contexts_are_told() {
+        let busy = Status::from(aeterna_error::Error::unavailable("the store is busy; try again"));
+        let error = anyhow::Error::from(busy).context("run it again").context("import `a`");
+        assert_eq!(told(&error), "import `a`: run it again: the store is busy; try again");
+        let away = anyhow::Error::from(Status::unavailable("tcp connect error"));
+        assert!(told(&away).contains("aeterna serve"), "{}", told(&away));
     }
 
     #[test]

@@ -33,7 +33,16 @@ pub fn parse(text: &str) -> Result<Scope, String> {
             Layer::Session => &mut scope.session,
             Layer::Agent => &mut scope.agent,
         };
-        *slot = id.trim().into();
+        let id = id.trim();
+        if id.is_empty() {
+            return Err(format!(
+                "`{layer}` has no identifier; write for instance `{layer}=ann`, or leave it out"
+            ));
+        }
+        if !slot.is_empty() {
+            return Err(format!("names `{layer}` twice"));
+        }
+        *slot = id.into();
     }
     if scope == Scope::default() {
         return Err("names no layer; write for instance `user=ann`".into());
@@ -78,7 +87,13 @@ mod tests {
             (scope.team.as_str(), show(&scope).as_str()),
             ("core", "team=core,user=ann")
         );
-        for (text, word) in [("", "no layer"), ("ann", "LAYER=ID"), ("planet=earth", "company, org")] {
+        for (text, word) in [
+            ("", "no layer"),
+            ("ann", "LAYER=ID"),
+            ("planet=earth", "company, org"),
+            ("team=core,user=", "user"),
+            ("user=a,user=b", "twice"),
+        ] {
             assert!(parse(text).unwrap_err().contains(word), "{text}");
         }
         assert_eq!(parse_time("2023-05-08").unwrap().seconds, 1_683_504_000);

@@ -35,7 +35,6 @@ fn pair(text: &str) -> Result<(String, String), String> {
     let (layer, id) = text
         .split_once('=')
         .ok_or("write `LAYER=ID`, for instance `user=ann`")?;
-    // The same rules as everywhere, so that no token is signed that the server refuses.
     super::scope::parse(text)?;
     Ok((layer.trim().into(), id.trim().into()))
 }
@@ -46,19 +45,24 @@ pub fn run(args: &Args, sources: &Sources) -> anyhow::Result<()> {
         "there is no secret to sign with; set `auth.hs256_secret_file` (tokens for RS256 and JWKS come from the issuer that has the private key)",
     )?;
     // A secret that the server would refuse signs nothing.
-    host.verifier()?;
+    let verifier = host.verifier()?;
+    let within: BTreeMap<String, String> = args.within.iter().cloned().collect();
+    anyhow::ensure!(within.len() == args.within.len(), "--within names a layer twice");
     let now = u64::try_from(SystemClock.now().parts().0)?;
     let expected = host.expected();
     let claims = Claims {
         sub: args.subject.clone(),
-        exp: now + args.ttl.as_secs(),
+        exp: now.saturating_add(args.ttl.as_secs()),
         nbf: None,
         iss: expected.issuer.clone(),
         aud: expected.audience.clone().map(Into::into),
         tenant: args.tenant.to_string(),
         role: args.role,
-        within: args.within.iter().cloned().collect::<BTreeMap<_, _>>(),
+        within,
     };
-    output::line(mint(secret.expose(), &claims)?);
+    let token = mint(secret.expose(), &claims)?;
+    // Nor is anything signed that it would refuse.
+    verifier.verify(Some(&format!("Bearer {token}")))?;
+    output::line(token);
     Ok(())
 }

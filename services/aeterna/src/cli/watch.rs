@@ -2,8 +2,10 @@
 
 use aeterna_error::Reason;
 use aeterna_proto::memory::v1::{ChangeKind, WatchRequest, WatchResponse};
+use indicatif::ProgressBar;
+use tonic::Code;
 
-use super::client::Answered;
+use super::client::{Answered, Patience};
 use super::output;
 use super::scope::Standing;
 use crate::json;
@@ -38,6 +40,7 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
         let request = client.request_within(request.clone(), TIMEOUT);
         client.memory().watch(request).await.map(tonic::Response::into_inner)
     };
+    let bar = ProgressBar::hidden();
     let mut stream = watch(&request).await?;
     loop {
         let event = match stream.message().await {
@@ -47,7 +50,21 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
                 stream = watch(&request).await?;
                 continue;
             }
-            Err(status) => return Err(status.into()),
+            // The server drains, or the connection broke: another one goes on after what was told, if there is a place yet.
+            Err(mut status) => {
+                let mut patience = Patience::new();
+                stream = loop {
+                    let passing = status.code() == Code::Unavailable || !aeterna_error::is_answer(&status);
+                    if request.resume_token.is_empty() || !passing || !patience.wait(&bar).await {
+                        return Err(status.into());
+                    }
+                    match watch(&request).await {
+                        Ok(stream) => break stream,
+                        Err(again) => status = again,
+                    }
+                };
+                continue;
+            }
         };
         request.resume_token.clone_from(&event.resume_token);
         if args.answered.json {

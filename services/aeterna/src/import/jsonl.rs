@@ -7,7 +7,7 @@ use std::path::Path;
 use aeterna_proto::common::v1::Scope;
 use aeterna_proto::memory::v1::Memory;
 
-use super::{Item, Source};
+use super::{BOM, Item, Source};
 use crate::json;
 
 /// Bytes of one line; a memory's content and metadata are far below it.
@@ -63,6 +63,16 @@ impl Lines {
     }
 }
 
+impl Lines {
+    /// The first line without the mark that some programs put before it.
+    fn unmarked(&self, mut line: Vec<u8>) -> Vec<u8> {
+        if self.number == 1 && line.starts_with(BOM) {
+            line.drain(..BOM.len());
+        }
+        line
+    }
+}
+
 impl Iterator for Lines {
     type Item = std::io::Result<(u64, Vec<u8>)>;
 
@@ -75,7 +85,7 @@ impl Iterator for Lines {
                 Err(error) => return Some(Err(error)),
             };
             if chunk.is_empty() {
-                return (!line.is_empty()).then_some(Ok((self.number, line)));
+                return (!line.is_empty()).then(|| Ok((self.number, self.unmarked(line))));
             }
             let end = chunk.iter().position(|byte| *byte == b'\n');
             let taken = end.map_or(chunk.len(), |end| end + 1);
@@ -84,7 +94,7 @@ impl Iterator for Lines {
             }
             self.reader.consume(taken);
             if end.is_some() {
-                return Some(Ok((self.number, line)));
+                return Some(Ok((self.number, self.unmarked(line))));
             }
         }
     }
@@ -99,7 +109,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("a.jsonl");
         let long = format!("{{\"content\": \"{}\"}}", "x".repeat(2 * MAX_LINE));
-        let text = format!("{{\"content\": \"a\"}}\n\n{{\"text\": \"b\"}}\n{long}\n{{\"content\": \"c\"}}");
+        let text = format!("\u{feff}{{\"content\": \"a\"}}\r\n\n{{\"text\": \"b\"}}\n{long}\n{{\"content\": \"c\"}}");
         std::fs::write(&path, text).unwrap();
         let scope = Scope {
             user: "ann".into(),

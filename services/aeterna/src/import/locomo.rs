@@ -9,7 +9,7 @@ use anyhow::{Context as _, bail};
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
-use super::{Item, Source};
+use super::{Item, Source, unmarked};
 
 /// One conversation.
 #[derive(Clone, Debug)]
@@ -130,7 +130,7 @@ fn parse_time(text: &str) -> anyhow::Result<prost_types::Timestamp> {
 
 /// Each conversation becomes a session of its own name, within `scope`.
 pub fn source(path: &Path, scope: Option<&Scope>) -> anyhow::Result<Source> {
-    let conversations = conversations(&std::fs::read_to_string(path)?)?;
+    let conversations = conversations(unmarked(&std::fs::read_to_string(path)?))?;
     let mut items = Vec::new();
     for conversation in conversations {
         let mut place = scope.cloned().unwrap_or_default();

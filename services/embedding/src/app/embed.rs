@@ -72,8 +72,11 @@ impl App {
             })
             .collect();
         // All at once, so that a model can gather them into batches.
-        for answer in join_all(waiting).await {
-            answers.push(answer?);
+        for (index, answer) in join_all(waiting).await.into_iter().enumerate() {
+            answers.push(answer.map_err(|error| match error {
+                EmbeddingError::Refused(why) => EmbeddingError::RefusedOne { index, why },
+                error => error,
+            })?);
         }
         self.share(index, wanted.kind, &digests, &answers);
         if alone && answers.iter().all(|(_, cached)| !cached) {

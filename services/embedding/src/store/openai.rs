@@ -1,6 +1,7 @@
 //! Models behind a server that speaks OpenAI's `POST /embeddings`: batches, back-off, fallbacks, lenient answers.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
@@ -81,6 +82,7 @@ impl OpenAiModel {
             client,
             options,
             metrics,
+            takes: AtomicBool::new(false),
         });
         tokio::spawn(gather(server, queue));
         Ok(Self { info, jobs })
@@ -143,6 +145,8 @@ struct Server {
     client: Client,
     options: Options,
     metrics: Metrics,
+    /// It has taken a text: when it refuses one, the text is at fault, and not the settings.
+    takes: AtomicBool,
 }
 
 /// What became of one call.
@@ -159,7 +163,11 @@ impl Server {
     /// text is longer than the model's window, and not how much longer: one that is refused alone is cut in half until it is
     /// taken, or too short to be too long.
     async fn embed(&self, texts: &[String]) -> Vec<Result<Embedded, EmbeddingError>> {
-        match self.patiently(texts).await {
+        let answer = match self.patiently(texts).await {
+            Err(EmbeddingError::Refused(why)) => Err(self.whose_fault(why).await),
+            answer => answer,
+        };
+        match answer {
             Ok(embedded) => embedded.into_iter().map(Ok).collect(),
             Err(EmbeddingError::Refused(_)) if texts.len() > 1 => {
                 let (left, right) = texts.split_at(texts.len() / 2);
@@ -179,6 +187,17 @@ impl Server {
         }
     }
 
+    /// Whether a refusal is of the texts; a server that takes none is set up wrongly.
+    async fn whose_fault(&self, why: String) -> EmbeddingError {
+        if !self.takes.load(Ordering::SeqCst)
+            && let Err(EmbeddingError::Refused(_)) = self.patiently(&["a word".to_owned()]).await
+        {
+            let what = "it refuses every text: look at `embedding.openai.model`, `.dimension` and `.matryoshka`";
+            return EmbeddingError::Away(format!("{why}; {what}"));
+        }
+        EmbeddingError::Refused(why)
+    }
+
     /// Asks one server after the other, and all of them again after a pause.
     async fn patiently(&self, texts: &[String]) -> Result<Vec<Embedded>, EmbeddingError> {
         let (mut pause, mut last) = (PAUSE, String::new());
@@ -186,7 +205,10 @@ impl Server {
             let mut asked: Option<Duration> = None;
             for url in &self.options.urls {
                 match self.call(url, texts).await {
-                    Outcome::Done(embedded) => return Ok(embedded),
+                    Outcome::Done(embedded) => {
+                        self.takes.store(true, Ordering::SeqCst);
+                        return Ok(embedded);
+                    }
                     Outcome::Refused(why) => return Err(EmbeddingError::Refused(why)),
                     Outcome::Failed(why, wait) => {
                         tracing::warn!(%url, why, "an embedding server fails");

@@ -4,7 +4,7 @@
 //! found in it is used only when it is a vector of the model.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use aeterna_rpc::{Breaker, Dependency, Health};
 use aeterna_storage::{Cache, StorageError};
@@ -57,7 +57,12 @@ impl Shared {
     /// Vectors of texts by their digests, in their order; `None` where there is none.
     pub async fn get(&self, model: &ModelInfo, kind: TextKind, texts: &[[u8; 32]]) -> Vec<Option<Embedded>> {
         let mut found = Vec::with_capacity(texts.len());
+        let began = Instant::now();
         for part in texts.chunks(PART) {
+            // All parts together may take as long as one.
+            if began.elapsed() >= PATIENCE {
+                break;
+            }
             let keys = part.iter().map(|text| key(model, kind, text)).collect();
             let Some(values) = self.fetch(keys).await else { break };
             found.extend(values.into_iter().map(|value| decode(&value?, model.dimension)));

@@ -79,7 +79,7 @@ impl App {
         {
             return Ok(Checked::Done(Box::new(earlier)));
         }
-        let memory = self.find(context, item.id, &view(context, None)?).await?.memory;
+        let memory = self.find_newest(context, item.id, &view(context, None)?).await?.memory;
         context.principal().may_change(&memory.scope)?;
         law.may_write(context.principal(), &memory.scope)?;
         Ok(Checked::Change(ChangeItem {

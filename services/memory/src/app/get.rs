@@ -55,6 +55,24 @@ impl App {
         shown.ok_or_else(|| MemoryError::NotFound(query.id.to_string()).into())
     }
 
+    /// The same for whoever changes it, or has no token of its last change: one that is not there may only be unknown yet to the
+    /// node that was asked.
+    pub(super) async fn find_newest(
+        &self,
+        context: &RequestContext,
+        id: MemoryId,
+        view: &View,
+    ) -> Result<Stored, MemoryError> {
+        match self.find(context, id, view).await {
+            Err(MemoryError::NotFound(_)) => {
+                // Reads see at least this from now on.
+                self.store.last_sequence().await?;
+                self.find(context, id, view).await
+            }
+            found => found,
+        }
+    }
+
     /// One memory within a view, deleted ones included.
     pub(super) async fn find(
         &self,

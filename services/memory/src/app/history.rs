@@ -7,6 +7,7 @@ use aeterna_types::MemoryId;
 use super::App;
 use super::get::view;
 use crate::domain::Version;
+use crate::error::MemoryError;
 
 /// A page of versions and where the next one begins.
 #[derive(Clone, Debug)]
@@ -29,7 +30,12 @@ impl App {
         before: Option<i64>,
         limit: usize,
     ) -> Result<Versions, Error> {
-        self.find(context, id, &view(context, None)?).await?;
+        let view = view(context, None)?;
+        match self.find_newest(context, id, &view).await {
+            // While there is no primary, what other nodes have counts.
+            Err(MemoryError::Store(_)) => self.find(context, id, &view).await?,
+            found => found?,
+        };
         let tenant = &context.principal().tenant;
         let mut versions = self.store.history(tenant, id, before, limit + 1).await?;
         let more = versions.len() > limit;

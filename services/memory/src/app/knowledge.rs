@@ -104,6 +104,11 @@ impl App {
         let tenant = &context.principal().tenant;
         let found = self.store.document(tenant, &scope, &path, version).await?;
         let shown = found.filter(|document| version.is_some() || document.deleted_at.is_none());
+        if let (None, Some(version)) = (&shown, version)
+            && self.store.document(tenant, &scope, &path, None).await?.is_some()
+        {
+            return Err(MemoryError::NoVersion(version).into());
+        }
         shown.ok_or_else(|| MemoryError::NoDocument(path).into())
     }
 

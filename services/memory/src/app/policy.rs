@@ -1,7 +1,7 @@
 //! Rules per scope: keeping them, and asking them before a write.
 
 use aeterna_auth::{Principal, Role};
-use aeterna_error::Error;
+use aeterna_error::{Error, Reason};
 use aeterna_rpc::RequestContext;
 use aeterna_types::{Layer, Scope, TenantId, Timestamp};
 use tokio_util::sync::CancellationToken;
@@ -10,6 +10,8 @@ use super::App;
 use crate::domain::{Body, Effective, Idempotency, Policy, Writers};
 use crate::error::MemoryError;
 
+/// Policies of a tenant: every write asks all of them.
+const MOST: usize = 1_000;
 /// Memories purged at a time.
 const PURGED: usize = 100;
 
@@ -94,7 +96,7 @@ fn check_size(effective: &Effective, body: &Body) -> Result<(), MemoryError> {
 impl App {
     /// The rules of a tenant.
     pub(super) async fn law(&self, tenant: &TenantId) -> Result<Law, MemoryError> {
-        Ok(Law(self.store.policies(tenant).await?))
+        Ok(Law(self.store.policies_in_force(tenant).await?))
     }
 
     /// Writes a policy.
@@ -103,17 +105,39 @@ impl App {
     /// ABORTED when the etag does not fit.
     pub async fn put_policy(&self, context: &RequestContext, new: NewPolicy) -> Result<Policy, Error> {
         let writer = self.writer(context);
-        context.principal().may_change(&new.policy.scope)?;
-        // What is replaced must be the caller's to change, too.
-        if let Some(existing) = self.find_policy(&writer.tenant, &new.policy.name).await? {
-            context.principal().may_change(&existing.scope)?;
+        let NewPolicy {
+            policy,
+            etag,
+            idempotency,
+        } = new;
+        context.principal().may_change(&policy.scope)?;
+        loop {
+            let all = self.store.policies_in_force(&writer.tenant).await?;
+            let existing = all.iter().find(|existing| existing.name == policy.name);
+            // What is replaced must be the caller's to change, too.
+            match existing {
+                Some(existing) => context.principal().may_change(&existing.scope)?,
+                None if all.len() >= MOST => {
+                    let message =
+                        format!("the tenant has {MOST} policies, which is the limit; delete one that is not needed");
+                    return Err(Error::new(Reason::InvalidState, message));
+                }
+                None => {}
+            }
+            let seen = existing.map(Policy::etag);
+            let put = self
+                .store
+                .put_policy(&writer, policy.clone(), seen, etag.clone(), idempotency.clone());
+            match put.await {
+                // Somebody else was faster.
+                Err(MemoryError::Stale) => {}
+                put => {
+                    let put = put?;
+                    self.committed.here();
+                    return Ok(put);
+                }
+            }
         }
-        let put = self
-            .store
-            .put_policy(&writer, new.policy, new.etag, new.idempotency)
-            .await?;
-        self.committed.here();
-        Ok(put)
     }
 
     /// One policy of the tenant.

@@ -251,6 +251,17 @@ impl Import {
             );
             return Err(Error::new(Reason::InvalidState, message));
         }
+        // It is complete: when the same stream comes again, what was removed for good since is taken in anew.
+        if sent.is_some()
+            && self.refused == 0
+            && let Err(error) = self
+                .app
+                .store
+                .end_import(&self.app.writer(&self.context), &self.id)
+                .await
+        {
+            tracing::warn!(%error, "a complete import is remembered as one under way");
+        }
         if self.last > Sequence::default() {
             self.app.await_index(self.last).await;
         }

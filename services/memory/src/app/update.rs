@@ -71,7 +71,7 @@ impl App {
         let view = view(context, None)?;
         let law = self.law(&writer.tenant).await?;
         loop {
-            let current = self.find(context, patch.id, &view).await?.memory;
+            let current = self.find_newest(context, patch.id, &view).await?.memory;
             context.principal().may_change(&current.scope)?;
             let mut body = current.body.clone();
             let named = FIELDS

@@ -24,8 +24,10 @@ use crate::filter::Filter;
 pub const RING: usize = 1024;
 /// Changes read from the outbox at a time, for all watchers.
 const PAGE: usize = 256;
-/// Changes that a watcher reads from the outbox at a time: they stay in memory as long as its caller does not read.
+/// Changes that a watcher reads from the outbox at a time, at most.
 const OWN: usize = 32;
+/// What they may take, as far as those before tell: they stay in memory as long as its caller does not read.
+const OWN_BYTES: usize = 16 << 10;
 /// Changes by which a watcher may have missed the ring and still catch up by itself.
 const MISSED: u64 = 4 * RING as u64;
 /// How often a watcher without news is told that it is still connected, and where it stands.
@@ -68,6 +70,8 @@ pub struct Watcher {
     policies: bool,
     position: Sequence,
     backlog: VecDeque<Arc<Change>>,
+    /// Changes to read from the outbox next time.
+    own: usize,
     live: Option<broadcast::Receiver<Arc<Change>>>,
 }
 
@@ -103,6 +107,7 @@ impl App {
             policies: query.policies,
             position,
             backlog: VecDeque::new(),
+            own: 1,
             live: query.after.is_none().then_some(live),
         })
     }
@@ -188,8 +193,15 @@ impl Watcher {
     /// Reads from the outbox; once there is less than a page, the ring has all that follows.
     async fn catch_up(&mut self) -> Result<(), Error> {
         let live = self.app.changes.subscribe();
-        let page = self.app.store.changes(Some(&self.tenant), self.position, OWN).await?;
-        self.live = (page.len() < OWN).then_some(live);
+        let page = self
+            .app
+            .store
+            .changes(Some(&self.tenant), self.position, self.own)
+            .await?;
+        self.live = (page.len() < self.own).then_some(live);
+        let bytes: usize = page.iter().map(Change::bytes).sum();
+        let of_each = bytes / page.len().max(1);
+        self.own = (OWN_BYTES / of_each.max(1)).clamp(1, OWN);
         self.backlog.extend(page.into_iter().map(Arc::new));
         Ok(())
     }

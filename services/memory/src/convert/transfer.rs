@@ -12,6 +12,8 @@ use crate::store::code::Code;
 use crate::store::{Exported, Imported, StoredVector};
 
 const MAX_MEMORIES: usize = 1000;
+/// The largest version that every reader of JSON keeps exactly, and with room for more.
+const MAX_VERSION: i64 = 1 << 53;
 /// Bytes of a chunk beside its memories.
 const ECHO: usize = 1024;
 /// Vectors of a memory that are looked at.
@@ -197,8 +199,14 @@ fn imported(message: wire::ExportedMemory, prefix: &str, now: Timestamp) -> Resu
         let mut inner = Violations::default();
         let of = version.memory.and_then(|memory| whole(&mut inner, memory, now));
         let changed_at = value::time(&mut inner, "changed_at", version.changed_at);
-        let (Ok(()), Some(of), Some(changed_at)) = (inner.into_result(), of, changed_at) else {
-            violations.add(&at, "is not whole: it needs a sound memory and the time of the change");
+        let sound = inner.into_result();
+        for problem in sound.as_ref().err().into_iter().flat_map(Error::violations) {
+            violations.add(&format!("{at}.{}", problem.field), problem.description.clone());
+        }
+        let (Ok(()), Some(of), Some(changed_at)) = (&sound, of, changed_at) else {
+            if sound.is_ok() {
+                violations.add(&at, "is not whole: it needs a memory and the time of the change");
+            }
             continue;
         };
         let follows = versions.last().is_none_or(|last| last.memory.version < of.version);
@@ -243,7 +251,13 @@ fn whole(violations: &mut Violations, mut message: wire::Memory, now: Timestamp)
     let created_at = value::time(violations, "memory.created_at", message.created_at).unwrap_or(now);
     let updated_at = value::time(violations, "memory.updated_at", message.updated_at).unwrap_or(created_at);
     let deleted_at = value::time(violations, "memory.deleted_at", message.deleted_at);
-    let version = message.version.max(1);
+    if message.version > MAX_VERSION {
+        violations.add(
+            "memory.version",
+            format!("is {}; send at most {MAX_VERSION}", message.version),
+        );
+    }
+    let version = message.version.clamp(1, MAX_VERSION);
     let embedding_model = message.embedding_model.chars().take(128).collect();
     let place = scope(violations, "memory.scope", message.scope.take()).unwrap_or_default();
     let body = body(violations, message);

@@ -42,12 +42,15 @@ fn test(memory: &Memory, field: &Field, condition: &Condition) -> bool {
             Condition::Has(Literal::Text(part)) => value.contains(part.as_str()),
             _ => matches!(condition, Condition::Present),
         }),
-        Field::Number(field) => number(memory, *field).is_some_and(|value| match condition {
-            Condition::Compare(comparison, Literal::Number(wanted)) => value
-                .partial_cmp(wanted)
+        Field::Number(field) => match condition {
+            Condition::Compare(comparison, Literal::Whole(wanted)) => {
+                whole(memory, *field).is_some_and(|value| comparison.holds(value.cmp(wanted)))
+            }
+            Condition::Compare(comparison, Literal::Number(wanted)) => number(memory, *field)
+                .and_then(|value| value.partial_cmp(wanted))
                 .is_some_and(|ordering| comparison.holds(ordering)),
-            _ => matches!(condition, Condition::Present),
-        }),
+            _ => matches!(condition, Condition::Present) && number(memory, *field).is_some(),
+        },
         Field::Time(field) => time(memory, *field).is_some_and(|value| match condition {
             Condition::Compare(comparison, Literal::Time(wanted)) => comparison.holds(value.cmp(wanted)),
             _ => matches!(condition, Condition::Present),
@@ -83,8 +86,15 @@ fn text(memory: &Memory, field: TextField) -> Option<String> {
 fn number(memory: &Memory, field: NumberField) -> Option<f64> {
     match field {
         NumberField::Importance => Some(memory.body.importance),
-        NumberField::Version => Some(memory.version as f64),
-        NumberField::Sequence => memory.body.source.sequence.map(|sequence| sequence as f64),
+        field => whole(memory, field).map(|value| value as f64),
+    }
+}
+
+fn whole(memory: &Memory, field: NumberField) -> Option<i64> {
+    match field {
+        NumberField::Importance => None,
+        NumberField::Version => Some(memory.version),
+        NumberField::Sequence => memory.body.source.sequence,
     }
 }
 

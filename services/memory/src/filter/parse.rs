@@ -417,8 +417,12 @@ fn literal(name: &str, field: &Field, text: String, quoted: bool) -> Result<Lite
     let number = || text.parse::<f64>().ok().filter(|number| number.is_finite());
     match field {
         Field::Text(_) | Field::Tags => Ok(Literal::Text(text)),
-        Field::Number(_) => number()
-            .map(Literal::Number)
+        Field::Number(field) => text
+            .parse::<i64>()
+            .ok()
+            .filter(|_| *field != NumberField::Importance)
+            .map(Literal::Whole)
+            .or_else(|| number().map(Literal::Number))
             .ok_or_else(|| format!("compares `{name}` with `{shown}`, which is no number")),
         Field::Time(_) => parse_time(&text).map(Literal::Time).ok_or_else(|| {
             format!(
@@ -471,9 +475,9 @@ mod tests {
     #[test]
     fn or_binds_tighter_than_and_as_in_aip_160() {
         let (a, b, c) = (
-            "[Number(Version) (Number(1.0))]",
-            "[Number(Version) (Number(2.0))]",
-            "[Number(Version) (Number(3.0))]",
+            "[Number(Version) (Whole(1))]",
+            "[Number(Version) (Whole(2))]",
+            "[Number(Version) (Whole(3))]",
         );
         assert_eq!(
             shape("version = 1 AND version = 2 OR version = 3"),
@@ -497,6 +501,12 @@ mod tests {
             "(or [Tags Has(Text(\"a\"))] [Tags Has(Text(\"b c\"))])"
         );
         assert_eq!(shape("layer = LAYER_USER"), "[Layer (Layer(User))]");
+        assert_eq!(
+            shape("source.sequence = 1234567890123456789"),
+            "[Number(Sequence) (Whole(1234567890123456789))]"
+        );
+        assert_eq!(shape("version = 1.5"), "[Number(Version) (Number(1.5))]");
+        assert_eq!(shape("importance = 1"), "[Number(Importance) (Number(1.0))]");
         assert_eq!(shape("metadata.n = 5"), "[Metadata([\"n\"]) (Number(5.0))]");
         assert_eq!(shape("metadata.n = \"5\""), "[Metadata([\"n\"]) (Text(\"5\"))]");
         assert_eq!(

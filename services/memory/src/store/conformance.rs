@@ -631,6 +631,25 @@ async fn what_is_purged_leaves_nothing_behind(store: &dyn Relational) {
     assert!(store.changes(None, Sequence::default(), 1000).await.unwrap().len() > 2);
     assert!(store.get(&tenant, kept).await.unwrap().is_some());
     assert_eq!(store.counts(&tenant, MODEL, &scopes, at(5)).await.unwrap().deleted, 0);
+
+    // Its number is nobody else's: an index that has not followed yet would show the next memory for it.
+    let before = store.last_sequence().await.unwrap();
+    let newest = |content: &str| vec![addition(scope(Layer::User, "ann"), body(content), None)];
+    let gone = add(store, "t11", newest("the newest")).await;
+    let gone = gone[0].as_ref().unwrap().memory.id;
+    change(store, &writer("t11", 5), gone, None, Change::Purge, None)
+        .await
+        .unwrap();
+    let next = add(store, "t11", newest("the next")).await;
+    assert!(next[0].is_ok());
+    let keys: Vec<Key> = store
+        .events(before, 10)
+        .await
+        .unwrap()
+        .iter()
+        .map(|event| event.key)
+        .collect();
+    assert!(keys.len() == 3 && keys[0] == keys[1] && keys[2] != keys[0], "{keys:?}");
 }
 
 /// Adds one memory for a test of an adapter's own.

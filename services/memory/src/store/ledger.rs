@@ -521,11 +521,11 @@ async fn version(ledger: &mut dyn Ledger, document: i64, number: i64) -> Result<
     text.ok_or(MemoryError::NoVersion(number))
 }
 
-/// Writes a policy.
+/// Writes a policy, in the place of the one that was seen.
 pub async fn put_policy(
     ledger: &mut dyn Ledger,
     mut policy: Policy,
-    etag: Option<&str>,
+    (seen, etag): (Option<&str>, Option<&str>),
     idempotency: Option<&Idempotency>,
 ) -> Result<Policy, MemoryError> {
     if let Some(earlier) = replayed(ledger, idempotency).await? {
@@ -533,6 +533,9 @@ pub async fn put_policy(
     }
     let existing = ledger.policy(&policy.name).await?;
     check_etag(existing.as_ref(), etag)?;
+    if existing.as_ref().map(Policy::etag).as_deref() != seen {
+        return Err(MemoryError::Stale);
+    }
     policy.version = existing.as_ref().map_or(1, |existing| existing.version + 1);
     policy.updated_at = ledger.writer().now;
     policy.updated_by.clone_from(&ledger.writer().subject);

@@ -91,7 +91,10 @@ use reading;
 /// Writes for a tenant, in one transaction; `safe` when it may be repeated although it may have been done.
 macro_rules! writing {
     ($store:expr, $writer:expr, $safe:expr, $ledger:ident => $work:expr) => {
-        $crate::store::postgres::transaction!($store, $writer.tenant.as_str(), $safe, 1, (session, places) => async {
+        $crate::store::postgres::writing!($store, $writer, $safe, 1, $ledger => $work)
+    };
+    ($store:expr, $writer:expr, $safe:expr, $items:expr, $ledger:ident => $work:expr) => {
+        $crate::store::postgres::transaction!($store, $writer.tenant.as_str(), $safe, $items, (session, places) => async {
             let mut $ledger = $crate::store::postgres::write::PostgresLedger::new(session, $writer, places);
             $work.await
         })
@@ -487,7 +490,9 @@ impl Relational for PostgresStore {
         items: Vec<(i64, Imported)>,
         progress: &mut Progress,
     ) -> Result<Imports, MemoryError> {
-        let (results, done) = transaction!(self, writer.tenant.as_str(), false, items.len(), (session, places) => async {
+        // A memory takes as long as it has versions.
+        let work: usize = items.iter().map(|(_, item)| 1 + item.versions.len()).sum();
+        let (results, done) = transaction!(self, writer.tenant.as_str(), false, work, (session, places) => async {
             let mut done = progress.clone();
             let mut ledger = PostgresLedger::new(session, writer, places);
             let results = ledger::import(&mut ledger, id.as_str(), items.clone(), &mut done).await?;
@@ -499,6 +504,10 @@ impl Relational for PostgresStore {
 
     async fn import_progress(&self, writer: &Writer, id: &RequestId) -> Result<Option<Progress>, MemoryError> {
         lasting!(self, writer.tenant.as_str(), session => transfer::progress(session, writer, id))
+    }
+
+    async fn end_import(&self, writer: &Writer, id: &RequestId) -> Result<(), MemoryError> {
+        transaction!(self, writer.tenant.as_str(), true, 1, (session, _places) => transfer::end(session, writer, id))
     }
 
     async fn models(&self) -> Result<Vec<String>, MemoryError> {

@@ -242,9 +242,10 @@ impl Relational for SqliteStore {
         self.read(scored).await
     }
 
-    async fn fetch(&self, _: &TenantId, keys: &[Key], now: Timestamp) -> Result<Vec<Stored>, MemoryError> {
-        let keys = keys.to_vec();
-        self.read(move |connection| read::fetch(connection, &keys, now)).await
+    async fn fetch(&self, tenant: &TenantId, keys: &[Key], now: Timestamp) -> Result<Vec<Stored>, MemoryError> {
+        let (tenant, keys) = (tenant.clone(), keys.to_vec());
+        self.read(move |connection| read::fetch(connection, &tenant, &keys, now))
+            .await
     }
 
     async fn cosines(&self, _: &TenantId, rescoring: &Rescoring) -> Result<Vec<(Key, f32)>, MemoryError> {
@@ -348,6 +349,18 @@ impl Relational for SqliteStore {
         let (writer, id) = (writer.clone(), id.clone());
         self.read(move |connection| transfer::progress(connection, &writer, &id))
             .await
+    }
+
+    async fn end_import(&self, writer: &Writer, id: &RequestId) -> Result<(), MemoryError> {
+        let mut transaction = self.database.begin().await?;
+        sqlx::query("DELETE FROM imports WHERE tenant = ? AND subject = ? AND id = ?")
+            .bind(writer.tenant.as_str())
+            .bind(&writer.subject)
+            .bind(id.as_str())
+            .execute(&mut *transaction)
+            .await
+            .map_err(storage)?;
+        transaction.commit().await.map_err(storage)
     }
 
     async fn models(&self) -> Result<Vec<String>, MemoryError> {

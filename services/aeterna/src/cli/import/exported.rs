@@ -34,8 +34,9 @@ enum Line {
     Summary(StreamSummary),
 }
 
-pub async fn run(client: &Client, path: &Path) -> anyhow::Result<ExitCode> {
-    let context = || format!("import `{}`", path.display());
+/// `name` is what the user calls the file.
+pub async fn run(client: &Client, path: &Path, name: &Path) -> anyhow::Result<ExitCode> {
+    let context = || format!("import `{}`", name.display());
     let (count, summary) = check(path).with_context(context)?;
     let bar = ProgressBar::new(count);
     bar.set_style(ProgressStyle::with_template(
@@ -67,7 +68,7 @@ pub async fn run(client: &Client, path: &Path) -> anyhow::Result<ExitCode> {
             output::clean(&explain(error))
         ));
     }
-    let (name, refused) = (path.display(), answer.refused);
+    let (name, refused) = (name.display(), answer.refused);
     output::line(format!(
         "{name}: {} new, {} there already, {refused} refused",
         answer.created, answer.merged
@@ -103,7 +104,8 @@ fn lines(path: &Path) -> anyhow::Result<impl Iterator<Item = anyhow::Result<Line
 /// Reads the file once: a file that was cut or changed is refused before anything is sent.
 fn check(path: &Path) -> anyhow::Result<(u64, StreamSummary)> {
     let (mut count, mut digest) = (0i64, [0; 32]);
-    for line in lines(path)? {
+    let mut all = lines(path)?;
+    while let Some(line) = all.next() {
         match line? {
             Line::Memory(memory) => {
                 digest = chain(digest, &memory.encode_to_vec());
@@ -114,6 +116,10 @@ fn check(path: &Path) -> anyhow::Result<(u64, StreamSummary)> {
                 anyhow::ensure!(
                     (summary.count, summary.digest.as_str()) == (count, found.as_str()),
                     "the memories are not those of its summary: the file was changed"
+                );
+                anyhow::ensure!(
+                    all.next().is_none(),
+                    "something follows its summary: it has several exports; import each by itself"
                 );
                 return Ok((count.unsigned_abs(), summary));
             }
@@ -138,7 +144,7 @@ async fn send(
         };
         let (mut under_way, mut bytes) = (chunk(), 0);
         for line in lines(&path)? {
-            let Line::Memory(memory) = line? else { continue };
+            let Line::Memory(memory) = line? else { break };
             let size = memory.encoded_len();
             let full = under_way.memories.len() >= CHUNK || bytes + size > CHUNK_BYTES;
             if full && !under_way.memories.is_empty() {

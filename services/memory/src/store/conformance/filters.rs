@@ -19,10 +19,15 @@ fn varied(number: usize) -> Addition {
         .collect();
     body.importance = (number % 5) as f64 / 4.0;
     body.source.speaker = ["", "Ann", "Bob"][number % 3].into();
-    body.source.sequence = pick(2).then_some(number as i64 - 5);
+    // The largest are beyond what a double tells apart.
+    let far = if pick(4) { 1 << 60 } else { 0 };
+    body.source.sequence = pick(2).then_some(far + number as i64);
     body.source.conversation = if pick(2) { "c1".into() } else { String::new() };
     body.event_at = pick(3).then(|| at(number as i64));
     body.valid_at = pick(5).then(|| at(-(number as i64)));
+    body.invalid_at = pick(4).then(|| at(number as i64));
+    body.source.caption = if pick(3) { "a say".into() } else { String::new() };
+    body.source.reference = ["", "x", "ref/1"][number % 3].into();
     body.superseded_by = pick(7).then(|| aeterna_types::MemoryId::new(at(1)));
     let metadata = match number % 6 {
         0 => json!({}),
@@ -44,10 +49,15 @@ fn any_filter() -> impl proptest::strategy::Strategy<Value = String> {
         "content",
         "source.speaker",
         "source.conversation",
+        "source.caption",
+        "source.reference",
         "superseded_by",
         "id",
         "scope.user",
         "scope.company",
+        "scope.team",
+        "scope.agent",
+        "scope.session",
     ];
     const WORDS: &[&str] = &[
         "alpha",
@@ -60,6 +70,8 @@ fn any_filter() -> impl proptest::strategy::Strategy<Value = String> {
         "猫",
         "x",
         "filters",
+        "\"a say\"",
+        "\"ref/1\"",
     ];
     const NUMBERS: &[&str] = &[
         "importance",
@@ -70,7 +82,15 @@ fn any_filter() -> impl proptest::strategy::Strategy<Value = String> {
         "metadata.o.p.k",
         "metadata.none",
     ];
-    const TIMES: &[&str] = &["created_at", "updated_at", "event_at", "valid_at", "deleted_at"];
+    const TIMES: &[&str] = &[
+        "created_at",
+        "updated_at",
+        "event_at",
+        "valid_at",
+        "invalid_at",
+        "expires_at",
+        "deleted_at",
+    ];
     const PATHS: &[&str] = &[
         "metadata.k",
         "metadata.n",
@@ -103,7 +123,17 @@ fn any_filter() -> impl proptest::strategy::Strategy<Value = String> {
     let number = (
         prop::sample::select(NUMBERS),
         prop::sample::select(ORDER),
-        prop::sample::select(&["0", "1", "0.5", "-2.5", "3"][..]),
+        prop::sample::select(
+            &[
+                "0",
+                "1",
+                "0.5",
+                "-2.5",
+                "3",
+                "1152921504606846980",
+                "1152921504606846980.5",
+            ][..],
+        ),
     );
     let time = (prop::sample::select(TIMES), prop::sample::select(ORDER), -20i64..20)
         .prop_map(|(field, sign, s)| format!("{field} {sign} \"{}\"", at(s)));

@@ -138,11 +138,11 @@ pub async fn documents_and_policies_are_kept(store: &dyn Relational) {
         updated_by: String::new(),
     };
     let stored = store
-        .put_policy(&writer(tenant, 4), policy.clone(), None, None)
+        .put_policy(&writer(tenant, 4), policy.clone(), None, None, None)
         .await
         .unwrap();
     let stale = store
-        .put_policy(&writer(tenant, 5), policy.clone(), Some("old".into()), None)
+        .put_policy(&writer(tenant, 5), policy.clone(), None, Some("old".into()), None)
         .await;
     assert!(matches!(stale, Err(MemoryError::EtagMismatch)));
     assert_eq!(store.policies(&name).await.unwrap(), std::slice::from_ref(&stored));

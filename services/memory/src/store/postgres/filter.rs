@@ -64,11 +64,14 @@ fn test(query: &mut QueryBuilder<Postgres>, field: &Field, condition: &Condition
         (Field::Number(field), condition) => {
             let column = match field {
                 NumberField::Importance => "(m.record #>> '{body,importance}')::float8",
-                NumberField::Version => "m.version::float8",
-                NumberField::Sequence => "m.sequence::float8",
+                NumberField::Version => "m.version",
+                NumberField::Sequence => "m.sequence",
             };
             match condition {
                 Condition::Compare(comparison, Literal::Number(number)) => query
+                    .push(format_args!("{column}::float8 {} ", comparison.sign()))
+                    .push_bind(*number),
+                Condition::Compare(comparison, Literal::Whole(number)) => query
                     .push(format_args!("{column} {} ", comparison.sign()))
                     .push_bind(*number),
                 _ => query.push(format_args!("{column} IS NOT NULL")),
@@ -214,7 +217,7 @@ fn compare(
             value(query);
             query.push(format_args!(" = '{wanted}'::jsonb"));
         }
-        Literal::Null | Literal::Time(_) | Literal::Layer(_) => {
+        Literal::Null | Literal::Whole(_) | Literal::Time(_) | Literal::Layer(_) => {
             query.push("false");
         }
     }

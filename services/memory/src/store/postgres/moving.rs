@@ -22,7 +22,7 @@ impl Moving for PostgresStore {
 
     async fn take_document(&self, writer: &Writer, versions: Vec<Document>) -> Result<bool, MemoryError> {
         // Whoever repeats it finds the place taken.
-        writing!(self, writer, true, ledger => ledger::take_document(&mut ledger, &versions))
+        writing!(self, writer, true, versions.len(), ledger => ledger::take_document(&mut ledger, &versions))
     }
 
     async fn take_policy(&self, writer: &Writer, policy: Policy) -> Result<bool, MemoryError> {

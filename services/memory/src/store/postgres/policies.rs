@@ -2,7 +2,7 @@
 
 use aeterna_types::{MemoryId, Scope, TenantId, Timestamp};
 use async_trait::async_trait;
-use sqlx::Row as _;
+use sqlx::{PgConnection, Row as _};
 
 use super::read::{get, limit};
 use super::{PostgresStore, SYSTEM, damaged, reading, record, storage, writing};
@@ -10,29 +10,37 @@ use crate::domain::{Idempotency, Policy, ScopeKey, Writer};
 use crate::error::MemoryError;
 use crate::store::{Policies, Relational as _, ledger};
 
+async fn all(connection: &mut PgConnection, tenant: &TenantId) -> Result<Vec<Policy>, MemoryError> {
+    let found = sqlx::query("SELECT record FROM policies WHERE tenant = $1 ORDER BY name COLLATE \"C\"")
+        .bind(tenant.as_str())
+        .fetch_all(connection)
+        .await
+        .map_err(storage)?;
+    found.iter().map(|row| record(row, "record", "policy")).collect()
+}
+
 #[async_trait]
 impl Policies for PostgresStore {
     async fn policies(&self, tenant: &TenantId) -> Result<Vec<Policy>, MemoryError> {
-        reading!(self, tenant.as_str(), session => async {
-            let found = sqlx::query("SELECT record FROM policies WHERE tenant = $1 ORDER BY name COLLATE \"C\"")
-                .bind(tenant.as_str())
-                .fetch_all(&mut **session)
-                .await
-                .map_err(storage)?;
-            found.iter().map(|row| record(row, "record", "policy")).collect()
-        })
+        reading!(self, tenant.as_str(), session => all(session, tenant))
+    }
+
+    async fn policies_in_force(&self, tenant: &TenantId) -> Result<Vec<Policy>, MemoryError> {
+        // A standby may lack what another copy has acknowledged.
+        reading!(by read_primary, self, tenant.as_str(), session => all(session, tenant))
     }
 
     async fn put_policy(
         &self,
         writer: &Writer,
         policy: Policy,
+        seen: Option<String>,
         etag: Option<String>,
         idempotency: Option<Idempotency>,
     ) -> Result<Policy, MemoryError> {
-        let (etag, idempotency) = (etag.as_deref(), idempotency.as_ref());
+        let (expected, idempotency) = ((seen.as_deref(), etag.as_deref()), idempotency.as_ref());
         writing!(self, writer, idempotency.is_some(), ledger =>
-            ledger::put_policy(&mut ledger, policy.clone(), etag, idempotency))
+            ledger::put_policy(&mut ledger, policy.clone(), expected, idempotency))
     }
 
     async fn delete_policy(&self, writer: &Writer, name: &str, etag: Option<String>) -> Result<(), MemoryError> {
@@ -63,8 +71,8 @@ impl Policies for PostgresStore {
             Ok(ledger::purge(MemoryId::from_bytes(id)))
         };
         let items: Result<Vec<_>, MemoryError> = due.iter().map(item).collect();
-        self.change(&writer, items?).await?;
-        Ok(due.len())
+        let purged = self.change(&writer, items?).await?;
+        Ok(purged.iter().filter(|purged| purged.is_ok()).count())
     }
 
     async fn governed(&self) -> Result<Vec<(TenantId, Vec<(ScopeKey, Scope)>)>, MemoryError> {

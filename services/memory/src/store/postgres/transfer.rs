@@ -97,3 +97,14 @@ pub async fn progress(
     };
     row.map(progress).transpose()
 }
+
+pub async fn end(connection: &mut PgConnection, writer: &Writer, id: &RequestId) -> Result<(), MemoryError> {
+    sqlx::query("DELETE FROM imports WHERE tenant = $1 AND subject = $2 AND id = $3")
+        .bind(writer.tenant.as_str())
+        .bind(&writer.subject)
+        .bind(id.as_str())
+        .execute(connection)
+        .await
+        .map_err(storage)?;
+    Ok(())
+}

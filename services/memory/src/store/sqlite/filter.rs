@@ -100,8 +100,13 @@ impl Sql {
                     NumberField::Sequence => "m.sequence".into(),
                 };
                 match condition {
+                    // As a number of the same kind: of two kinds, SQLite would not round either.
                     Condition::Compare(comparison, Literal::Number(number)) => {
-                        self.put(&format!("{column} {} ?", comparison.sign()), [Bind::Real(*number)]);
+                        let compared = format!("CAST({column} AS REAL) {} ?", comparison.sign());
+                        self.put(&compared, [Bind::Real(*number)]);
+                    }
+                    Condition::Compare(comparison, Literal::Whole(number)) => {
+                        self.put(&format!("{column} {} ?", comparison.sign()), [Bind::Int(*number)]);
                     }
                     _ => self.text.push_str(&format!("{column} IS NOT NULL")),
                 }
@@ -220,7 +225,7 @@ impl Sql {
                 self.binds.push(Bind::Real(*number));
             }
             Literal::Bool(wanted) => self.put(&format!("({kind} = '{wanted}')"), place),
-            Literal::Null | Literal::Time(_) | Literal::Layer(_) => self.text.push('0'),
+            Literal::Null | Literal::Whole(_) | Literal::Time(_) | Literal::Layer(_) => self.text.push('0'),
         }
     }
 }

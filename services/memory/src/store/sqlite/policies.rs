@@ -23,16 +23,22 @@ impl Policies for SqliteStore {
         self.read(all).await
     }
 
+    async fn policies_in_force(&self, tenant: &TenantId) -> Result<Vec<Policy>, MemoryError> {
+        self.policies(tenant).await
+    }
+
     async fn put_policy(
         &self,
         writer: &Writer,
         policy: Policy,
+        seen: Option<String>,
         etag: Option<String>,
         idempotency: Option<Idempotency>,
     ) -> Result<Policy, MemoryError> {
         let mut transaction = self.database.begin().await?;
         let mut ledger = write(&mut transaction, writer);
-        let policy = ledger::put_policy(&mut ledger, policy, etag.as_deref(), idempotency.as_ref()).await?;
+        let expected = (seen.as_deref(), etag.as_deref());
+        let policy = ledger::put_policy(&mut ledger, policy, expected, idempotency.as_ref()).await?;
         transaction.commit().await.map_err(storage)?;
         Ok(policy)
     }
@@ -67,8 +73,8 @@ impl Policies for SqliteStore {
         let Some((_, tenant)) = due.first() else { return Ok(0) };
         let writer = ledger::system(tenant, now)?;
         let items = due.iter().map(|(id, _)| ledger::purge(*id)).collect();
-        self.change(&writer, items).await?;
-        Ok(due.len())
+        let purged = self.change(&writer, items).await?;
+        Ok(purged.iter().filter(|purged| purged.is_ok()).count())
     }
 
     async fn governed(&self) -> Result<Vec<(TenantId, Vec<(ScopeKey, Scope)>)>, MemoryError> {

@@ -244,9 +244,14 @@ pub fn identity(connection: &Connection) -> Result<String, MemoryError> {
     connection.query_row(text, [], |row| row.get(0)).map_err(failed)
 }
 
-pub fn fetch(connection: &Connection, keys: &[Key], now: Timestamp) -> Result<Vec<Stored>, MemoryError> {
-    let text = "SELECT key, record FROM memories WHERE key IN (SELECT value FROM json_each(?))";
-    let mut all = rows(connection, text, [keys_json(keys)], stored)?;
+pub fn fetch(
+    connection: &Connection,
+    tenant: &TenantId,
+    keys: &[Key],
+    now: Timestamp,
+) -> Result<Vec<Stored>, MemoryError> {
+    let text = "SELECT key, record FROM memories WHERE key IN (SELECT value FROM json_each(?)) AND tenant = ?";
+    let mut all = rows(connection, text, params![keys_json(keys), tenant.as_str()], stored)?;
     all.retain(|stored| stored.memory.is_live(now));
     Ok(all)
 }

@@ -129,8 +129,11 @@ impl Ledger for SqliteLedger<'_> {
     ) -> Result<Key, MemoryError> {
         let source = &memory.body.source;
         let inserted = sqlx::query(
-            "INSERT INTO memories (id, tenant, scope, identity, record, conversation, sequence, expires_at, deleted_at, version) \
-             VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            "INSERT INTO memories \
+             (key, id, tenant, scope, identity, record, conversation, sequence, expires_at, deleted_at, version) \
+             VALUES (1 + max((SELECT coalesce(max(key), 0) FROM memories), \
+             (SELECT coalesce(max(CAST(value AS INTEGER)), 0) FROM meta WHERE name = 'last_key')), \
+             ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         )
         .bind(memory.id.as_bytes().as_slice())
         .bind(self.writer.tenant.as_str())
@@ -190,6 +193,15 @@ impl Ledger for SqliteLedger<'_> {
     async fn purge(&mut self, key: Key, memory: &Memory) -> Result<(), MemoryError> {
         let tenant = lexical::tenant(self.connection, &self.writer.tenant).await?;
         lexical::remove(self.connection, tenant, key).await?;
+        // Nobody else gets its number: an index that has not followed yet would show his memory for this one.
+        sqlx::query(
+            "INSERT INTO meta (name, value) VALUES ('last_key', ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value \
+             WHERE CAST(excluded.value AS INTEGER) > CAST(value AS INTEGER)",
+        )
+        .bind(key.0.to_string())
+        .execute(&mut *self.connection)
+        .await
+        .map_err(storage)?;
         sqlx::query("DELETE FROM memories WHERE key = ?")
             .bind(key.0)
             .execute(&mut *self.connection)
