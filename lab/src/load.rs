@@ -153,6 +153,7 @@ impl Load {
                     id: counter.clone(),
                     page_size: 1000,
                     page_token,
+                    ..Default::default()
                 };
                 let page = self.client.clone().history(request).await?.into_inner();
                 for version in page.versions {

@@ -170,6 +170,7 @@ fn knowledge(scope: &Option<Scope>) -> [(&'static str, Vec<u8>); 7] {
         path: path.clone(),
         from_version: 1,
         to_version: 0,
+        ..Default::default()
     };
     let delete = memory::DeleteDocumentRequest {
         scope: scope.clone(),

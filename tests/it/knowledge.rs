@@ -82,6 +82,7 @@ async fn a_document_has_versions_that_can_be_compared_and_brought_back() {
             path: path.into(),
             from_version: 1,
             to_version: 0,
+            ..Default::default()
         };
         let diff = client.diff_document(diff).await.unwrap().into_inner();
         assert_eq!(
@@ -144,6 +145,7 @@ async fn a_document_has_versions_that_can_be_compared_and_brought_back() {
             path: path.into(),
             page_size: 3,
             page_token: String::new(),
+            ..Default::default()
         };
         let page = client
             .list_document_versions(versions.clone())

@@ -312,6 +312,7 @@ async fn history_tells_every_version_and_a_purge_ends_it() {
                 id: added.id.clone(),
                 page_size: 3,
                 page_token,
+                ..Default::default()
             };
             client.history(request).await
         };

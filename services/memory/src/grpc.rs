@@ -105,7 +105,10 @@ impl MemoryService for Memories {
     async fn history(&self, request: Request<wire::HistoryRequest>) -> Answer<wire::HistoryResponse> {
         let context = RequestContext::of(&request)?;
         let query = convert::history_request(request.into_inner(), &context.principal().tenant)?;
-        let page = self.0.history(&context, query.id, query.before, query.limit).await?;
+        let page = self
+            .0
+            .history(&context, query.id, (query.before, query.limit), query.must_see)
+            .await?;
         let answer = convert::history_response(page, &query.binding, self.0.page_bytes());
         self.0.fitting(answer, "lower `page_size`")
     }

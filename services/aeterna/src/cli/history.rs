@@ -24,6 +24,7 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
         id: args.id,
         page_size: args.limit,
         page_token: String::new(),
+        ..Default::default()
     };
     let answer = client.memory().history(client.request(request)).await?.into_inner();
     if args.answered.json {

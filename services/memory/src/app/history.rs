@@ -6,7 +6,7 @@ use aeterna_types::MemoryId;
 
 use super::App;
 use super::get::view;
-use crate::domain::Version;
+use crate::domain::{Sequence, Version};
 use crate::error::MemoryError;
 
 /// A page of versions and where the next one begins.
@@ -27,10 +27,11 @@ impl App {
         &self,
         context: &RequestContext,
         id: MemoryId,
-        before: Option<i64>,
-        limit: usize,
+        (before, limit): (Option<i64>, usize),
+        must_see: Sequence,
     ) -> Result<Versions, Error> {
         let view = view(context, None)?;
+        self.store.reach(must_see).await?;
         match self.find_newest(context, id, &view).await {
             // While there is no primary, what other nodes have counts.
             Err(MemoryError::Store(_)) => self.find(context, id, &view).await?,

@@ -24,6 +24,8 @@ pub struct DocumentQuery {
     pub limit: usize,
     /// Also deleted ones.
     pub show_deleted: bool,
+    /// A write that must be seen.
+    pub must_see: Sequence,
 }
 
 /// One document.
@@ -118,6 +120,7 @@ impl App {
     /// SCOPE_DENIED, or when the store fails.
     pub async fn documents(&self, context: &RequestContext, query: DocumentQuery) -> Result<DocumentPage, Error> {
         let view = view(context, query.scope.as_ref())?;
+        self.store.reach(query.must_see).await?;
         let listing = DocumentListing {
             tenant: context.principal().tenant.clone(),
             scopes: self.store.visible(&context.principal().tenant, &view, &[]).await?,
@@ -146,10 +149,11 @@ impl App {
         context: &RequestContext,
         scope: &Scope,
         path: &str,
-        before: Option<i64>,
-        limit: usize,
+        (before, limit): (Option<i64>, usize),
+        must_see: Sequence,
     ) -> Result<(Vec<Document>, bool), Error> {
         self.sees(context, scope)?;
+        self.store.reach(must_see).await?;
         let tenant = &context.principal().tenant;
         let mut versions = self
             .store
@@ -163,26 +167,17 @@ impl App {
         Ok((versions, more))
     }
 
-    /// How two versions of a document differ; the newer one is the newest without a number.
+    /// How two versions of a document differ, the older one first.
     ///
     /// # Errors
     /// NOT_FOUND when one of them is not there.
     pub async fn diff_document(
         &self,
         context: &RequestContext,
-        scope: &Scope,
-        path: &str,
-        from: i64,
-        to: Option<i64>,
+        [older, newer]: [OneDocument; 2],
     ) -> Result<Diff, Error> {
-        let one = |version| OneDocument {
-            scope: scope.clone(),
-            path: path.to_owned(),
-            version,
-            after: Sequence::default(),
-        };
-        let older = self.document(context, one(Some(from))).await?;
-        let newer = self.document(context, one(to)).await?;
+        let older = self.document(context, older).await?;
+        let newer = self.document(context, newer).await?;
         let compared = tokio::task::spawn_blocking(move || diff(&older, &newer)).await;
         compared.map_err(Error::internal)
     }

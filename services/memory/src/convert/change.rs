@@ -9,7 +9,8 @@ use aeterna_types::{MemoryId, PageToken, Scope, TenantId};
 use prost::Message as _;
 
 use super::{
-    batch_size, consistency_token, cursor, filter, id, idempotency, layers, memory, page_limit, scope, sequence, value,
+    batch_size, check_token, consistency_token, cursor, filter, id, idempotency, layers, memory, page_limit, scope,
+    sequence, value,
 };
 use crate::app::{Deletion, News, Stats, Versions, WatchQuery};
 use crate::domain::{Change, Kind, Sequence, Subject, Version, Written};
@@ -72,6 +73,8 @@ pub struct HistoryQuery {
     pub before: Option<i64>,
     /// At most so many.
     pub limit: usize,
+    /// A write that must be seen.
+    pub must_see: Sequence,
     /// What page tokens are bound to.
     pub binding: Vec<u8>,
 }
@@ -81,6 +84,7 @@ pub fn history_request(request: wire::HistoryRequest, tenant: &TenantId) -> Resu
     let mut violations = Violations::default();
     let id = id(&mut violations, "id", &request.id);
     let limit = page_limit(&mut violations, request.page_size);
+    let must_see = check_token(&mut violations, &request.consistency_token);
     let id = violations.finish(id)?;
     let binding = [b"history".as_slice(), tenant.as_str().as_bytes(), &[0], id.as_bytes()].concat();
     let before = cursor(&request.page_token, &binding)?.map(i64::from_le_bytes);
@@ -88,6 +92,7 @@ pub fn history_request(request: wire::HistoryRequest, tenant: &TenantId) -> Resu
         id,
         before,
         limit,
+        must_see,
         binding,
     })
 }

@@ -146,15 +146,22 @@ pub fn get_document_request(request: wire::GetDocumentRequest) -> Result<OneDocu
     })
 }
 
-/// What DiffDocument asks for: scope, path, and the two versions.
-pub fn diff_request(request: wire::DiffDocumentRequest) -> Result<(Scope, String, i64, Option<i64>), Error> {
+/// What DiffDocument asks for: the two versions, the older one first.
+pub fn diff_request(request: wire::DiffDocumentRequest) -> Result<[OneDocument; 2], Error> {
     let mut violations = Violations::default();
     let scope = place(&mut violations, "", request.scope);
     check_path(&mut violations, "path", &request.path);
-    version(&mut violations, "from_version", request.from_version, 1);
+    let from = version(&mut violations, "from_version", request.from_version, 1);
     let to = version(&mut violations, "to_version", request.to_version, 0);
+    let after = check_token(&mut violations, &request.consistency_token);
     violations.into_result()?;
-    Ok((scope, request.path, request.from_version, to))
+    let path = request.path;
+    Ok([from, to].map(|version| OneDocument {
+        scope: scope.clone(),
+        path: path.clone(),
+        version,
+        after,
+    }))
 }
 
 /// The answer to DiffDocument.
@@ -175,6 +182,7 @@ pub fn list_documents_request(
     let mut violations = Violations::default();
     let token = std::mem::take(&mut request.page_token);
     let page_size = std::mem::take(&mut request.page_size);
+    let must_see = check_token(&mut violations, &std::mem::take(&mut request.consistency_token));
     let binding = [b"documents", tenant.as_str().as_bytes(), &[0], &request.encode_to_vec()].concat();
     let limit = page_limit(&mut violations, page_size);
     let scope = scope(&mut violations, "scope", request.scope);
@@ -193,6 +201,7 @@ pub fn list_documents_request(
         after,
         limit,
         show_deleted: request.show_deleted,
+        must_see,
     };
     Ok((query, binding))
 }
@@ -219,6 +228,8 @@ pub struct VersionsQuery {
     pub before: Option<i64>,
     /// At most so many.
     pub limit: usize,
+    /// A write that must be seen.
+    pub must_see: Sequence,
     /// What page tokens are bound to.
     pub binding: Vec<u8>,
 }
@@ -231,6 +242,7 @@ pub fn versions_request(
     let mut violations = Violations::default();
     let token = std::mem::take(&mut request.page_token);
     let limit = page_limit(&mut violations, std::mem::take(&mut request.page_size));
+    let must_see = check_token(&mut violations, &std::mem::take(&mut request.consistency_token));
     let binding = [b"versions", tenant.as_str().as_bytes(), &[0], &request.encode_to_vec()].concat();
     let scope = place(&mut violations, "", request.scope);
     check_path(&mut violations, "path", &request.path);
@@ -240,6 +252,7 @@ pub fn versions_request(
         path: request.path,
         before: cursor(&token, &binding)?.map(i64::from_le_bytes),
         limit,
+        must_see,
         binding,
     })
 }

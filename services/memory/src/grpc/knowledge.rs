@@ -53,9 +53,13 @@ impl KnowledgeService for Knowledge {
     ) -> Answer<wire::ListDocumentVersionsResponse> {
         let context = RequestContext::of(&request)?;
         let query = convert::versions_request(request.into_inner(), &context.principal().tenant)?;
-        let versions = self
-            .0
-            .document_versions(&context, &query.scope, &query.path, query.before, query.limit);
+        let versions = self.0.document_versions(
+            &context,
+            &query.scope,
+            &query.path,
+            (query.before, query.limit),
+            query.must_see,
+        );
         let (versions, more) = versions.await?;
         let answer = convert::versions_response(versions, more, &query.binding);
         self.0.fitting(answer, "lower `page_size`")
@@ -63,8 +67,8 @@ impl KnowledgeService for Knowledge {
 
     async fn diff_document(&self, request: Request<wire::DiffDocumentRequest>) -> Answer<wire::DiffDocumentResponse> {
         let context = RequestContext::of(&request)?;
-        let (scope, path, from, to) = convert::diff_request(request.into_inner())?;
-        let diff = self.0.diff_document(&context, &scope, &path, from, to).await?;
+        let versions = convert::diff_request(request.into_inner())?;
+        let diff = self.0.diff_document(&context, versions).await?;
         self.0.fitting(
             convert::diff_response(diff),
             "compare versions that lie closer together",
