@@ -55,6 +55,17 @@ impl Error {
         .caused_by(cause)
     }
 
+    /// Bad input in one field; [`Violations`] collects several.
+    pub fn field(field: &str, description: impl Into<String>) -> Self {
+        let description = description.into();
+        let mut error = Self::new(Reason::InvalidField, format!("`{field}` {description}"));
+        error.violations.push(Violation {
+            field: field.into(),
+            description,
+        });
+        error
+    }
+
     /// Adds a machine-readable detail.
     #[must_use]
     pub fn with(mut self, key: &str, value: impl ToString) -> Self {

@@ -218,12 +218,7 @@ fn complete(response: Response) -> Response {
         Code::Internal
             if message.contains("decode") || message.contains("Protobuf") || message.contains("compress") =>
         {
-            let mut violations = aeterna_error::Violations::default();
-            violations.add("(message)", format!("can't be decoded: {message}"));
-            match violations.into_result() {
-                Err(error) => error,
-                Ok(()) => Error::internal(message),
-            }
+            Error::field("(message)", format!("can't be decoded: {message}"))
         }
         Code::Cancelled | Code::DeadlineExceeded => Error::new(Reason::DeadlineExceeded, "the deadline has passed"),
         _ => return response,
@@ -302,15 +297,10 @@ fn admit(inner: &Inner, request: &Request) -> Result<(&'static Method, RequestCo
     let timeout = match headers.get("grpc-timeout") {
         None => inner.limits.default_timeout,
         Some(value) => value.to_str().ok().and_then(parse_timeout).ok_or_else(|| {
-            let mut violations = aeterna_error::Violations::default();
-            violations.add(
+            Error::field(
                 "grpc-timeout",
                 "is not 1 to 8 digits with a unit out of H, M, S, m, u, n",
-            );
-            violations
-                .into_result()
-                .err()
-                .unwrap_or_else(|| Error::internal("no violation"))
+            )
         })?,
     };
     let deadline = now + timeout.min(inner.limits.max_timeout);

@@ -101,14 +101,11 @@ fn unmarked(text: &str) -> &str {
 /// # Errors
 /// When the file can't be read or is not of the format.
 pub fn open(path: &Path, format: Format, scope: Option<&Scope>) -> anyhow::Result<Source> {
-    let format = match format {
-        Format::Auto => guess(path)?,
-        format => format,
-    };
     match format {
+        Format::Auto => open(path, guess(path)?, scope),
         Format::Locomo => locomo::source(path, scope),
         Format::Mem0 => mem0::source(path, scope),
-        Format::Auto | Format::Export | Format::Jsonl => jsonl::source(path, scope),
+        Format::Export | Format::Jsonl => jsonl::source(path, scope),
     }
 }
 

@@ -40,7 +40,13 @@ fn model_name(violations: &mut Violations, model: &str) {
     }
 }
 
-fn wanted(violations: &mut Violations, sizes: &[usize], model: String, size: Option<wire::Size>, kind: i32) -> Wanted {
+fn wanted(
+    violations: &mut Violations,
+    sizes: impl Fn(&str) -> Vec<usize>,
+    model: String,
+    size: Option<wire::Size>,
+    kind: i32,
+) -> Wanted {
     model_name(violations, &model);
     let size = match size.and_then(|size| size.by) {
         None => None,
@@ -50,6 +56,7 @@ fn wanted(violations: &mut Violations, sizes: &[usize], model: String, size: Opt
             Choice::Rule | Choice::Measured => None,
         },
         Some(wire::size::By::Dimension(number)) => {
+            let sizes = sizes(&model);
             let size = usize::try_from(number).ok().filter(|size| sizes.contains(size));
             if size.is_none() {
                 let sizes: Vec<String> = sizes.iter().map(usize::to_string).collect();
@@ -70,8 +77,11 @@ fn wanted(violations: &mut Violations, sizes: &[usize], model: String, size: Opt
     Wanted { model, size, kind }
 }
 
-/// The text and what is wanted of it; `sizes` can be asked for.
-pub fn embed_request(request: wire::EmbedRequest, sizes: &[usize]) -> Result<(String, Wanted), Error> {
+/// The text and what is wanted of it; `sizes` can be asked of a model.
+pub fn embed_request(
+    request: wire::EmbedRequest,
+    sizes: impl Fn(&str) -> Vec<usize>,
+) -> Result<(String, Wanted), Error> {
     let mut violations = Violations::default();
     text(&mut violations, "text", &request.text);
     let wanted = wanted(&mut violations, sizes, request.model, request.size, request.kind);
@@ -108,8 +118,11 @@ pub fn rerank_response(reranked: Reranked) -> wire::RerankResponse {
     }
 }
 
-/// The texts and what is wanted of them; `sizes` can be asked for.
-pub fn batch_request(request: wire::BatchEmbedRequest, sizes: &[usize]) -> Result<(Vec<String>, Wanted), Error> {
+/// The texts and what is wanted of them; `sizes` can be asked of a model.
+pub fn batch_request(
+    request: wire::BatchEmbedRequest,
+    sizes: impl Fn(&str) -> Vec<usize>,
+) -> Result<(Vec<String>, Wanted), Error> {
     let mut violations = Violations::default();
     texts(&mut violations, &request.texts);
     let wanted = wanted(&mut violations, sizes, request.model, request.size, request.kind);

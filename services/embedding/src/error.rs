@@ -1,6 +1,6 @@
 //! What can go wrong, by what a caller can do about it.
 
-use aeterna_error::{Error, Reason, Violations};
+use aeterna_error::{Error, Reason};
 
 /// An error of the embedding service.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -69,18 +69,10 @@ impl From<EmbeddingError> for Error {
             EmbeddingError::BadDirectory { .. } | EmbeddingError::TwoModels(_) | EmbeddingError::NoReranker => {
                 Self::new(Reason::NotConfigured, error.to_string())
             }
-            EmbeddingError::Refused(_) => refused("text", &error),
-            EmbeddingError::RefusedOne { index, .. } => refused(&format!("texts[{index}]"), &error),
+            EmbeddingError::Refused(_) => Self::field("text", error.to_string()),
+            EmbeddingError::RefusedOne { index, .. } => Self::field(&format!("texts[{index}]"), error.to_string()),
             EmbeddingError::Away(_) => Self::unavailable(error.to_string()),
             EmbeddingError::Failed(why) => Self::internal(why.clone()),
         }
     }
-}
-
-/// What is said of a text that is not taken.
-fn refused(field: &str, error: &EmbeddingError) -> Error {
-    let mut violations = Violations::default();
-    violations.add(field, error.to_string());
-    let refused = violations.into_result().err();
-    refused.unwrap_or_else(|| Error::internal("a violation is missing"))
 }

@@ -25,9 +25,7 @@ impl Embedding {
 impl EmbeddingService for Embedding {
     async fn embed(&self, request: Request<EmbedRequest>) -> Result<Response<EmbedResponse>, Status> {
         let context = RequestContext::of(&request)?;
-        let request = request.into_inner();
-        let sizes = self.0.sizes(&request.model);
-        let (text, wanted) = convert::embed_request(request, &sizes)?;
+        let (text, wanted) = convert::embed_request(request.into_inner(), |model| self.0.sizes(model))?;
         let batch = self.0.embed(&context, vec![text], wanted).await;
         let batch = batch.map_err(|error| Error::from(error.alone()))?;
         Ok(Response::new(convert::embed_response(batch)))
@@ -35,9 +33,7 @@ impl EmbeddingService for Embedding {
 
     async fn batch_embed(&self, request: Request<BatchEmbedRequest>) -> Result<Response<BatchEmbedResponse>, Status> {
         let context = RequestContext::of(&request)?;
-        let request = request.into_inner();
-        let sizes = self.0.sizes(&request.model);
-        let (texts, wanted) = convert::batch_request(request, &sizes)?;
+        let (texts, wanted) = convert::batch_request(request.into_inner(), |model| self.0.sizes(model))?;
         let batch = self.0.embed(&context, texts, wanted).await.map_err(Error::from)?;
         Ok(Response::new(convert::batch_response(batch)))
     }

@@ -313,9 +313,7 @@ pub async fn build(config: Config, deps: Deps) -> Result<Routes, Error> {
         metrics,
     );
     let app = app.map_err(|error| match error {
-        EmbeddingError::UnknownModel { .. } => {
-            Error::new(Reason::NotConfigured, format!("`embedding.default_model`: {error}"))
-        }
+        EmbeddingError::UnknownModel { .. } => setting("embedding.default_model", &error),
         error => error.into(),
     })?;
     deps.health.report(SERVICE, "models", Dependency::Up).await;

@@ -121,24 +121,22 @@ impl<'a> Reader<'a> {
         })
     }
 
-    /// The next documents, each with all its versions, oldest first; none: that was all.
-    async fn documents(&mut self) -> Result<Vec<Vec<Document>>, MemoryError> {
+    /// The next document with all its versions, oldest first; `None`: that was all.
+    async fn document(&mut self) -> Result<Option<Vec<Document>>, MemoryError> {
         let listing = DocumentListing {
             tenant: self.tenant.clone(),
             scopes: self.scopes.clone(),
             prefix: String::new(),
             after: self.document.take(),
-            // With all its versions, each of which may have a megabyte.
+            // Each of its versions may have a megabyte.
             limit: 1,
             show_deleted: true,
         };
-        let page = self.store.documents(&listing).await?;
-        self.document = page.last().map(|(number, last)| (last.path.clone(), *number));
-        let mut documents = Vec::with_capacity(page.len());
-        for (_, newest) in page {
-            documents.push(self.versions(&newest).await?);
-        }
-        Ok(documents)
+        let Some((number, newest)) = self.store.documents(&listing).await?.pop() else {
+            return Ok(None);
+        };
+        self.document = Some((newest.path.clone(), number));
+        self.versions(&newest).await.map(Some)
     }
 
     async fn versions(&self, newest: &Document) -> Result<Vec<Document>, MemoryError> {
@@ -201,15 +199,9 @@ async fn move_tenant(
         moved.policies += 1;
     }
     let mut reader = Reader::new(from, tenant).await?;
-    loop {
-        let page = reader.documents().await?;
-        if page.is_empty() {
-            break;
-        }
-        moved.documents += page.len() as u64;
-        for versions in page {
-            to.take_document(&writer, versions).await?;
-        }
+    while let Some(versions) = reader.document().await? {
+        moved.documents += 1;
+        to.take_document(&writer, versions).await?;
     }
     let id = IMPORT.parse().map_err(Error::internal)?;
     let mut progress = Progress::default();
@@ -265,13 +257,9 @@ async fn survey(store: &dyn Relational, mut tell: impl FnMut(&Moved)) -> Result<
             seen.add(&policy)?;
         }
         let mut reader = Reader::new(store, &tenant).await?;
-        loop {
-            let page = reader.documents().await?;
-            if page.is_empty() {
-                break;
-            }
-            seen.documents += page.len() as u64;
-            for version in page.iter().flatten() {
+        while let Some(versions) = reader.document().await? {
+            seen.documents += 1;
+            for version in &versions {
                 seen.add(&(version, &version.text.content))?;
             }
         }

@@ -8,8 +8,8 @@ use aeterna_proto::memory::v1::memory_service_client::MemoryServiceClient;
 use aeterna_rpc::AnyChannel;
 use anyhow::Context as _;
 use indicatif::ProgressBar;
-use tonic::Request;
 use tonic::metadata::{Ascii, MetadataValue};
+use tonic::{Code, Request, Status};
 
 /// Largest message to take in or send, in bytes; the server has limits of its own.
 const MESSAGE_BYTES: usize = 256 << 20;
@@ -50,6 +50,25 @@ impl Patience {
         self.waited += self.delay;
         self.delay = (self.delay * 2).min(Duration::from_secs(5));
         true
+    }
+}
+
+/// True when the same call may succeed a little later: the server is away or busy, or the connection broke, which is no answer.
+pub fn is_passing(status: &Status) -> bool {
+    matches!(status.code(), Code::Unavailable | Code::DeadlineExceeded) || !aeterna_error::is_answer(status)
+}
+
+/// Works until it is done, or the user stops it.
+///
+/// # Errors
+/// What the work says, or that it was stopped.
+pub async fn unless_stopped<T>(work: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
+    tokio::select! {
+        done = work => done,
+        stopped = tokio::signal::ctrl_c() => {
+            stopped?;
+            anyhow::bail!("stopped")
+        }
     }
 }
 

@@ -11,9 +11,8 @@ use aeterna_types::chain;
 use anyhow::Context as _;
 use indicatif::{ProgressBar, ProgressStyle};
 use prost::Message as _;
-use tonic::Code;
 
-use super::client::{Client, Patience, Remote};
+use super::client::{Client, Patience, Remote, is_passing, unless_stopped};
 use super::output;
 use super::scope::Standing;
 use crate::json;
@@ -70,10 +69,7 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
         .permissions(permissions)
         .tempfile_in(place);
     let mut draft = draft.with_context(context)?;
-    let written = tokio::select! {
-        written = write(&client, request, draft.as_file_mut()) => written,
-        stopped = tokio::signal::ctrl_c() => stopped.map_err(Into::into).and(Err(anyhow::anyhow!("stopped"))),
-    };
+    let written = unless_stopped(write(&client, request, draft.as_file_mut())).await;
     let summary = written.with_context(context)?;
     draft.as_file().sync_all().with_context(context)?;
     draft.persist(&args.file).with_context(context)?;
@@ -103,10 +99,7 @@ async fn write(
         if count > before {
             patience.progress();
         }
-        // A connection that broke in the middle is no answer.
-        let passing = matches!(status.code(), Code::Unavailable | Code::DeadlineExceeded);
-        let passing = passing || !aeterna_error::is_answer(&status);
-        if !passing || !patience.wait(&bar).await {
+        if !is_passing(&status) || !patience.wait(&bar).await {
             return Err(status.into());
         }
     };

@@ -15,7 +15,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use prost::Message as _;
 use tonic::Code;
 
-use super::client::{Client, Patience, Remote};
+use super::client::{Client, Patience, Remote, unless_stopped};
 use super::{output, scope};
 use crate::import::{Format, Input, Item, guess, open};
 
@@ -69,10 +69,7 @@ pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
         "{bar:40} {percent:>3} %  {msg}  {elapsed}, {eta} to go",
     )?);
     let mut tally = Tally::default();
-    let imported = tokio::select! {
-        imported = import(&client, source.items, &bar, &mut tally) => imported,
-        stopped = tokio::signal::ctrl_c() => stopped.map_err(Into::into).and(Err(anyhow::anyhow!("stopped"))),
-    };
+    let imported = unless_stopped(import(&client, source.items, &bar, &mut tally)).await;
     bar.finish_and_clear();
     let name = args.file.display();
     output::line(format!(

@@ -61,9 +61,7 @@ impl Lines {
             most,
         }
     }
-}
 
-impl Lines {
     /// The first line without the mark that some programs put before it.
     fn unmarked(&self, mut line: Vec<u8>) -> Vec<u8> {
         if self.number == 1 && line.starts_with(BOM) {

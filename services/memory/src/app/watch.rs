@@ -90,12 +90,8 @@ impl App {
             None => self.store.last_sequence().await?,
         };
         if query.after.is_some() && !self.store.has(position).await? {
-            let mut violations = aeterna_error::Violations::default();
-            violations.add(
-                "resume_token",
-                "is of another store, or of a state that was replaced; start without it",
-            );
-            violations.into_result()?;
+            let what = "is of another store, or of a state that was replaced; start without it";
+            return Err(Error::field("resume_token", what));
         }
         Ok(Watcher {
             app: Arc::clone(self),

@@ -12,9 +12,8 @@ use indicatif::{ProgressBar, ProgressStyle};
 use prost::Message as _;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::Code;
 
-use super::super::client::{Client, Patience};
+use super::super::client::{Client, Patience, is_passing};
 use super::super::output;
 use super::explain;
 use crate::import::Lines;
@@ -53,9 +52,7 @@ pub async fn run(client: &Client, path: &Path, name: &Path) -> anyhow::Result<Ex
             patience.progress();
         }
         // What was stored is passed over when the same stream is sent again; a server bounds the time of a stream, too.
-        let passing = matches!(status.code(), Code::Unavailable | Code::DeadlineExceeded);
-        let passing = passing || !aeterna_error::is_answer(&status);
-        if !passing || !patience.wait(&bar).await {
+        if !is_passing(&status) || !patience.wait(&bar).await {
             return Err(anyhow::Error::from(status).context("run the same command again to continue"))
                 .with_context(context);
         }
