@@ -20,6 +20,7 @@ mod past;
 mod postgres;
 mod promises;
 mod qdrant;
+mod ranking;
 mod readme;
 mod reembed;
 mod rerank;

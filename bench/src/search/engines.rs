@@ -1,6 +1,5 @@
 //! The rivals.
 
-use std::collections::HashSet;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -26,6 +25,10 @@ pub trait Engine {
     fn name(&self) -> &'static str;
     /// The nearest vectors among those of the first so many scopes.
     async fn search(&self, query: &[f32], scopes: usize) -> anyhow::Result<Vec<usize>>;
+    /// Brings it to where it is when it has been in use for a while.
+    async fn warm(&self) -> anyhow::Result<()> {
+        Ok(())
+    }
     /// What building took.
     fn built(&self) -> Duration;
     fn disk_bytes(&self) -> u64;
@@ -109,6 +112,8 @@ const MODEL: &str = "synthetic@1";
 const RESCORED: usize = 200;
 /// Vectors that a rotation is learned from, as many as in the service.
 const SAMPLE: usize = 8192;
+/// Bytes that the store keeps in memory, as many as in the service.
+const CACHE: u64 = 512 << 20;
 /// Vectors in one transaction.
 const BATCH: usize = 1000;
 
@@ -122,7 +127,7 @@ impl Funnel {
             busy_timeout: Duration::from_secs(5),
             readers: 2,
         };
-        let open = async || SqliteStore::open(&options).await.context("open the store");
+        let open = async || SqliteStore::open(&options, CACHE).await.context("open the store");
         open().await?.close().await;
         let before = resident()?;
         let layout = Layout {
@@ -230,13 +235,27 @@ impl Engine for Funnel {
         self.name
     }
 
+    /// Compares every vector with something, so that the store keeps as many in memory as it has room for.
+    async fn warm(&self) -> anyhow::Result<()> {
+        let keys: Vec<Key> = (1..=self.index.len() as i64).map(Key).collect();
+        for keys in keys.chunks(BATCH) {
+            let rescoring = Rescoring {
+                model: MODEL.into(),
+                keys: keys.to_vec(),
+                vector: vec![0.0; FULL],
+            };
+            self.store.cosines(&TenantId::local(), &rescoring).await?;
+        }
+        Ok(())
+    }
+
     async fn search(&self, query: &[f32], scopes: usize) -> anyhow::Result<Vec<usize>> {
         let code = Code::encode(query).context("the query can be encoded")?;
         let among = Among {
             tenant: TenantId::local(),
             scopes: (0..scopes).map(|scope| ScopeKey(scope as i64)).collect(),
             only: None,
-            exclude: HashSet::new(),
+            exclude: Default::default(),
         };
         let candidates = self.index.search(&code, &among, RESCORED);
         let keys: Vec<Key> = candidates.into_iter().map(|(key, _)| key).collect();
@@ -259,7 +278,7 @@ impl Engine for Funnel {
     }
 
     fn memory_bytes(&self) -> u64 {
-        self.memory + self.index.bytes()
+        self.memory + self.index.bytes() + self.store.cached_bytes() as u64
     }
 }
 

@@ -1,13 +1,19 @@
 //! One text analysis for everything lexical: BM25 in every store, and the feature-hashing model.
 //!
-//! Lower case, split at everything that is neither letter nor digit, English stop words out, Snowball (Porter 2) stems.
+//! Compatibility composition (Unicode Normalization Form KC), lower case, split at everything that is neither letter nor digit,
+//! English stop words out, Snowball (Porter 2) stems. Of scripts that put no blanks between words, each character and each
+//! pair of neighbours is a term (as in Nie, Gao, Zhang and Zhou 2000, “On the use of words and n-grams for Chinese information
+//! retrieval”).
 
+use std::borrow::Cow;
 use std::cell::RefCell;
 
 use rust_stemmers::{Algorithm, Stemmer};
+use unicode_normalization::UnicodeNormalization as _;
+use unicode_normalization::char::is_combining_mark;
 
 /// Version of the analysis. A store remembers it and analyses again when it changes.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// Characters of one term that are kept; longer ones are no words.
 const MAX_TERM_CHARS: usize = 64;
@@ -157,15 +163,47 @@ thread_local! {
     static STEMMER: RefCell<Stemmer> = RefCell::new(Stemmer::create(Algorithm::English));
 }
 
+/// Scripts that put no blanks between words, or write so much together that a word tells little; first and last characters.
+const UNSPACED: [(char, char); 12] = [
+    ('\u{e00}', '\u{eff}'),     // Thai, Lao
+    ('\u{1000}', '\u{109f}'),   // Myanmar
+    ('\u{1780}', '\u{17ff}'),   // Khmer
+    ('\u{3005}', '\u{3007}'),   // signs among Han characters
+    ('\u{3041}', '\u{309f}'),   // Hiragana
+    ('\u{30a1}', '\u{30ff}'),   // Katakana
+    ('\u{31f0}', '\u{31ff}'),   // Katakana, extended
+    ('\u{3400}', '\u{4dbf}'),   // Han, extended
+    ('\u{4e00}', '\u{9fff}'),   // Han
+    ('\u{ac00}', '\u{d7a3}'),   // Hangul
+    ('\u{f900}', '\u{faff}'),   // Han, for compatibility
+    ('\u{20000}', '\u{3ffff}'), // Han, extended
+];
+
+fn is_unspaced(c: char) -> bool {
+    // Most texts have none.
+    c >= UNSPACED[0].0 && UNSPACED.iter().any(|(first, last)| (*first..=*last).contains(&c))
+}
+
+fn is_of_word(c: char) -> bool {
+    c.is_alphanumeric() || (!c.is_ascii() && is_combining_mark(c))
+}
+
 /// The terms of a text in order, repetitions included.
 ///
 /// A text that consists of stop words only keeps them, so that "who are you" can still be searched for.
 pub fn analyse(text: &str) -> Vec<String> {
-    let words: Vec<String> = text
-        .split(|c: char| !c.is_alphanumeric())
-        .filter(|word| !word.is_empty())
-        .map(|word| word.chars().take(MAX_TERM_CHARS).flat_map(char::to_lowercase).collect())
-        .collect();
+    let text: Cow<'_, str> = match text.is_ascii() {
+        true => text.into(),
+        false => text.nfkc().collect::<String>().into(),
+    };
+    let mut words: Vec<String> = Vec::new();
+    for word in text.split(|c: char| !is_of_word(c)).filter(|word| !word.is_empty()) {
+        if word.is_ascii() {
+            words.push(lowered(word));
+        } else {
+            parts(word, &mut words);
+        }
+    }
     let telling = |word: &&String| STOP_WORDS.binary_search(&word.as_str()).is_err();
     let kept: Vec<&String> = if words.iter().any(|word| telling(&word)) {
         words.iter().filter(telling).collect()
@@ -173,6 +211,38 @@ pub fn analyse(text: &str) -> Vec<String> {
         words.iter().collect()
     };
     STEMMER.with_borrow(|stemmer| kept.into_iter().map(|word| stemmer.stem(word).into_owned()).collect())
+}
+
+fn lowered(word: &str) -> String {
+    word.chars().take(MAX_TERM_CHARS).flat_map(char::to_lowercase).collect()
+}
+
+/// The terms of what stands between two blanks: words, and of what is written without blanks the characters, with the marks
+/// that stand on them, and the pairs of them.
+fn parts(word: &str, terms: &mut Vec<String>) {
+    let mut rest = word;
+    while let Some(first) = rest.chars().next() {
+        let unspaced = is_unspaced(first);
+        let end = rest.find(|c| is_unspaced(c) != unspaced && !is_combining_mark(c));
+        let (run, left) = rest.split_at(end.unwrap_or(rest.len()));
+        rest = left;
+        if !unspaced {
+            terms.push(lowered(run));
+            continue;
+        }
+        let starts: Vec<usize> = run
+            .char_indices()
+            .filter(|(at, c)| *at == 0 || !is_combining_mark(*c))
+            .map(|(at, _)| at)
+            .collect();
+        let until = |place: usize| starts.get(place).copied().unwrap_or(run.len());
+        for (place, start) in starts.iter().enumerate() {
+            terms.push(lowered(&run[*start..until(place + 1)]));
+            if place + 1 < starts.len() {
+                terms.push(lowered(&run[*start..until(place + 2)]));
+            }
+        }
+    }
 }
 
 #[cfg(test)]
@@ -186,6 +256,38 @@ mod tests {
             ["run", "caf\u{e9}", "2023"]
         );
         assert_eq!(analyse("The hiking trips"), ["hike", "trip"]);
+    }
+
+    #[test]
+    fn what_looks_the_same_is_the_same() {
+        let composed = analyse("caf\u{e9} \u{fb01}le \u{ff21}\u{ff22}\u{ff23} \u{d55c}");
+        assert_eq!(composed, analyse("cafe\u{301} file abc \u{1112}\u{1161}\u{11ab}"));
+        // A mark that no letter has with it stays in its word.
+        assert_eq!(analyse("\u{939}\u{93f}\u{928}\u{94d}\u{926}\u{940}").len(), 1);
+    }
+
+    #[test]
+    fn what_is_written_without_blanks_is_found_by_any_part_of_it() {
+        assert_eq!(
+            analyse("\u{6771}\u{4eac}\u{90fd}"),
+            [
+                "\u{6771}",
+                "\u{6771}\u{4eac}",
+                "\u{4eac}",
+                "\u{4eac}\u{90fd}",
+                "\u{90fd}"
+            ]
+        );
+        assert_eq!(
+            analyse("iPhone\u{624b}\u{673a}15"),
+            ["iphon", "\u{624b}", "\u{624b}\u{673a}", "\u{673a}", "15"]
+        );
+        assert_eq!(analyse("\u{732b}"), ["\u{732b}"]);
+        // Thai: a vowel sign and a tone mark belong to their consonant.
+        assert_eq!(
+            analyse("\u{e17}\u{e35}\u{e48}\u{e19}"),
+            ["\u{e17}\u{e35}\u{e48}", "\u{e17}\u{e35}\u{e48}\u{e19}", "\u{e19}"]
+        );
     }
 
     #[test]
@@ -209,6 +311,8 @@ mod tests {
             "''''s",
             "y",
             "yyyy's",
+            "\u{e35}\u{e48}\u{301}",
+            "\u{4eac}\u{301}a\u{301}\u{4eac}",
         ] {
             let _ = analyse(text);
         }

@@ -145,6 +145,12 @@ pub const SETTINGS: &[Setting] = &[
         "Connections for reading, 1 to 64, half of them for searches; 0: two for each processor.",
     ),
     Setting::new(
+        "memory.cache_bytes",
+        "536870912",
+        "On SQLite: memory for what searches read most, words and vectors, in bytes, about; it is taken as it is needed. 100,000 \
+         memories with vectors of 1536 dimensions need 256 MiB; what does not fit is read from disk. 0 keeps nothing.",
+    ),
+    Setting::new(
         "memory.model_grace",
         "10m",
         "On PostgreSQL: how long the vectors of a model before stay once another one answers, for copies of the service that have \
@@ -166,6 +172,7 @@ pub struct Config {
     pub embedding: String,
     busy_timeout: Duration,
     readers: u32,
+    cache_bytes: u64,
     rotation: bool,
     grace: Duration,
     live: Option<RedisOptions>,
@@ -238,7 +245,7 @@ impl Store {
                     busy_timeout: config.busy_timeout,
                     readers: config.readers,
                 };
-                Arc::new(SqliteStore::open(&options).await?)
+                Arc::new(SqliteStore::open(&options, config.cache_bytes).await?)
             }
             Self::Postgres(options, owner) => Arc::new(PostgresStore::open(options, owner.as_deref()).await?),
         })
@@ -253,6 +260,7 @@ impl Config {
         let embedding = reader.text("memory.embedding");
         let busy_timeout = reader.duration("memory.busy_timeout");
         let readers = reader.within("memory.readers", 0..=64);
+        let cache_bytes = reader.get("memory.cache_bytes");
         let rotation = reader.get("memory.rotation");
         let grace = reader.duration("memory.model_grace");
         let live = RedisOptions::read(reader, "memory.live");
@@ -265,6 +273,7 @@ impl Config {
                 0 => std::thread::available_parallelism().map_or(4, |cores| (2 * cores.get()).clamp(4, 64) as u32),
                 readers => readers,
             },
+            cache_bytes: cache_bytes?,
             rotation: rotation?,
             grace: grace?,
             live: live?,

@@ -307,7 +307,7 @@ mod tests {
             busy_timeout: Duration::from_secs(5),
             readers: 2,
         };
-        SqliteStore::open(&options).await.unwrap()
+        SqliteStore::open(&options, 0).await.unwrap()
     }
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

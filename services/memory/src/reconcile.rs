@@ -307,7 +307,7 @@ mod tests {
             busy_timeout: Duration::from_secs(5),
             readers: 2,
         };
-        let store = SqliteStore::open(&options).await.unwrap();
+        let store = SqliteStore::open(&options, 0).await.unwrap();
         let model = Model {
             name: "m".into(),
             identity: "m@1".into(),

@@ -13,6 +13,7 @@ pub mod sqlite;
 mod vectors;
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 
 pub use aeterna_storage::StorageError;
 use aeterna_types::{Layer, MemoryId, RequestId, Scope, TenantId, Timestamp};
@@ -189,6 +190,8 @@ pub struct LexicalSearch {
     pub filter: Option<Filter>,
     /// Only those that have not changed since.
     pub as_of: Option<Timestamp>,
+    /// Where it looks, when what the filter and the time choose was looked up already.
+    pub among: Option<Arc<Among>>,
     /// Those that an index has found by their terms; a store that finds them as fast by itself looks at all.
     pub candidates: Option<Vec<Key>>,
     /// At most so many.

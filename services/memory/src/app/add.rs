@@ -128,9 +128,9 @@ impl App {
         let vector = code.decode();
         let among = Among {
             tenant: tenant.clone(),
-            scopes: [own.scope].into(),
+            scopes: [own.scope].into_iter().collect(),
             only: None,
-            exclude: [own.key].into(),
+            exclude: [own.key].into_iter().collect(),
         };
         let keys = self.candidates(&serving, code, among.into(), 4 * TOLD).await?;
         let rescoring = Rescoring {

@@ -422,7 +422,7 @@ mod tests {
             busy_timeout: Duration::from_secs(5),
             readers: 2,
         };
-        let store = SqliteStore::open(&options).await.unwrap();
+        let store = SqliteStore::open(&options, 0).await.unwrap();
         let live = Arc::new(Faulty::default());
         let mut copies = [copy(&store, &live, "a"), copy(&store, &live, "b")];
         let next = || NUMBER.fetch_add(1, Ordering::SeqCst);

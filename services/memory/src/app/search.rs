@@ -198,18 +198,32 @@ impl App {
         let mut order: Vec<(Key, Breakdown)> = scores.into_iter().collect();
         order.sort_unstable_by(|a, b| b.1.total().total_cmp(&a.1.total()).then(b.0.cmp(&a.0)));
         // What depends on the memory itself adds a bounded amount: what can't reach the top any more need not be read.
-        let floor = order
-            .get(query.looked_at())
-            .map_or(f64::NEG_INFINITY, |(_, b)| b.total() - weights.bonus());
-        order.retain(|(_, breakdown)| breakdown.total() >= floor);
+        let reach = |count: usize| {
+            let floor = order
+                .get(count.saturating_sub(1))
+                .map(|(_, best)| best.total() - weights.bonus());
+            floor.map_or(order.len(), |floor| {
+                order.partition_point(|(_, other)| other.total() >= floor)
+            })
+        };
         let mut memories = past.map(|past| past.changed).unwrap_or_default();
-        let keys: Vec<Key> = order
-            .iter()
-            .map(|(key, _)| *key)
-            .filter(|key| !memories.contains_key(key))
-            .collect();
-        let fetched = self.store.fetch(tenant, &keys, now).await?;
-        memories.extend(fetched.into_iter().map(|Stored { key, memory }| (key, memory)));
+        let mut read = 0;
+        // More than the best ones only when some of them are there no more.
+        for count in [query.least(), query.looked_at()] {
+            let reached = reach(count).max(read);
+            let keys = order[read..reached].iter().map(|(key, _)| *key);
+            let keys: Vec<Key> = keys.filter(|key| !memories.contains_key(key)).collect();
+            let fetched = self.store.fetch(tenant, &keys, now).await?;
+            memories.extend(fetched.into_iter().map(|Stored { key, memory }| (key, memory)));
+            read = reached;
+            if order[..count.min(read)]
+                .iter()
+                .all(|(key, _)| memories.contains_key(key))
+            {
+                break;
+            }
+        }
+        order.truncate(read);
         let hit = |(key, mut breakdown): (Key, Breakdown)| {
             let memory = memories.remove(&key)?;
             let told = memory.body.event_at.unwrap_or(memory.created_at);
@@ -285,12 +299,21 @@ impl App {
 impl SearchQuery {
     /// How many of the best are looked at, for the sake of the best `top_k`.
     fn looked_at(&self) -> usize {
-        let usual = 2 * self.top_k;
-        if self.rerank || self.weights.mmr_lambda.is_some() {
-            usual.max(RERANKED)
+        if self.chooses() {
+            RERANKED.max(2 * self.top_k)
         } else {
-            usual
+            2 * self.top_k
         }
+    }
+
+    /// How many of the best are looked at when all of them are there.
+    fn least(&self) -> usize {
+        if self.chooses() { self.looked_at() } else { self.top_k }
+    }
+
+    /// Whether more is read than is told, to choose from.
+    fn chooses(&self) -> bool {
+        self.rerank || self.weights.mmr_lambda.is_some()
     }
 }
 

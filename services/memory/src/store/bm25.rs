@@ -4,6 +4,10 @@ use std::borrow::Borrow;
 use std::collections::HashMap;
 use std::hash::Hash;
 
+/// How soon another occurrence of a term tells little more, as SQLite has it.
+pub const K1: f64 = 1.2;
+/// How much a text's length counts, as SQLite has it.
+pub const B: f64 = 0.75;
 /// Counts kept at most.
 const KEPT: usize = 100_000;
 /// Documents that the terms of one search may bring: ranking a document costs one or two microseconds.

@@ -2,8 +2,8 @@
 
 mod filters;
 mod limits;
-mod past;
-mod search;
+pub(crate) mod past;
+pub(crate) mod search;
 mod vectors;
 
 use std::sync::Arc;
@@ -15,17 +15,16 @@ use super::{Addition, Change, ChangeItem, Listing, Relational, StoredVector};
 use crate::domain::{Body, Idempotency, Key, Kind, Outcome, ScopeKey, Sequence, Source, Subject, View, Writer};
 use crate::error::MemoryError;
 use crate::filter::Filter;
-pub use search::find;
-use search::{neighbours, rescoring, sight};
+use search::{find, neighbours, rescoring, sight};
 pub use vectors::{a_cleared_index_is_filled_anew, vector_index};
 
-const MODEL: &str = "m@1";
+pub(crate) const MODEL: &str = "m@1";
 
 fn at(seconds: i64) -> Timestamp {
     Timestamp::from_parts(1_700_000_000 + seconds, 0).unwrap()
 }
 
-fn writer(tenant: &str, seconds: i64) -> Writer {
+pub(crate) fn writer(tenant: &str, seconds: i64) -> Writer {
     Writer {
         tenant: tenant.parse().unwrap(),
         subject: "ann".into(),
@@ -33,7 +32,7 @@ fn writer(tenant: &str, seconds: i64) -> Writer {
     }
 }
 
-fn scope(layer: Layer, id: &str) -> Scope {
+pub(crate) fn scope(layer: Layer, id: &str) -> Scope {
     Scope::default().with(layer, id).unwrap()
 }
 
@@ -67,11 +66,11 @@ pub fn vector(seed: u32, dimension: usize) -> Vec<f32> {
     vector
 }
 
-fn code(seed: u32) -> Code {
+pub(crate) fn code(seed: u32) -> Code {
     Code::encode(&vector(seed, 128)).unwrap()
 }
 
-fn addition(scope: Scope, body: Body, seed: Option<u32>) -> Addition {
+pub(crate) fn addition(scope: Scope, body: Body, seed: Option<u32>) -> Addition {
     Addition {
         scope,
         body,
@@ -102,7 +101,7 @@ fn everything() -> View {
     }
 }
 
-fn listing(tenant: &str, scopes: Vec<ScopeKey>) -> Listing {
+pub(crate) fn listing(tenant: &str, scopes: Vec<ScopeKey>) -> Listing {
     Listing {
         tenant: tenant.parse().unwrap(),
         scopes,
@@ -134,7 +133,7 @@ pub async fn change(
     store.change(writer, vec![item]).await.unwrap().remove(0)
 }
 
-async fn add(
+pub(crate) async fn add(
     store: &dyn Relational,
     tenant: &str,
     items: Vec<Addition>,

@@ -12,13 +12,13 @@ pub mod rotation;
 mod scan;
 
 use std::borrow::Cow;
-use std::collections::{HashMap, HashSet};
 use std::io;
 use std::path::Path;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use async_trait::async_trait;
 use rayon::prelude::*;
+use rustc_hash::{FxHashMap, FxHashSet};
 
 use super::code::{BLOCK, Code, SCALE};
 use super::{Among, Care, Changes, Condition, Entry, StorageError, VectorIndex};
@@ -43,14 +43,14 @@ pub struct FlatIndex {
 struct Inner {
     files: Files,
     watermark: Sequence,
-    by_key: HashMap<Key, usize>,
+    by_key: FxHashMap<Key, usize>,
     keys: Vec<Key>,
     /// Per slot, the place of its scope in `scopes`; [`FREE`] when there is no vector.
     owners: Vec<u32>,
     /// Per slot, its place in the list of its scope's slots.
     places: Vec<u32>,
     scopes: Vec<ScopeKey>,
-    by_scope: HashMap<ScopeKey, u32>,
+    by_scope: FxHashMap<ScopeKey, u32>,
     /// Per scope, its slots.
     members: Vec<Vec<u32>>,
     free: Vec<usize>,
@@ -164,12 +164,12 @@ impl Inner {
         Self {
             files,
             watermark,
-            by_key: HashMap::new(),
+            by_key: FxHashMap::default(),
             keys: Vec::new(),
             owners: Vec::new(),
             places: Vec::new(),
             scopes: Vec::new(),
-            by_scope: HashMap::new(),
+            by_scope: FxHashMap::default(),
             members: Vec::new(),
             free: Vec::new(),
             signs: Signs::new(prefix),
@@ -270,7 +270,7 @@ impl Inner {
 
     /// Those that a search may find and that the signs let pass.
     fn nearest(&self, query: &Code, among: &Among, limit: usize) -> Vec<u32> {
-        let excluded: HashSet<u32> = among
+        let excluded: FxHashSet<u32> = among
             .exclude
             .iter()
             .filter_map(|key| u32::try_from(*self.by_key.get(key)?).ok())
@@ -507,6 +507,8 @@ fn row_size(prefix: usize) -> usize {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::HashSet;
+
     use aeterna_types::TenantId;
 
     use super::*;
@@ -615,9 +617,9 @@ mod tests {
         index.apply(&entries, &[], Sequence(1)).unwrap();
         let among = Among {
             tenant: TenantId::local(),
-            scopes: [ScopeKey(1)].into(),
+            scopes: [ScopeKey(1)].into_iter().collect(),
             only: None,
-            exclude: HashSet::new(),
+            exclude: FxHashSet::default(),
         };
         let mut found = 0;
         for n in 0..50u32 {

@@ -243,15 +243,27 @@ impl QdrantIndex {
         Ok(())
     }
 
-    /// What the collection says of itself; one that is new begins to.
+    /// What the collection says of itself; one that is new begins to, and one whose texts were analysed by another version
+    /// begins anew.
     async fn marked(&self) -> Result<HashMap<String, Value>, StorageError> {
-        if let Some(marked) = self.mark().await? {
+        let gone = || StorageError::Unavailable("a Qdrant node has not heard of the collection's mark".into());
+        let made = Uuid::now_v7().to_string();
+        let Some(marked) = self.mark().await? else {
+            let begin = requests::begin(&self.name, &made);
+            self.ask(WRITE, async |node| node.upsert_points(begin.clone()).await)
+                .await?;
+            return self.mark().await?.ok_or_else(gone);
+        };
+        if requests::is_analysed(&marked) {
             return Ok(marked);
         }
-        let begin = requests::begin(&self.name, &Uuid::now_v7().to_string());
-        self.ask(WRITE, async |node| node.upsert_points(begin.clone()).await)
+        tracing::info!(
+            collection = self.name,
+            "texts are analysed in another way than before: the collection is filled anew"
+        );
+        let begin = requests::begin_again(&self.name, requests::made(&marked).as_deref(), &made);
+        self.ask(WRITE, async |node| node.overwrite_payload(begin.clone()).await)
             .await?;
-        let gone = || StorageError::Unavailable("a Qdrant node has not heard of the collection's mark".into());
         self.mark().await?.ok_or_else(gone)
     }
 
@@ -268,6 +280,12 @@ impl QdrantIndex {
         let mut state = self.state();
         if state.made != requests::made(&mark) {
             tracing::warn!(collection = self.name, "the collection was made anew by another copy");
+            *state = State::default();
+        } else if !requests::is_analysed(&mark) {
+            tracing::warn!(
+                collection = self.name,
+                "an older version of the program has written the collection's mark"
+            );
             *state = State::default();
         } else if state.watermark.is_none() {
             let watermark = requests::watermark(&mark);

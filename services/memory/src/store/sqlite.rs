@@ -7,8 +7,10 @@ mod moving;
 mod past;
 mod policies;
 mod read;
+mod resident;
 mod search;
 mod transfer;
+mod words;
 mod write;
 
 use std::sync::Arc;
@@ -31,6 +33,7 @@ use super::{
 use crate::domain::{self, Idempotency, Key, Memory, ScopeKey, Sequence, Version, View, Writer, Written};
 use crate::error::MemoryError;
 use crate::filter::Filter;
+use resident::Resident;
 use write::SqliteLedger;
 
 /// The migrations, oldest first. Those that landed never change.
@@ -54,6 +57,7 @@ pub const MIGRATIONS: &[(&str, &str)] = &[
 pub struct SqliteStore {
     database: Sqlite,
     frequencies: lexical::Cache,
+    resident: Arc<Resident>,
     /// Searches read much: they leave half of the connections to what is quickly read.
     searches: Arc<Semaphore>,
     /// How long a search waits for its turn.
@@ -61,19 +65,28 @@ pub struct SqliteStore {
 }
 
 impl SqliteStore {
-    /// Opens the database, and brings its schema and its lexical tables up to date.
+    /// Opens the database, and brings its schema and its lexical tables up to date. About `cache` bytes of what searches read
+    /// most are kept in memory, beside the database's own pages.
     ///
     /// # Errors
     /// When it can't be opened, or was written by a newer version.
-    pub async fn open(options: &SqliteOptions) -> Result<Self, MemoryError> {
+    pub async fn open(options: &SqliteOptions, cache: u64) -> Result<Self, MemoryError> {
+        let database = Sqlite::open(options, MIGRATIONS).await?;
+        let last = database.readers().read(read::last_sequence).await?;
         let store = Self {
-            database: Sqlite::open(options, MIGRATIONS).await?,
+            database,
+            resident: Arc::new(Resident::new(cache, last)),
             frequencies: lexical::Cache::default(),
             searches: Arc::new(Semaphore::new(options.readers.div_ceil(2) as usize)),
             patience: options.busy_timeout + Duration::from_secs(5),
         };
         lexical::analyse_again(&store).await?;
         Ok(store)
+    }
+
+    /// About how many bytes of what searches read most are in memory.
+    pub fn cached_bytes(&self) -> usize {
+        self.resident.bytes()
     }
 
     /// The right to read much; it is held until the reading is done, even when nobody waits for it any more.
@@ -233,11 +246,15 @@ impl Relational for SqliteStore {
     }
 
     async fn scored(&self, scoring: &Scoring) -> Result<Scored, MemoryError> {
+        if scoring.lexical.is_some() && self.resident.begins() {
+            tokio::spawn(Resident::fill(self.clone()));
+        }
         let (scoring, frequencies) = (scoring.clone(), self.frequencies.clone());
+        let resident = Arc::clone(&self.resident);
         let turn = self.turn().await?;
         let scored = move |connection: &Connection| {
             let _turn = turn;
-            search::scored(connection, &frequencies, &scoring)
+            search::scored(connection, (&frequencies, &resident), &scoring)
         };
         self.read(scored).await
     }
@@ -249,9 +266,12 @@ impl Relational for SqliteStore {
     }
 
     async fn cosines(&self, _: &TenantId, rescoring: &Rescoring) -> Result<Vec<(Key, f32)>, MemoryError> {
-        let rescoring = rescoring.clone();
-        self.read(move |connection| search::cosines(connection, &rescoring))
-            .await
+        let (rescoring, resident) = (rescoring.clone(), Arc::clone(&self.resident));
+        let cosines = move |connection: &Connection| {
+            let follows = resident.follow(connection);
+            resident.cosines(connection, &rescoring, follows)
+        };
+        self.read(cosines).await
     }
 
     async fn vectors(
@@ -272,8 +292,13 @@ impl Relational for SqliteStore {
     }
 
     async fn events(&self, after: Sequence, limit: usize) -> Result<Vec<IndexEvent>, MemoryError> {
-        self.read(move |connection| read::events(connection, after, limit))
-            .await
+        let resident = Arc::clone(&self.resident);
+        let events = move |connection: &Connection| {
+            // Whoever follows the outbox saves the searches the work.
+            resident.follow(connection);
+            read::events(connection, after, limit)
+        };
+        self.read(events).await
     }
 
     async fn changes(
@@ -373,7 +398,10 @@ impl Relational for SqliteStore {
     }
 
     async fn forget_model(&self, model: &str) -> Result<(), MemoryError> {
-        write::forget_model(self, model).await
+        write::forget_model(self, model).await?;
+        let (resident, model) = (Arc::clone(&self.resident), model.to_owned());
+        let forgotten = tokio::task::spawn_blocking(move || resident.forget_model(&model)).await;
+        forgotten.map_err(|error| StorageError::Other(Box::new(error)).into())
     }
 
     async fn reap(&self, now: Timestamp, limit: usize) -> Result<usize, MemoryError> {
@@ -415,6 +443,9 @@ mod tests {
 
     use super::*;
 
+    /// Bytes kept in memory.
+    const CACHE: u64 = 1 << 24;
+
     fn options(dir: &tempfile::TempDir) -> SqliteOptions {
         SqliteOptions {
             path: dir.path().join("memory.db"),
@@ -427,7 +458,7 @@ mod tests {
     async fn conforms() {
         let dir = tempfile::tempdir().unwrap();
         let options = options(&dir);
-        let store = SqliteStore::open(&options).await.unwrap();
+        let store = SqliteStore::open(&options, CACHE).await.unwrap();
         super::super::conformance::relational(Arc::new(store.clone())).await;
         store.close().await;
     }
@@ -436,7 +467,7 @@ mod tests {
     async fn texts_are_analysed_again_when_the_analysis_is_another() {
         let dir = tempfile::tempdir().unwrap();
         let options = options(&dir);
-        let store = SqliteStore::open(&options).await.unwrap();
+        let store = SqliteStore::open(&options, CACHE).await.unwrap();
         super::super::conformance::one_memory(&store, "the cat sat").await;
         let mut write = store.database.begin().await.unwrap();
         for text in [
@@ -448,7 +479,7 @@ mod tests {
         write.commit().await.unwrap();
         assert_eq!(super::super::conformance::words_found(&store, "cat").await, 0);
         store.close().await;
-        let store = SqliteStore::open(&options).await.unwrap();
+        let store = SqliteStore::open(&options, CACHE).await.unwrap();
         assert_eq!(super::super::conformance::words_found(&store, "cat").await, 1);
         store.close().await;
     }

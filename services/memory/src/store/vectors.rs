@@ -1,10 +1,10 @@
 //! The port of the vector index.
 
-use std::collections::HashSet;
 use std::sync::Arc;
 
 use aeterna_types::TenantId;
 use async_trait::async_trait;
+use rustc_hash::FxHashSet;
 
 use super::code::Code;
 use super::{Condition, IndexState, StorageError};
@@ -59,17 +59,17 @@ pub struct Care {
     pub again: Option<Sequence>,
 }
 
-/// Which vectors a search may find. All of it is exact.
+/// Which vectors a search may find. All of it is exact. Sets of numbers that the store gives itself need no hash against malice.
 #[derive(Clone, Debug)]
 pub struct Among {
     /// Whose they are.
     pub tenant: TenantId,
     /// Those of these scopes.
-    pub scopes: HashSet<ScopeKey>,
+    pub scopes: FxHashSet<ScopeKey>,
     /// Only these, when a filter has chosen them.
-    pub only: Option<HashSet<Key>>,
+    pub only: Option<FxHashSet<Key>>,
     /// Not these.
-    pub exclude: HashSet<Key>,
+    pub exclude: FxHashSet<Key>,
 }
 
 /// The vector index, which is made from the relational store alone.

@@ -217,6 +217,7 @@ impl<'s> Run<'s> {
             scopes: bounds.scopes.clone(),
             terms: self.terms.clone(),
             candidates,
+            among: Some(Arc::clone(&bounds.among)),
             filter: self.query.filter.clone(),
             as_of: self.query.as_of,
             limit: self.depth() + bounds.among.exclude.len(),

@@ -6,12 +6,13 @@ use std::collections::{HashMap, HashSet};
 use aeterna_error::Error;
 use aeterna_rpc::RequestContext;
 use aeterna_types::{TenantId, Timestamp};
+use rustc_hash::FxHashSet;
 
 use super::super::Model;
 use super::diverse::cosine;
 use super::{App, Filter};
 use crate::domain::{Key, Memory, ScopeKey};
-use crate::store::bm25::rarity;
+use crate::store::bm25::{B, K1, rarity};
 use crate::store::{Earlier, Rescoring};
 
 /// Memories that have changed since and are scored by their text of that time, at most.
@@ -20,15 +21,11 @@ const CHANGED: usize = 2_000;
 /// score.
 const EMBEDDED: usize = 200;
 
-/// The constants of BM25, as SQLite has them.
-const K1: f64 = 1.2;
-const B: f64 = 0.75;
-
 /// What there was at a time.
 #[derive(Clone, Debug, Default)]
 pub struct Past {
     /// Those that are still as they were.
-    pub unchanged: HashSet<Key>,
+    pub unchanged: FxHashSet<Key>,
     /// Those that are not, as they were.
     pub changed: HashMap<Key, Memory>,
     /// Those whose vector is of another text by now.

@@ -7,7 +7,7 @@ use crate::domain::{Body, DocumentChange, Edit, Kind, Outcome, Policy, Rules, Sc
 use crate::error::MemoryError;
 use crate::store::{Change, ExportPage, Imported, Progress, Relational};
 
-async fn visible(store: &dyn Relational, tenant: &str, scope: &Scope) -> Vec<ScopeKey> {
+pub async fn visible(store: &dyn Relational, tenant: &str, scope: &Scope) -> Vec<ScopeKey> {
     let view = View {
         scope: scope.clone(),
         exact: true,
@@ -15,7 +15,8 @@ async fn visible(store: &dyn Relational, tenant: &str, scope: &Scope) -> Vec<Sco
     store.visible(&tenant.parse().unwrap(), &view, &[]).await.unwrap()
 }
 
-fn replaced(content: &str) -> Change {
+/// A change to another text.
+pub fn replaced(content: &str) -> Change {
     Change::Replace {
         body: Box::new(body(content)),
         vector: None,

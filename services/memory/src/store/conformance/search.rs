@@ -26,6 +26,7 @@ fn lexical(scopes: &[ScopeKey], terms: &[String], filter: Option<&Filter>, limit
         terms: terms.to_vec(),
         filter: filter.cloned(),
         as_of: None,
+        among: None,
         candidates: None,
         limit,
     }

@@ -1,8 +1,7 @@
 //! The port of the vector index.
 
-use std::collections::HashSet;
-
 use aeterna_types::TenantId;
+use rustc_hash::FxHashSet;
 
 use super::code;
 use crate::domain::{Key, ScopeKey, Sequence};
@@ -56,9 +55,9 @@ pub async fn vector_index(index: &dyn VectorIndex) {
 
     let among = Among {
         tenant: tenant("one"),
-        scopes: [0, 1, 2].map(ScopeKey).into(),
-        only: Some([Key(7), Key(42), Key(5000)].into()),
-        exclude: HashSet::new(),
+        scopes: [0, 1, 2].map(ScopeKey).into_iter().collect(),
+        only: Some([Key(7), Key(42), Key(5000)].into_iter().collect()),
+        exclude: FxHashSet::default(),
     };
     let found = index.search(code(42), among.into(), 10).await.unwrap();
     let found: Vec<i64> = found.iter().map(|(key, _)| key.0).collect();

@@ -4,7 +4,7 @@ use std::sync::{Condvar, Mutex, MutexGuard, PoisonError, mpsc};
 
 use rayon::prelude::*;
 
-use super::super::code::{BLOCK, Code, SCALE, STEP, scales};
+use super::super::code::{BLOCK, Code, SCALE, STEP, prefetch, scales};
 use super::file::HEAD;
 use super::row_size;
 
@@ -22,6 +22,10 @@ const AHEAD: usize = 6;
 const CHUNK: usize = 1 << 15;
 /// Vectors whose signs stay in a processor's cache while several searches go over them.
 const SHARED: usize = 1 << 12;
+/// One in so many distances tells which ones are near.
+const SAMPLED: usize = 7;
+/// Buffers of distances that are kept for the next searches.
+const SPARE: usize = 16;
 /// Vectors that the centre is the mean of, at most.
 const SAMPLE: usize = 8192;
 
@@ -116,12 +120,7 @@ impl<'a> Rows<'a> {
     /// Asks for a row that will be read soon: rows lie far apart, and waiting for memory costs more than the arithmetic.
     #[inline(always)]
     fn prefetch(&self, slot: usize) {
-        #[cfg(target_arch = "x86_64")]
-        for line in self.bytes[slot * self.size..(slot + 1) * self.size].chunks(64) {
-            use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-            // SAFETY: the address is that of a byte of the slice, and nothing is read.
-            unsafe { _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast()) };
-        }
+        prefetch(&self.bytes[slot * self.size..(slot + 1) * self.size]);
     }
 
     /// The signs of a row around a centre.
@@ -155,6 +154,8 @@ pub struct Signs {
     centre: Vec<f32>,
     /// Rows when the centre was taken.
     taken: usize,
+    /// Buffers of distances.
+    spare: Mutex<Vec<Vec<u16>>>,
     /// Searches that wait for a pass.
     waiting: Mutex<Vec<Waiting>>,
     /// There is a pass.
@@ -181,6 +182,7 @@ impl Signs {
             bits: Vec::new(),
             centre: vec![0.0; prefix],
             taken: 0,
+            spare: Mutex::default(),
             waiting: Mutex::default(),
             busy: Mutex::default(),
             over: Condvar::new(),
@@ -243,7 +245,6 @@ impl Signs {
 
     /// The same out of the first `count` slots, those that are shown.
     pub fn nearest_of_all(&self, query: &Code, count: usize, shown: impl Fn(usize) -> bool, limit: usize) -> Vec<u32> {
-        let number = |slot: usize| u32::try_from(slot).ok();
         let keep = keep(count, limit);
         if count <= keep.max(FEW) {
             return (0..count).filter(|slot| shown(*slot)).filter_map(number).collect();
@@ -251,19 +252,16 @@ impl Signs {
         let wanted = self.wanted(query);
         let distances = self.distances(wanted, count);
         let farthest = self.words * BLOCK;
-        let counts = histogram(&distances, &shown, farthest);
-        let cut = cut(&counts, keep);
-        let mut near = Vec::with_capacity(2 * keep);
-        for (chunk, first) in distances.chunks(64).zip((0..).step_by(64)) {
-            // Few chunks have any that is near, which a chunk as a whole tells quicker than each of its own.
-            if chunk.iter().fold(u16::MAX, |least, distance| least.min(*distance)) > cut {
-                continue;
-            }
-            let found = chunk
-                .iter()
-                .zip(first..)
-                .filter(|(distance, slot)| **distance <= cut && shown(*slot));
-            near.extend(found.filter_map(|(_, slot)| number(slot)));
+        // A part of them tells nearly as well where to cut, with some more for the chance that it does not.
+        let sampled = keep / SAMPLED;
+        let sampled = sampled + 3 * sampled.isqrt();
+        let mut near = nearer(&distances, cut(&sample(&distances, &shown, farthest), sampled), &shown);
+        if near.len() < keep {
+            near = nearer(&distances, cut(&histogram(&distances, &shown, farthest), keep), &shown);
+        }
+        let mut spare = lock(&self.spare);
+        if count < PARALLEL && spare.len() < SPARE {
+            spare.push(distances);
         }
         near
     }
@@ -273,7 +271,8 @@ impl Signs {
     fn distances(&self, wanted: Vec<u64>, count: usize) -> Vec<u16> {
         let bits = &self.bits[..count * self.words];
         if count < PARALLEL {
-            let mut distances = vec![0u16; count];
+            let mut distances = lock(&self.spare).pop().unwrap_or_default();
+            distances.resize(count, 0);
             distances_to(&wanted, bits, &mut distances);
             return distances;
         }
@@ -334,6 +333,38 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 /// How many of so many go on.
 fn keep(count: usize, limit: usize) -> usize {
     (count / SHARE).max(KEPT).max(4 * limit)
+}
+
+fn number(slot: usize) -> Option<u32> {
+    u32::try_from(slot).ok()
+}
+
+/// The slots that are shown and not farther than `cut`.
+fn nearer(distances: &[u16], cut: u16, shown: &impl Fn(usize) -> bool) -> Vec<u32> {
+    let mut near = Vec::with_capacity(2 * KEPT);
+    for (chunk, first) in distances.chunks(16).zip((0..).step_by(16)) {
+        // Most chunks have none that is near, which a chunk as a whole tells quicker than each of its own.
+        if chunk.iter().fold(u16::MAX, |least, distance| least.min(*distance)) > cut {
+            continue;
+        }
+        let found = chunk
+            .iter()
+            .zip(first..)
+            .filter(|(distance, slot)| **distance <= cut && shown(*slot));
+        near.extend(found.filter_map(|(_, slot)| number(slot)));
+    }
+    near
+}
+
+/// How many of a part of those that are shown have each distance.
+fn sample(distances: &[u16], shown: &impl Fn(usize) -> bool, farthest: usize) -> Vec<u32> {
+    let mut counts = vec![0; farthest + 1];
+    for (part, number) in distances.chunks_exact(SAMPLED).zip(0..) {
+        // Another one of each part, lest all be of one scope where scopes take turns.
+        let place = number % SAMPLED;
+        counts[usize::from(part[place])] += u32::from(shown(number * SAMPLED + place));
+    }
+    counts
 }
 
 /// How many of those that are shown have each distance.

@@ -46,6 +46,8 @@ const FILLED: &str = "filled";
 const AS_OF: &str = "as_of";
 /// Names the making of the collection, in the mark. Collections of versions before have none.
 const MADE: &str = "made";
+/// By which version of the text analysis the texts are found, in the mark. Collections of versions before have none.
+const ANALYSIS: &str = "analysis";
 /// The point that remembers up to which change everything is in, which is its `at`.
 const MARK: u64 = u64::MAX;
 /// Milliseconds after which another replica is asked.
@@ -139,10 +141,24 @@ pub fn remove(name: &str, keys: &[Key], at: Sequence, now: i64) -> UpsertPoints 
 
 /// Begins the mark of a collection, unless there is one.
 pub fn begin(name: &str, made: &str) -> UpsertPoints {
-    let payload = [(AT, Value::from(0)), (MADE, Value::from(made))];
+    let payload = [
+        (AT, Value::from(0)),
+        (MADE, Value::from(made)),
+        (ANALYSIS, Value::from(i64::from(aeterna_text::VERSION))),
+    ];
     // No change has this place, so that nothing is overwritten.
     let mut begin = newer(name, vec![point(MARK, payload, HashMap::new())], Sequence(-1));
     // Of several who begin, all replicas must take the same for the first.
+    begin.ordering = Some(WriteOrdering {
+        r#type: WriteOrderingType::Medium.into(),
+    });
+    begin
+}
+
+/// Begins the mark anew, unless somebody else has since: the collection is to be filled as if it had just been made.
+pub fn begin_again(name: &str, before: Option<&str>, made: &str) -> SetPayloadPoints {
+    let mut begin = marking(name, before, Sequence(i64::MAX), &[(AT, 0)]);
+    begin.payload.insert(MADE.to_owned(), Value::from(made));
     begin.ordering = Some(WriteOrdering {
         r#type: WriteOrderingType::Medium.into(),
     });
@@ -167,8 +183,10 @@ fn marking(name: &str, made: Option<&str>, at: Sequence, payload: &[(&str, i64)]
         None => Condition::is_empty(MADE),
     };
     let mark = Filter::must([Condition::has_id([MARK]), not_later(at), same]);
+    let analysis = (ANALYSIS, i64::from(aeterna_text::VERSION));
     let numbers = payload
         .iter()
+        .chain([&analysis])
         .map(|(name, number)| ((*name).to_owned(), Value::from(*number)));
     let made = made.map(|made| (MADE.to_owned(), Value::from(made)));
     SetPayloadPointsBuilder::new(name, numbers.chain(made).collect::<HashMap<String, Value>>())
@@ -229,6 +247,11 @@ pub fn made(payload: &HashMap<String, Value>) -> Option<String> {
         Some(Kind::StringValue(made)) => Some(made.clone()),
         _ => None,
     }
+}
+
+/// Whether texts are found by the present version of the analysis.
+pub fn is_analysed(payload: &HashMap<String, Value>) -> bool {
+    number(payload, ANALYSIS) == Some(i64::from(aeterna_text::VERSION))
 }
 
 /// What [`fill_to`] remembered.

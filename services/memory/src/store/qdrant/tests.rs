@@ -1,6 +1,7 @@
 use std::collections::{BTreeMap, HashSet};
 
 use qdrant_client::qdrant::{CollectionParams, ReadConsistencyType, VectorParams};
+use rustc_hash::FxHashSet;
 
 use aeterna_testkit::lab::{Extent, Lab, Part, Scratch, Setup, secrets};
 
@@ -55,9 +56,9 @@ fn changes(upserts: Vec<Entry>, removals: &[i64], at: i64) -> Changes {
 fn among(tenant: &str) -> Arc<Among> {
     Arc::new(Among {
         tenant: tenant.parse().unwrap(),
-        scopes: [ScopeKey(1)].into(),
+        scopes: [ScopeKey(1)].into_iter().collect(),
         only: None,
-        exclude: HashSet::new(),
+        exclude: FxHashSet::default(),
     })
 }
 
@@ -109,6 +110,25 @@ async fn a_server_conforms() {
     );
     let wrong = cluster.index(MODEL, 64).tend().await.unwrap_err();
     assert!(matches!(wrong, StorageError::Broken(_)), "{wrong:?}");
+
+    // Texts that another version of the analysis was made of are put in anew, whoever notices first.
+    let mut older = requests::mark(&next.name, next.state().made.as_deref(), Sequence(7));
+    older.payload.remove("analysis");
+    let nodes = &cluster.nodes;
+    let wrote = nodes.call(WRITE, async |node| node.overwrite_payload(older.clone()).await);
+    wrote.await.unwrap();
+    let (before, again) = (next.state().made.clone(), cluster.index(MODEL, 128));
+    again.tend().await.unwrap();
+    assert_eq!((again.watermark(), again.filled()), (None, None));
+    assert!(before.is_some() && again.state().made != before);
+    let third = cluster.index(MODEL, 128);
+    third.tend().await.unwrap();
+    assert_eq!(third.state().made, again.state().made, "once is enough");
+    next.tend().await.unwrap();
+    assert_eq!(
+        (next.watermark(), next.state().made.clone()),
+        (None, again.state().made.clone())
+    );
 
     // A collection that is lost is made anew.
     let old = cluster.index(MODEL, 128);
@@ -357,7 +377,7 @@ fn requests_have_their_shape() {
     // Tenant and scopes are always asked for, and what is chosen and left out.
     let query = Code::encode(&conformance::vector(1, 128)).unwrap();
     let mut wanted = Among {
-        exclude: [Key(3)].into(),
+        exclude: [Key(3)].into_iter().collect(),
         ..(*among("ann")).clone()
     };
     let shape = |among: &Among| format!("{:?}", requests::nearest("c", 64, &query, among, 9).unwrap().filter);
@@ -394,10 +414,10 @@ fn requests_have_their_shape() {
     );
     let fill = format!("{:?}", requests::fill_to("c", None, Key(7), Sequence(5)));
     assert!(fill.contains("lte: Some(0.0)") && fill.contains("IsEmpty"), "{fill}");
-    wanted.only = Some([Key(3), Key(4)].into());
+    wanted.only = Some([Key(3), Key(4)].into_iter().collect());
     let text = shape(&wanted);
     assert!(text.contains("Num(4)") && !text.contains("Num(3)"), "{text}");
-    wanted.only = Some(HashSet::new());
+    wanted.only = Some(FxHashSet::default());
     assert!(
         requests::nearest("c", 64, &query, &wanted, 9).is_none(),
         "nothing is allowed"

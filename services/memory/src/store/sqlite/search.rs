@@ -10,11 +10,11 @@ use super::failed;
 use super::filter::Sql;
 use super::lexical::{self, Cache};
 use super::read::{self, FILTERED, get, keys_json, rows, scopes_json};
+use super::resident::Resident;
 use crate::domain::{Key, ScopeKey};
 use crate::error::MemoryError;
 use crate::filter::Filter;
-use crate::store::code::Query;
-use crate::store::{Rescoring, Scored, Scoring, Seen, Sight};
+use crate::store::{Scored, Scoring, Seen, Sight};
 
 pub fn seen(connection: &Connection, sight: &Sight) -> Result<Seen, MemoryError> {
     let scopes = read::visible(connection, &sight.tenant, &sight.view, &sight.layers)?;
@@ -64,16 +64,25 @@ fn expired(connection: &Connection, scopes: &[ScopeKey], now: Timestamp) -> Resu
     rows(connection, text, bound, |row| get(row, 0).map(Key))
 }
 
-pub fn scored(connection: &Connection, cache: &Cache, scoring: &Scoring) -> Result<Scored, MemoryError> {
+/// Scores what is to be scored, from memory what is there.
+pub fn scored(
+    connection: &Connection,
+    (cache, resident): (&Cache, &Resident),
+    scoring: &Scoring,
+) -> Result<Scored, MemoryError> {
+    let follows = resident.follow(connection);
     let began = Instant::now();
     let dense = match &scoring.dense {
-        Some(rescoring) => cosines(connection, rescoring),
+        Some(rescoring) => resident.cosines(connection, rescoring, follows),
         None => Ok(Vec::new()),
     };
     let dense_ms = milliseconds(began);
     let began = Instant::now();
     let lexical = match &scoring.lexical {
-        Some(search) => lexical::search(connection, cache, &scoring.tenant, search)?,
+        Some(search) => match resident.lexical(&scoring.tenant, search).filter(|_| follows) {
+            Some(found) => found,
+            None => lexical::search(connection, cache, &scoring.tenant, search)?,
+        },
         None => Vec::new(),
     };
     let lexical_ms = milliseconds(began);
@@ -92,17 +101,6 @@ pub fn scored(connection: &Connection, cache: &Cache, scoring: &Scoring) -> Resu
 
 fn milliseconds(since: Instant) -> f64 {
     since.elapsed().as_secs_f64() * 1e3
-}
-
-pub fn cosines(connection: &Connection, rescoring: &Rescoring) -> Result<Vec<(Key, f32)>, MemoryError> {
-    let query = Query::new(&rescoring.vector);
-    let mut cosines = Vec::with_capacity(rescoring.keys.len());
-    read::codes(connection, &rescoring.model, &rescoring.keys, |key, code| {
-        if code.dimension() >= query.dimension() {
-            cosines.push((key, code.cosine(&query)));
-        }
-    })?;
-    Ok(cosines)
 }
 
 fn neighbours(connection: &Connection, keys: &[Key]) -> Result<Vec<(Key, Key)>, MemoryError> {

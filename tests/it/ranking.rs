@@ -1,0 +1,283 @@
+//! What the order of results depends on: neighbours in a conversation, layers, weights; and what a filter leaves of them.
+
+use aeterna_proto::common::v1::{Layer, Scope};
+use aeterna_proto::memory::v1::memory_service_client::MemoryServiceClient;
+use aeterna_proto::memory::v1::{
+    AddRequest, DeleteRequest, Fusion, ListRequest, SearchMode, SearchRequest, SearchResult, SearchWeights, Source,
+};
+
+use crate::notes::{item, user};
+use crate::sandbox::Sandbox;
+
+/// A turn of a conversation.
+fn turn(who: &str, content: &str, sequence: i64) -> AddRequest {
+    let mut request = item(who, content);
+    let memory = request.memory.as_mut().unwrap();
+    memory.source = Some(Source {
+        conversation: "harbour".into(),
+        sequence: Some(sequence),
+        ..Default::default()
+    });
+    request
+}
+
+fn content(result: &SearchResult) -> &str {
+    &result.memory.as_ref().unwrap().content
+}
+
+fn contents(results: &[SearchResult]) -> Vec<&str> {
+    results.iter().map(content).collect()
+}
+
+#[tokio::test]
+async fn a_turn_gives_a_part_of_its_score_to_its_neighbours() {
+    let sandbox = Sandbox::start(&[]).await;
+    for (way, channel) in sandbox.ways() {
+        let mut client = MemoryServiceClient::new(channel);
+        let turns = [
+            "shall we meet there",
+            "the lighthouse keeper sails at dawn",
+            "fine, see you",
+            "nothing of interest",
+        ];
+        let mut ids = Vec::new();
+        for (sequence, content) in turns.iter().enumerate() {
+            let mut request = turn(way, content, sequence as i64);
+            if sequence == 2 {
+                request.memory.as_mut().unwrap().tags = vec!["late".into()];
+            }
+            let added = client.add(request).await.unwrap().into_inner();
+            ids.push(added.memory.unwrap().id);
+        }
+        let query = SearchRequest {
+            scope: user(way),
+            query: "lighthouse keeper".into(),
+            mode: SearchMode::Lexical.into(),
+            explain: true,
+            ..Default::default()
+        };
+        let mut find = async |query: SearchRequest| client.search(query).await.unwrap().into_inner().results;
+        let found = find(query.clone()).await;
+        let mut sorted = contents(&found);
+        assert_eq!(sorted[0], turns[1], "{way}");
+        sorted.sort_unstable();
+        assert_eq!(
+            sorted,
+            [turns[2], turns[0], turns[1]],
+            "{way}: a neighbour's neighbour is none"
+        );
+        for result in &found {
+            let parts = result.breakdown.as_ref().unwrap();
+            let sum = parts.dense_part + parts.lexical_part + parts.neighbour_part + parts.layer_part;
+            assert!((sum - result.score).abs() < 1e-9, "{parts:?}");
+            assert_eq!(
+                parts.neighbour_part > 0.0,
+                content(result) != turns[1],
+                "{way}: {parts:?}"
+            );
+        }
+        // Without a weight for neighbours there are none.
+        let alone = SearchRequest {
+            weights: Some(SearchWeights {
+                neighbour: Some(0.0),
+                ..Default::default()
+            }),
+            ..query.clone()
+        };
+        assert_eq!(contents(&find(alone).await), [turns[1]], "{way}");
+        // What is left out, filtered away or deleted is no neighbour either.
+        let without = SearchRequest {
+            exclude_ids: vec![ids[0].clone()],
+            ..query.clone()
+        };
+        assert_eq!(contents(&find(without).await), [turns[1], turns[2]], "{way}");
+        let filtered = SearchRequest {
+            filter: "NOT tags:late".into(),
+            ..query.clone()
+        };
+        assert_eq!(contents(&find(filtered).await), [turns[1], turns[0]], "{way}");
+        let gone = DeleteRequest {
+            id: ids[2].clone(),
+            ..Default::default()
+        };
+        client.delete(gone).await.unwrap();
+        let found = client.search(query).await.unwrap().into_inner().results;
+        assert_eq!(contents(&found), [turns[1], turns[0]], "{way}");
+    }
+    sandbox.stop().await;
+}
+
+fn place(layers: &[(Layer, &str)]) -> Option<Scope> {
+    let mut scope = Scope::default();
+    for (layer, id) in layers {
+        match layer {
+            Layer::Team => scope.team = (*id).into(),
+            Layer::User => scope.user = (*id).into(),
+            _ => panic!("not needed here"),
+        }
+    }
+    Some(scope)
+}
+
+#[tokio::test]
+async fn a_layer_breaks_near_ties_and_no_others() {
+    let sandbox = Sandbox::start(&[]).await;
+    for (way, channel) in sandbox.ways() {
+        let mut client = MemoryServiceClient::new(channel);
+        let (team, own) = (
+            place(&[(Layer::Team, way)]),
+            place(&[(Layer::Team, way), (Layer::User, "ann")]),
+        );
+        for scope in [&own, &team] {
+            let mut request = item("", "the ship sails at dawn");
+            request.memory.as_mut().unwrap().scope.clone_from(scope);
+            client.add(request).await.unwrap();
+        }
+        let mut request = item("", "bring the map of the harbour, and another map");
+        request.memory.as_mut().unwrap().scope = team;
+        client.add(request).await.unwrap();
+        let mut request = item(
+            "",
+            "bring bread to the harbour and to the other side of it, where there is no map of anything",
+        );
+        request.memory.as_mut().unwrap().scope.clone_from(&own);
+        client.add(request).await.unwrap();
+
+        let mut find = async |query: &str, tie_band: Option<f64>, layers: Vec<i32>| {
+            let query = SearchRequest {
+                scope: own.clone(),
+                query: query.into(),
+                explain: true,
+                layers,
+                weights: Some(SearchWeights {
+                    tie_band,
+                    ..Default::default()
+                }),
+                ..Default::default()
+            };
+            client.search(query).await.unwrap().into_inner().results
+        };
+        let layer = |result: &SearchResult| result.memory.as_ref().unwrap().layer();
+        let found = find("when does the ship sail", None, vec![]).await;
+        assert_eq!(
+            (layer(&found[0]), layer(&found[1])),
+            (Layer::User, Layer::Team),
+            "{way}"
+        );
+        let parts: Vec<f64> = found
+            .iter()
+            .map(|result| result.breakdown.as_ref().unwrap().layer_part)
+            .collect();
+        assert!(parts[0] > parts[1] && parts[0] - parts[1] < 0.01, "{way}: {parts:?}");
+        let found = find("when does the ship sail", Some(0.0), vec![]).await;
+        assert_eq!(found[0].score, found[1].score, "{way}");
+        // What is clearly better stays first.
+        let found = find("map of the harbour", None, vec![]).await;
+        assert_eq!(
+            (layer(&found[0]), layer(&found[1])),
+            (Layer::Team, Layer::User),
+            "{way}"
+        );
+
+        // Only some layers, in Search as in List.
+        let found = find("map of the harbour", None, vec![Layer::User.into()]).await;
+        assert!(
+            !found.is_empty() && found.iter().all(|result| layer(result) == Layer::User),
+            "{way}"
+        );
+        for (layers, count) in [
+            (vec![Layer::Team], 2),
+            (vec![Layer::User, Layer::Team], 4),
+            (vec![Layer::Agent], 0),
+        ] {
+            let list = ListRequest {
+                scope: own.clone(),
+                layers: layers.iter().map(|layer| (*layer).into()).collect(),
+                ..Default::default()
+            };
+            let listed = client.list(list).await.unwrap().into_inner().memories;
+            assert_eq!(listed.len(), count, "{way}: {layers:?}");
+            assert!(listed.iter().all(|memory| layers.contains(&memory.layer())), "{way}");
+        }
+    }
+    sandbox.stop().await;
+}
+
+#[tokio::test]
+async fn weights_of_a_search_are_its_own() {
+    let sandbox = Sandbox::start(&[]).await;
+    for (way, channel) in sandbox.ways() {
+        let mut client = MemoryServiceClient::new(channel);
+        let texts = [
+            "a storm took the mast of the old ship",
+            "the ship, the ship, the ship",
+            "old storms are told in the harbour",
+            "a mast is made of one tree, and a ship of many",
+            "the storm was over when the ship came home",
+        ];
+        for text in texts {
+            client.add(item(way, text)).await.unwrap();
+        }
+        let mut find = async |mode: SearchMode, fusion: Fusion, dense: Option<f64>, rrf_k: Option<f64>| {
+            let query = SearchRequest {
+                scope: user(way),
+                query: "old ship in a storm".into(),
+                explain: true,
+                mode: mode.into(),
+                fusion: fusion.into(),
+                weights: Some(SearchWeights {
+                    dense,
+                    rrf_k,
+                    tie_band: Some(0.0),
+                    ..Default::default()
+                }),
+                ..Default::default()
+            };
+            client.search(query).await.unwrap().into_inner().results
+        };
+        let convex = Fusion::Convex;
+        for (mode, share) in [(SearchMode::Lexical, 0.0), (SearchMode::Dense, 1.0)] {
+            let (alone, weighed) = (
+                find(mode, convex, None, None).await,
+                find(SearchMode::Hybrid, convex, Some(share), None).await,
+            );
+            // What the arm does not know has no score.
+            let weighed: Vec<&SearchResult> = weighed.iter().filter(|result| result.score > 0.0).collect();
+            let alone: Vec<&SearchResult> = alone.iter().filter(|result| result.score > 0.0).collect();
+            assert!(alone.len() > 2, "{way}");
+            for (alone, weighed) in alone.iter().zip(&weighed) {
+                assert!(
+                    content(alone) == content(weighed) && (alone.score - weighed.score).abs() < 1e-6,
+                    "{way}"
+                );
+            }
+        }
+        // A first place of both arms makes 1 whatever k is; the second one less, the less the smaller k is.
+        let mut second = Vec::new();
+        for k in [1.0, 60.0, 1000.0] {
+            let found = find(SearchMode::Hybrid, Fusion::Rrf, None, Some(k)).await;
+            for result in &found {
+                let parts = result.breakdown.as_ref().unwrap();
+                let ceiling = 1.3;
+                let place = |rank: i32| {
+                    if rank == 0 {
+                        0.0
+                    } else {
+                        0.5 * (k + 1.0) / (k + f64::from(rank)) / ceiling
+                    }
+                };
+                assert!(
+                    (parts.dense_part - place(parts.dense_rank)).abs() < 1e-9,
+                    "{way} {k}: {parts:?}"
+                );
+                assert!(
+                    (parts.lexical_part - place(parts.lexical_rank)).abs() < 1e-9,
+                    "{way} {k}: {parts:?}"
+                );
+            }
+            second.push(found[1].score);
+        }
+        assert!(second.is_sorted() && second[0] < second[2], "{way}: {second:?}");
+    }
+    sandbox.stop().await;
+}
