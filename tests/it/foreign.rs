@@ -1,12 +1,14 @@
 //! Every RPC with every kind of token that is not the right one.
 
 use aeterna_auth::Role;
+use aeterna_proto::memory::v1::batch_delete_result::Result as Deleted;
 use aeterna_proto::memory::v1::knowledge_service_client::KnowledgeServiceClient;
 use aeterna_proto::memory::v1::memory_service_client::MemoryServiceClient;
 use aeterna_proto::memory::v1::policy_service_client::PolicyServiceClient;
 use aeterna_proto::memory::v1::{
-    DeleteDocumentRequest, DeletePolicyRequest, Document, ExportRequest, ExportedMemory, GetDocumentRequest,
-    ImportRequest, Memory, Policy, PutDocumentRequest, PutPolicyRequest, WatchRequest,
+    BatchDeleteRequest, BatchDeleteResult, DeleteDocumentRequest, DeletePolicyRequest, DeleteRequest, Document,
+    ExportRequest, ExportedMemory, GetDocumentRequest, GetRequest, ImportRequest, Memory, Policy, PutDocumentRequest,
+    PutPolicyRequest, UpdateRequest, WatchRequest,
 };
 use aeterna_rpc::AnyChannel;
 use aeterna_testkit::{NEVER, RawClient, SECRET, bearing, refusal, token};
@@ -236,6 +238,32 @@ async fn no_rpc_tells_another_tenant_or_scope_anything() {
                 }
             }
             streams_tell_nothing(&mut memories, who, stranger).await;
+            // Ann's memory itself is neither changed nor taken away, and that it is there is told to nobody.
+            let delete = DeleteRequest {
+                id: added.id.clone(),
+                purge: true,
+                ..Default::default()
+            };
+            let status = memories.delete(bearing(delete.clone(), stranger)).await.unwrap_err();
+            assert!(
+                [Code::NotFound, Code::PermissionDenied].contains(&status.code()),
+                "{way}: {who}: {status:?}"
+            );
+            let many = BatchDeleteRequest { requests: vec![delete] };
+            if let Ok(answer) = memories.batch_delete(bearing(many, stranger)).await {
+                let results = answer.into_inner().results;
+                let refused = |result: &BatchDeleteResult| matches!(result.result, Some(Deleted::Error(_)));
+                assert!(
+                    results.len() == 1 && results.iter().all(refused),
+                    "{way}: {who}: {results:?}"
+                );
+            }
+            let update = UpdateRequest::decode(requests["Update"].as_slice()).unwrap();
+            let status = memories.update(bearing(update, stranger)).await.unwrap_err();
+            assert!(
+                [Code::NotFound, Code::PermissionDenied].contains(&status.code()),
+                "{way}: {who}: {status:?}"
+            );
             let gone = DeleteDocumentRequest {
                 scope: user("ann"),
                 path: "notes/a.md".into(),
@@ -258,6 +286,12 @@ async fn no_rpc_tells_another_tenant_or_scope_anything() {
             );
         }
         // All is as it was.
+        let get = GetRequest {
+            id: added.id.clone(),
+            ..Default::default()
+        };
+        let kept = memories.get(bearing(get, &admin)).await.unwrap().into_inner().memory;
+        assert_eq!(kept.as_ref(), Some(&added), "{way}");
         let told = export(&mut memories, &admin).await.unwrap();
         assert!(
             carries(&told) && !told.windows(7).any(|part| part == b"planted"),

@@ -1,5 +1,7 @@
 //! Filters mean on every store what the language says.
 
+use std::collections::BTreeSet;
+
 use aeterna_types::{Layer, TenantId};
 
 use super::{add, addition, at, body, change, everything, find, listing, scope, writer};
@@ -229,4 +231,38 @@ pub async fn mean_what_the_language_says(store: &dyn Relational) {
         .filter(|s| s.memory.body.content.contains("alpha") && filter.matches(&s.memory));
     assert!(!found.is_empty());
     assert_eq!(found.len(), wanted.count());
+
+    // Of the past they mean what was then.
+    for (number, written) in written.iter().enumerate().filter(|(number, _)| number % 2 == 0) {
+        let change_to = Change::Replace {
+            body: Box::new(varied(number + 101).body),
+            vector: None,
+            reindex: true,
+        };
+        let id = written.as_ref().unwrap().memory.id;
+        change(store, &writer("t7", 50), id, None, change_to, None)
+            .await
+            .unwrap();
+    }
+    let then = at(20);
+    let was: Vec<_> = all.iter().filter(|s| s.memory.deleted_at.is_none()).collect();
+    (page.as_of, page.show_deleted) = (Some(then), false);
+    let mut some = 0;
+    for _ in 0..300 {
+        let text = strategy.new_tree(&mut runner).unwrap().current();
+        let filter = crate::filter::parse(&text).unwrap().unwrap();
+        let wanted: Vec<_> = was.iter().filter(|s| filter.matches(&s.memory)).collect();
+        let keys = |found: Vec<Key>| found.into_iter().collect::<BTreeSet<Key>>();
+        page.filter = Some(filter.clone());
+        let listed = store.list(&page).await.unwrap().into_iter().map(|s| s.key).collect();
+        assert_eq!(keys(listed), keys(wanted.iter().map(|s| s.key).collect()), "{text}");
+        let found = store.as_of(&tenant, &scopes, Some(&filter), then, 100).await.unwrap();
+        let mut told = found.unchanged;
+        told.extend(found.changed.into_iter().map(|earlier| earlier.key));
+        let wanted = wanted.iter().filter(|s| s.memory.body.is_true(then));
+        let wanted = keys(wanted.map(|s| s.key).collect());
+        some += usize::from(!wanted.is_empty());
+        assert_eq!(keys(told), wanted, "{text}");
+    }
+    assert!(some > 60, "{some}");
 }
