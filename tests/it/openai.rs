@@ -34,6 +34,8 @@ enum Mode {
     Slow,
     WrongSize,
     NotANumber,
+    /// What JSON has no word for.
+    Literal,
     Failing,
     /// Says once that it is asked too often.
     Busy,
@@ -113,7 +115,11 @@ async fn embeddings(State(script): State<Arc<Script>>, headers: HeaderMap, body:
         .map(|(index, text)| item((index, text)))
         .collect();
     let answer = json!({"data": data, "usage": {"prompt_tokens": texts.len() * 5}});
-    (StatusCode::OK, answer.to_string()).into_response()
+    let mut answer = answer.to_string();
+    if mode == Mode::Literal {
+        answer = answer.replace("0.01", "NaN");
+    }
+    (StatusCode::OK, answer).into_response()
 }
 
 /// The scripted server on a free port.
@@ -122,13 +128,35 @@ async fn serve() -> (Arc<Script>, String, tokio::task::JoinHandle<()>) {
         mode: std::sync::Mutex::new(Mode::Sound),
         calls: AtomicUsize::new(0),
     });
+    let (address, served) = serve_at("127.0.0.1:0", &script).await;
+    (script, format!("http://{address}/v1"), served)
+}
+
+async fn serve_at(address: &str, script: &Arc<Script>) -> (String, tokio::task::JoinHandle<()>) {
     let router = axum::Router::new()
         .route("/v1/embeddings", axum::routing::post(embeddings))
-        .with_state(Arc::clone(&script));
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let url = format!("http://{}/v1", listener.local_addr().unwrap());
-    let served = tokio::spawn(async move { axum::serve(listener, router).await.unwrap() });
-    (script, url, served)
+        .with_state(Arc::clone(script));
+    let listener = TcpListener::bind(address).await.unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    (
+        address,
+        tokio::spawn(async move { axum::serve(listener, router).await.unwrap() }),
+    )
+}
+
+/// Waits until every memory has a vector.
+async fn whole(client: &mut MemoryServiceClient<AnyChannel>, name: &str) {
+    let mut left = 300;
+    loop {
+        let stats = client.stats(StatsRequest { scope: user(name) }).await;
+        let stats = stats.unwrap().into_inner();
+        if stats.pending_embeddings == 0 {
+            return;
+        }
+        left -= 1;
+        assert!(left > 0, "{stats:?}");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
 }
 
 async fn sandbox(urls: &str) -> Sandbox {
@@ -175,6 +203,7 @@ async fn a_faulty_server_degrades_searches_and_loses_nothing() {
     for (number, (mode, word)) in [
         (Mode::WrongSize, "32 values"),
         (Mode::NotANumber, "no finite number"),
+        (Mode::Literal, "no JSON"),
         (Mode::Failing, "status 500"),
         (Mode::Slow, "server is away"),
     ]
@@ -201,23 +230,24 @@ async fn a_faulty_server_degrades_searches_and_loses_nothing() {
         );
         // Back to normal by itself: the vector is made up, and searches have both arms again.
         script.set(Mode::Sound);
-        let mut left = 300;
-        loop {
-            let stats = client
-                .stats(StatsRequest { scope: user(way) })
-                .await
-                .unwrap()
-                .into_inner();
-            if stats.pending_embeddings == 0 {
-                break;
-            }
-            left -= 1;
-            assert!(left > 0, "{mode:?}: {stats:?}");
-            tokio::time::sleep(Duration::from_millis(100)).await;
-        }
+        whole(&mut client, way).await;
         let found = search(&mut client, way, &format!("fault{number} lighthouse again")).await;
         assert!(!found.degraded && found.model == "scripted", "{mode:?}: {found:?}");
     }
+    // It is gone, and comes back.
+    served.abort();
+    let _ = served.await;
+    add(&mut client, way, "nobody minds the lighthouse").await;
+    let found = search(&mut client, way, "who minds it").await;
+    assert!(
+        found.degraded && found.degraded_reasons[0].contains("server is away"),
+        "{found:?}"
+    );
+    let address = url.trim_start_matches("http://").trim_end_matches("/v1");
+    let (_, served) = serve_at(address, &script).await;
+    whole(&mut client, way).await;
+    let found = search(&mut client, way, "who minds the lighthouse").await;
+    assert!(!found.degraded && found.model == "scripted", "{found:?}");
     sandbox.stop().await;
     served.abort();
 }

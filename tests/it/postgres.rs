@@ -1,9 +1,14 @@
 //! Two copies of the service on one PostgreSQL.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use aeterna_proto::memory::v1::memory_service_client::MemoryServiceClient;
-use aeterna_proto::memory::v1::{AddRequest, DeleteRequest, GetRequest, ListRequest, SearchMode, SearchRequest};
+use aeterna_proto::memory::v1::policy_service_client::PolicyServiceClient;
+use aeterna_proto::memory::v1::{
+    AddRequest, DeleteRequest, GetRequest, ListPoliciesRequest, ListRequest, Policy, PutPolicyRequest, SearchMode,
+    SearchRequest,
+};
 use aeterna_testkit::{PostgresServer, Program, built};
 
 use crate::notes::{item, user};
@@ -84,6 +89,38 @@ async fn two_copies_are_one_service_and_outlive_connections_and_each_other() {
     };
     let listed = clients[1].list(list()).await.unwrap().into_inner().memories;
     assert_eq!(listed.len(), 20, "{listed:?}");
+
+    // Nor does it become two when nobody numbers his requests and all come at the same moment.
+    let callers: Vec<_> = (0..32)
+        .map(|number| {
+            let mut client = clients[number % 2].clone();
+            tokio::spawn(async move { client.add(item("cleo", "the dog is called Moritz")).await })
+        })
+        .collect();
+    let mut ids = BTreeSet::new();
+    for caller in callers {
+        ids.insert(caller.await.unwrap().unwrap().into_inner().memory.unwrap().id);
+    }
+    assert_eq!(ids.len(), 1, "{ids:?}");
+    // What one copy was told to forbid, the other one knows and tells.
+    let mut policies = [&a, &b].map(|copy| PolicyServiceClient::new(copy.channel()));
+    for number in 0..10 {
+        let put = PutPolicyRequest {
+            policy: Some(Policy {
+                name: format!("rule-{number}"),
+                scope: user("dan"),
+                ..Default::default()
+            }),
+            ..Default::default()
+        };
+        policies[0].put_policy(put).await.unwrap();
+        let list = ListPoliciesRequest {
+            page_size: 100,
+            ..Default::default()
+        };
+        let told = policies[1].list_policies(list).await.unwrap().into_inner().policies;
+        assert_eq!(told.len(), number + 1);
+    }
 
     // One that is killed takes nothing with it.
     a.kill().await;

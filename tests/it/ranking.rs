@@ -1,9 +1,12 @@
 //! What the order of results depends on: neighbours in a conversation, layers, weights; and what a filter leaves of them.
 
 use aeterna_proto::common::v1::{Layer, Scope};
+use aeterna_proto::embedding::v1::embedding_service_client::EmbeddingServiceClient;
+use aeterna_proto::embedding::v1::{BatchEmbedRequest, TextKind};
 use aeterna_proto::memory::v1::memory_service_client::MemoryServiceClient;
 use aeterna_proto::memory::v1::{
-    AddRequest, DeleteRequest, Fusion, ListRequest, SearchMode, SearchRequest, SearchResult, SearchWeights, Source,
+    AddRequest, BatchAddRequest, DeleteRequest, Fusion, ListRequest, SearchMode, SearchRequest, SearchResult,
+    SearchWeights, Source,
 };
 
 use crate::notes::{item, user};
@@ -199,6 +202,93 @@ async fn a_layer_breaks_near_ties_and_no_others() {
             assert_eq!(listed.len(), count, "{way}: {layers:?}");
             assert!(listed.iter().all(|memory| layers.contains(&memory.layer())), "{way}");
         }
+    }
+    sandbox.stop().await;
+}
+
+/// Memories of the test of filters: enough that an index does not compare all of them.
+const MANY: usize = 17_000;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_filter_leaves_is_found_however_little_it_is() {
+    let sandbox = Sandbox::start(&[("memory.rotation", "false")]).await;
+    let [(way, channel), _] = sandbox.ways();
+    let (mut client, mut embedding) = (
+        MemoryServiceClient::new(channel.clone()),
+        EmbeddingServiceClient::new(channel),
+    );
+    let text = |number: usize| {
+        let word = |part: usize| (number + 1).wrapping_mul(2_654_435_761 * (part + 1)) >> 7;
+        let words: Vec<String> = (0..8).map(|part| format!("w{}", word(part) % 400)).collect();
+        words.join(" ")
+    };
+    let tags = |number: usize| {
+        let all = [(10, "tenth"), (100, "hundredth"), (1000, "thousandth")];
+        let its = all.into_iter().filter(|(share, _)| number % share == 3);
+        its.map(|(_, tag)| tag.to_owned()).collect::<Vec<_>>()
+    };
+    for numbers in (0..MANY).collect::<Vec<_>>().chunks(1000) {
+        let request = |number: &usize| {
+            let mut request = item(way, &format!("{} n{number}", text(*number)));
+            request.memory.as_mut().unwrap().tags = tags(*number);
+            request
+        };
+        let requests = numbers.iter().map(request).collect();
+        client.batch_add(BatchAddRequest { requests }).await.unwrap();
+    }
+    // Vectors of what the filter leaves and of the queries, by the model itself.
+    let mut vectors = async |texts: Vec<String>, kind: TextKind| {
+        let mut all = Vec::new();
+        for texts in texts.chunks(200) {
+            let request = BatchEmbedRequest {
+                texts: texts.to_vec(),
+                kind: kind.into(),
+                ..Default::default()
+            };
+            let answer = embedding.batch_embed(request).await.unwrap().into_inner();
+            all.extend(answer.vectors.into_iter().map(|vector| vector.values));
+        }
+        all
+    };
+    let queries: Vec<String> = (0..20).map(|n| text(n * 811 + 77)).collect();
+    let wanted = vectors(queries.clone(), TextKind::Query).await;
+    for (tag, least) in [("tenth", 0.99), ("hundredth", 0.99), ("thousandth", 0.99)] {
+        let chosen: Vec<usize> = (0..MANY)
+            .filter(|number| tags(*number).iter().any(|its| its == tag))
+            .collect();
+        let texts = chosen.iter().map(|number| format!("{} n{number}", text(*number)));
+        let known = vectors(texts.collect(), TextKind::Document).await;
+        let (mut found, mut all) = (0, 0);
+        for (query, vector) in queries.iter().zip(&wanted) {
+            let cosine = |other: &Vec<f32>| vector.iter().zip(other).map(|(a, b)| a * b).sum::<f32>();
+            let mut cosines: Vec<f32> = known.iter().map(cosine).collect();
+            cosines.sort_by(|a, b| b.total_cmp(a));
+            let request = SearchRequest {
+                scope: user(way),
+                query: query.clone(),
+                mode: SearchMode::Dense.into(),
+                filter: format!("tags:{tag}"),
+                explain: true,
+                weights: Some(SearchWeights {
+                    neighbour: Some(0.0),
+                    ..Default::default()
+                }),
+                ..Default::default()
+            };
+            let results = client.search(request).await.unwrap().into_inner().results;
+            assert!(
+                results
+                    .iter()
+                    .all(|result| result.memory.as_ref().unwrap().tags.iter().any(|its| its == tag))
+            );
+            // The tenth, and what is as near as it, whichever of them comes first.
+            let tenth = f64::from(cosines[9.min(cosines.len() - 1)]) - 2e-3;
+            let cosines = results.iter().map(|result| result.breakdown.as_ref().unwrap().cosine());
+            found += cosines.filter(|cosine| *cosine >= tenth).count();
+            all += 10;
+        }
+        let recall = f64::from(found as u32) / f64::from(all);
+        assert!(recall >= least, "{tag}: {recall}");
     }
     sandbox.stop().await;
 }

@@ -567,11 +567,9 @@ pub type Imports = Vec<Result<(domain::Outcome, Sequence), MemoryError>>;
 /// Where rules are kept.
 #[async_trait]
 pub trait Policies: Send + Sync {
-    /// All policies of a tenant, by name.
+    /// All policies of a tenant, by name, with all that were acknowledged by any copy of the service: rules hold at once, and
+    /// whoever looks sees those that hold.
     async fn policies(&self, tenant: &TenantId) -> Result<Vec<Policy>, MemoryError>;
-
-    /// The same, with all that were acknowledged by any copy of the service: for whoever writes.
-    async fn policies_in_force(&self, tenant: &TenantId) -> Result<Vec<Policy>, MemoryError>;
 
     /// Writes a policy; its version, time and author are given by the store. `seen` is the etag of what is replaced, as far as
     /// its writer knows: `Stale` when it is another one by now, or there is one.

@@ -96,7 +96,7 @@ fn check_size(effective: &Effective, body: &Body) -> Result<(), MemoryError> {
 impl App {
     /// The rules of a tenant.
     pub(super) async fn law(&self, tenant: &TenantId) -> Result<Law, MemoryError> {
-        Ok(Law(self.store.policies_in_force(tenant).await?))
+        Ok(Law(self.store.policies(tenant).await?))
     }
 
     /// Writes a policy.
@@ -112,7 +112,7 @@ impl App {
         } = new;
         context.principal().may_change(&policy.scope)?;
         loop {
-            let all = self.store.policies_in_force(&writer.tenant).await?;
+            let all = self.store.policies(&writer.tenant).await?;
             let existing = all.iter().find(|existing| existing.name == policy.name);
             // What is replaced must be the caller's to change, too.
             match existing {

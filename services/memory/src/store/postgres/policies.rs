@@ -22,10 +22,6 @@ async fn all(connection: &mut PgConnection, tenant: &TenantId) -> Result<Vec<Pol
 #[async_trait]
 impl Policies for PostgresStore {
     async fn policies(&self, tenant: &TenantId) -> Result<Vec<Policy>, MemoryError> {
-        reading!(self, tenant.as_str(), session => all(session, tenant))
-    }
-
-    async fn policies_in_force(&self, tenant: &TenantId) -> Result<Vec<Policy>, MemoryError> {
         // A standby may lack what another copy has acknowledged.
         reading!(by read_primary, self, tenant.as_str(), session => all(session, tenant))
     }

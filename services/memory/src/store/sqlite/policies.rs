@@ -23,10 +23,6 @@ impl Policies for SqliteStore {
         self.read(all).await
     }
 
-    async fn policies_in_force(&self, tenant: &TenantId) -> Result<Vec<Policy>, MemoryError> {
-        self.policies(tenant).await
-    }
-
     async fn put_policy(
         &self,
         writer: &Writer,
