@@ -329,7 +329,10 @@ async fn killed_while_it_rebuilds_its_index_it_rebuilds_it_again() {
             first.content
         );
     }
-    let stats = StatsRequest { scope: scope() };
+    let stats = StatsRequest {
+        scope: scope(),
+        ..Default::default()
+    };
     let stats = client.stats(stats).await.unwrap().into_inner();
     assert_eq!((stats.layers[0].memories, stats.index_lag), (COUNT as i64, 0));
     program.stop().await;

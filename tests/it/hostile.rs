@@ -88,7 +88,14 @@ pub fn requests(id: &str) -> BTreeMap<&'static str, Vec<u8>> {
             }
             .encode_to_vec(),
         ),
-        ("Stats", memory::StatsRequest { scope: scope.clone() }.encode_to_vec()),
+        (
+            "Stats",
+            memory::StatsRequest {
+                scope: scope.clone(),
+                ..Default::default()
+            }
+            .encode_to_vec(),
+        ),
         (
             "List",
             memory::ListRequest {

@@ -343,7 +343,10 @@ async fn history_tells_every_version_and_a_purge_ends_it() {
             .unwrap_err();
         assert_eq!(refusal(&foreign).0, "INVALID_PAGE_TOKEN", "{way}");
 
-        let stats = StatsRequest { scope: user(way) };
+        let stats = StatsRequest {
+            scope: user(way),
+            ..Default::default()
+        };
         let counted = client.stats(stats.clone()).await.unwrap().into_inner();
         assert_eq!(
             (

@@ -148,7 +148,12 @@ async fn serve_at(address: &str, script: &Arc<Script>) -> (String, tokio::task::
 async fn whole(client: &mut MemoryServiceClient<AnyChannel>, name: &str) {
     let mut left = 300;
     loop {
-        let stats = client.stats(StatsRequest { scope: user(name) }).await;
+        let stats = client
+            .stats(StatsRequest {
+                scope: user(name),
+                ..Default::default()
+            })
+            .await;
         let stats = stats.unwrap().into_inner();
         if stats.pending_embeddings == 0 {
             return;

@@ -23,7 +23,10 @@ async fn start(data: &Path, models: &Path) -> Program {
 
 async fn stats(client: &mut Client) -> StatsResponse {
     client
-        .stats(StatsRequest { scope: user("ann") })
+        .stats(StatsRequest {
+            scope: user("ann"),
+            ..Default::default()
+        })
         .await
         .unwrap()
         .into_inner()

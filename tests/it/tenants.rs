@@ -155,6 +155,7 @@ async fn another_tenant_gets_nothing_whatever_it_knows() {
         assert_eq!(status.code(), Code::NotFound, "{way}");
         let stats = StatsRequest {
             scope: Some(user("ann")),
+            ..Default::default()
         };
         let counted = evil.client.stats(evil.bearing(stats)).await.unwrap().into_inner();
         assert!(counted.layers.is_empty(), "{way}: {counted:?}");

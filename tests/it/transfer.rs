@@ -149,6 +149,22 @@ async fn what_was_exported_is_imported_as_it_was() {
             .unwrap();
         assert_eq!((done.created, done.merged, done.errors.len()), (252, 200, 0), "{way}");
         assert_eq!(done.summary.unwrap(), summary, "{way}");
+        // Whoever shows the token sees all of it, by a repeated import that stores nothing as well.
+        let again = chunks(&id, &all, Some(summary.clone()));
+        let again = import(&mut target, again).await.unwrap();
+        for token in [done.consistency_token, again.consistency_token] {
+            let seeing = StatsRequest {
+                scope: user(way),
+                consistency_token: token.clone(),
+            };
+            let stats = target.stats(seeing).await.unwrap().into_inner();
+            assert!(stats.layers[0].memories == 451 && !token.is_empty(), "{way}: {stats:?}");
+            let seeing = ExportRequest {
+                consistency_token: token,
+                ..everything(way)
+            };
+            assert_eq!(memories(&export(&mut target, seeing).await).len(), 452, "{way}");
+        }
         assert_eq!(
             export(&mut target, everything(way))
                 .await
@@ -161,7 +177,10 @@ async fn what_was_exported_is_imported_as_it_was() {
             "{way}"
         );
         let stats = target
-            .stats(StatsRequest { scope: user(way) })
+            .stats(StatsRequest {
+                scope: user(way),
+                ..Default::default()
+            })
             .await
             .unwrap()
             .into_inner();
@@ -450,7 +469,10 @@ async fn what_was_refused_is_tried_again_and_damaged_vectors_are_made_anew() {
     let mut left = 200;
     loop {
         let stats = target
-            .stats(StatsRequest { scope: user(way) })
+            .stats(StatsRequest {
+                scope: user(way),
+                ..Default::default()
+            })
             .await
             .unwrap()
             .into_inner();

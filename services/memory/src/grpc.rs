@@ -175,8 +175,8 @@ impl MemoryService for Memories {
 
     async fn stats(&self, request: Request<wire::StatsRequest>) -> Answer<wire::StatsResponse> {
         let context = RequestContext::of(&request)?;
-        let scope = convert::stats_request(request.into_inner())?;
-        let stats = self.0.stats(&context, scope.as_ref()).await?;
+        let (scope, must_see) = convert::stats_request(request.into_inner())?;
+        let stats = self.0.stats(&context, scope.as_ref(), must_see).await?;
         Ok(Response::new(convert::stats_response(stats)))
     }
 

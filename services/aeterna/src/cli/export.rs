@@ -48,7 +48,7 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
         filter: args.filter,
         include_history: args.history,
         include_embeddings: args.embeddings,
-        resume_token: String::new(),
+        ..Default::default()
     };
     let context = || format!("write `{}`", args.file.display());
     if args.file == Path::new("-") {

@@ -20,6 +20,7 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
     let client = args.answered.client()?;
     let request = StatsRequest {
         scope: args.standing.scope,
+        ..Default::default()
     };
     let answer = client.memory().stats(client.request(request)).await?.into_inner();
     if args.answered.json {

@@ -6,6 +6,7 @@ use aeterna_types::Scope;
 
 use super::App;
 use super::get::view;
+use crate::domain::Sequence;
 use crate::store::Counts;
 
 /// Changes that are counted which the index does not have.
@@ -27,12 +28,18 @@ pub struct Stats {
 }
 
 impl App {
-    /// Counts of what the caller sees.
+    /// Counts of what the caller sees, which has everything up to `must_see`.
     ///
     /// # Errors
     /// SCOPE_DENIED, or when the store fails.
-    pub async fn stats(&self, context: &RequestContext, scope: Option<&Scope>) -> Result<Stats, Error> {
+    pub async fn stats(
+        &self,
+        context: &RequestContext,
+        scope: Option<&Scope>,
+        must_see: Sequence,
+    ) -> Result<Stats, Error> {
         let view = view(context, scope)?;
+        self.store.reach(must_see).await?;
         let tenant = &context.principal().tenant;
         let scopes = self.store.visible(tenant, &view, &[]).await?;
         let (serving, now) = (self.serving(), self.clock.now());

@@ -34,6 +34,8 @@ pub struct ExportQuery {
     pub vectors: bool,
     /// After this one.
     pub after: Key,
+    /// A write that must be seen.
+    pub must_see: Sequence,
 }
 
 /// An export under way.
@@ -51,6 +53,7 @@ impl App {
     /// SCOPE_DENIED, or when the store fails.
     pub async fn export(self: &Arc<Self>, context: &RequestContext, query: ExportQuery) -> Result<Export, Error> {
         let view = view(context, query.scope.as_ref())?;
+        self.store.reach(query.must_see).await?;
         let tenant = context.principal().tenant.clone();
         let scopes = self.store.visible(&tenant, &view, &[]).await?;
         Ok(Export {
@@ -153,6 +156,8 @@ pub struct Taken {
     pub refused: i64,
     /// The first of them, with their places.
     pub errors: Vec<(i64, Error)>,
+    /// A change that is at least as new as all that was stored.
+    pub last: Sequence,
 }
 
 impl Import {
@@ -262,8 +267,12 @@ impl Import {
         {
             tracing::warn!(%error, "a complete import is remembered as one under way");
         }
-        if self.last > Sequence::default() {
-            self.app.await_index(self.last).await;
+        let mut last = self.last;
+        if last > Sequence::default() {
+            self.app.await_index(last).await;
+        } else {
+            // All of it was stored before.
+            last = self.app.store.last_sequence().await?;
         }
         Ok(Taken {
             created: self.created,
@@ -271,6 +280,7 @@ impl Import {
             arrived: (self.seen, self.digest),
             refused: self.refused,
             errors: self.errors,
+            last,
         })
     }
 

@@ -141,11 +141,12 @@ pub fn version(version: Version) -> wire::MemoryVersion {
 }
 
 /// What Stats asks for.
-pub fn stats_request(request: wire::StatsRequest) -> Result<Option<Scope>, Error> {
+pub fn stats_request(request: wire::StatsRequest) -> Result<(Option<Scope>, Sequence), Error> {
     let mut violations = Violations::default();
     let scope = scope(&mut violations, "scope", request.scope);
+    let must_see = check_token(&mut violations, &request.consistency_token);
     violations.into_result()?;
-    Ok(scope)
+    Ok((scope, must_see))
 }
 
 /// The answer to Stats.

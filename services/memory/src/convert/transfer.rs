@@ -5,7 +5,7 @@ use aeterna_proto::memory::v1 as wire;
 use aeterna_types::{MemoryId, PageToken, RequestId, TenantId, Timestamp, chain};
 use prost::Message as _;
 
-use super::{body, change, cursor, filter, memory, scope, value};
+use super::{body, change, check_token, consistency_token, cursor, filter, memory, scope, value};
 use crate::app::{ExportQuery, Item, Taken};
 use crate::domain::{Key, Kind, Memory, Version};
 use crate::store::code::Code;
@@ -37,6 +37,7 @@ pub fn export_request(
 ) -> Result<(ExportQuery, Exporting), Error> {
     let mut violations = Violations::default();
     let token = std::mem::take(&mut request.resume_token);
+    let must_see = check_token(&mut violations, &std::mem::take(&mut request.consistency_token));
     let binding = [b"export", tenant.as_str().as_bytes(), &[0], &request.encode_to_vec()].concat();
     let scope = scope(&mut violations, "scope", request.scope);
     let filter = filter(&mut violations, &request.filter);
@@ -65,6 +66,7 @@ pub fn export_request(
         history: request.include_history,
         vectors: request.include_embeddings,
         after,
+        must_see,
     };
     Ok((query, exporting))
 }
@@ -300,5 +302,6 @@ pub fn import_response(taken: Taken) -> wire::ImportResponse {
             .collect(),
         summary: Some(summary(taken.arrived.0, taken.arrived.1)),
         refused: taken.refused,
+        consistency_token: consistency_token(taken.last),
     }
 }
