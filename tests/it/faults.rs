@@ -5,7 +5,8 @@ use std::time::{Duration, Instant};
 
 use aeterna_proto::memory::v1::memory_service_client::MemoryServiceClient;
 use aeterna_proto::memory::v1::{
-    AddRequest, BatchAddRequest, GetRequest, ListRequest, Memory, SearchRequest, UpdateRequest, WatchRequest,
+    AddRequest, BatchAddRequest, GetRequest, HistoryRequest, ListRequest, Memory, SearchRequest, UpdateRequest,
+    WatchRequest,
 };
 use aeterna_rpc::AnyChannel;
 use aeterna_storage::rusqlite::Connection;
@@ -254,12 +255,17 @@ async fn what_is_too_much_is_refused_with_the_limit() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn of_fifty_clients_one_wins_each_version_and_no_update_is_lost() {
-    const CLIENTS: usize = 50;
     let sandbox = Sandbox::start(&[]).await;
-    let [(_, channel), _] = sandbox.ways();
-    let mut client = MemoryServiceClient::new(channel);
+    for (way, channel) in sandbox.ways() {
+        one_wins_each_version(way, MemoryServiceClient::new(channel)).await;
+    }
+    sandbox.stop().await;
+}
+
+async fn one_wins_each_version(way: &str, mut client: Client) {
+    const CLIENTS: usize = 50;
     let shared = client
-        .add(item("shared".into()))
+        .add(item(format!("shared, {way}")))
         .await
         .unwrap()
         .into_inner()
@@ -330,7 +336,19 @@ async fn of_fifty_clients_one_wins_each_version_and_no_update_is_lost() {
     }
     let last = client.get(get).await.unwrap().into_inner().memory.unwrap();
     assert_eq!(last.version, 2 + 2 * CLIENTS as i64);
-    sandbox.stop().await;
+    // What each has written is there: once by the one who won, and twice by everybody.
+    let history = HistoryRequest {
+        id: shared.id.clone(),
+        page_size: 1000,
+        ..Default::default()
+    };
+    let versions = client.history(history).await.unwrap().into_inner().versions;
+    let mut written = vec![0; CLIENTS];
+    for version in versions.iter().take(2 * CLIENTS) {
+        let importance = version.memory.as_ref().unwrap().importance.unwrap();
+        written[(importance * 100.0).round() as usize] += 1;
+    }
+    assert_eq!(written, [2; CLIENTS], "{way}");
 }
 
 #[tokio::test]
