@@ -184,6 +184,29 @@ fn is_unspaced(c: char) -> bool {
     c >= UNSPACED[0].0 && UNSPACED.iter().any(|(first, last)| (*first..=*last).contains(&c))
 }
 
+/// Signs that only say how the character before them looks.
+fn is_style(c: char) -> bool {
+    matches!(c, '\u{34f}' | '\u{20e3}' | '\u{fe00}'..='\u{fe0f}' | '\u{e0100}'..='\u{e01ef}')
+}
+
+/// Signs that become letters or digits by composition, and are no part of the word beside them.
+fn stands_apart(c: char) -> bool {
+    matches!(c, '\u{2122}' | '\u{2120}' | '\u{2116}' | '\u{bc}'..='\u{be}' | '\u{2150}'..='\u{215f}')
+}
+
+/// Characters that look the same are the same.
+fn composed(text: &str) -> String {
+    let plain = text.chars().filter(|c| !is_style(*c));
+    let apart = plain.flat_map(|c| {
+        stands_apart(c)
+            .then_some(' ')
+            .into_iter()
+            .chain([c])
+            .chain(stands_apart(c).then_some(' '))
+    });
+    apart.nfkc().collect()
+}
+
 fn is_of_word(c: char) -> bool {
     c.is_alphanumeric() || (!c.is_ascii() && is_combining_mark(c))
 }
@@ -194,10 +217,15 @@ fn is_of_word(c: char) -> bool {
 pub fn analyse(text: &str) -> Vec<String> {
     let text: Cow<'_, str> = match text.is_ascii() {
         true => text.into(),
-        false => text.nfkc().collect::<String>().into(),
+        false => composed(text).into(),
     };
     let mut words: Vec<String> = Vec::new();
-    for word in text.split(|c: char| !is_of_word(c)).filter(|word| !word.is_empty()) {
+    let between = |c: char| !is_of_word(c);
+    // A mark that stands on nothing is none of a word.
+    let split = text
+        .split(between)
+        .map(|word| word.trim_start_matches(is_combining_mark));
+    for word in split.filter(|word| !word.is_empty()) {
         if word.is_ascii() {
             words.push(lowered(word));
         } else {
@@ -262,6 +290,17 @@ mod tests {
     fn what_looks_the_same_is_the_same() {
         let composed = analyse("caf\u{e9} \u{fb01}le \u{ff21}\u{ff22}\u{ff23} \u{d55c}");
         assert_eq!(composed, analyse("cafe\u{301} file abc \u{1112}\u{1161}\u{11ab}"));
+        // Signs of style, and those that stand beside words, change none.
+        assert_eq!(
+            analyse("\u{2764}\u{fe0f}world nice \u{2764}\u{fe0f}"),
+            ["world", "nice"]
+        );
+        assert_eq!(analyse("who are you \u{2764}\u{fe0f}"), ["who", "are", "you"]);
+        assert_eq!(analyse("l\u{b4}eau \u{bb}1\u{fe0f}\u{20e3}\u{ab}"), ["l", "eau", "1"]);
+        assert_eq!(
+            analyse("Foo\u{2122} 5\u{bd} \u{2116}7 \u{845b}\u{e0100}"),
+            ["foo", "tm", "5", "1", "2", "7", "\u{845b}"]
+        );
         // A mark that no letter has with it stays in its word.
         assert_eq!(analyse("\u{939}\u{93f}\u{928}\u{94d}\u{926}\u{940}").len(), 1);
     }

@@ -19,6 +19,7 @@ pub use aeterna_storage::StorageError;
 use aeterna_types::{Layer, MemoryId, RequestId, Scope, TenantId, Timestamp};
 use async_trait::async_trait;
 pub use moving::Moving;
+use rustc_hash::FxHashSet;
 pub use vectors::{Among, Care, Changes, Entry, VectorIndex, plain_name};
 
 use crate::domain::{
@@ -261,6 +262,18 @@ impl Scoring {
         Some(keys)
     }
 
+    /// What the lexical arm has found and the index has not: a memory that both arms judge is told from one that one of them
+    /// has not seen.
+    fn also_dense(&self, lexical: &[(Key, f64)]) -> Option<Rescoring> {
+        let dense = self.dense.as_ref()?;
+        let known: FxHashSet<Key> = dense.keys.iter().copied().collect();
+        let keys = lexical.iter().map(|(key, _)| *key);
+        Some(Rescoring {
+            keys: keys.filter(|key| !known.contains(key)).collect(),
+            ..dense.clone()
+        })
+    }
+
     /// Nothing yet.
     pub fn of(tenant: &TenantId) -> Self {
         Self {
@@ -278,7 +291,7 @@ pub struct Scored {
     /// The best memories by BM25 over any of the terms, best first; scores are positive, and made from the tenant's own
     /// texts alone.
     pub lexical: Vec<(Key, f64)>,
-    /// Cosines of the candidates that have a vector, or why there are none.
+    /// Cosines of the candidates of both arms that have a vector, or why there are none.
     pub dense: Result<Vec<(Key, f32)>, MemoryError>,
     /// For turns of conversations, the turns directly before and after them: `(turn, neighbour)`.
     pub neighbours: Vec<(Key, Key)>,

@@ -216,7 +216,7 @@ impl QdrantIndex {
             }
             Err(failed) => return Err(failed.into()),
         }
-        let marked = self.marked().await?;
+        let (marked, before) = self.marked().await?;
         let hasty = requests::hasty(name);
         self.ask(WRITE, async |node| node.update_collection(hasty.clone()).await)
             .await?;
@@ -236,26 +236,27 @@ impl QdrantIndex {
             filled: requests::filled(&marked),
             made: requests::made(&marked),
             differs,
-            safe: watermark.unwrap_or_default(),
+            safe: before.or(watermark).unwrap_or_default(),
             marked: watermark.unwrap_or_default(),
+            missed: before.is_some(),
             ..State::default()
         };
         Ok(())
     }
 
     /// What the collection says of itself; one that is new begins to, and one whose texts were analysed by another version
-    /// begins anew.
-    async fn marked(&self) -> Result<HashMap<String, Value>, StorageError> {
+    /// begins anew: it may lack changes since the place that is told beside.
+    async fn marked(&self) -> Result<(HashMap<String, Value>, Option<Sequence>), StorageError> {
         let gone = || StorageError::Unavailable("a Qdrant node has not heard of the collection's mark".into());
         let made = Uuid::now_v7().to_string();
         let Some(marked) = self.mark().await? else {
             let begin = requests::begin(&self.name, &made);
             self.ask(WRITE, async |node| node.upsert_points(begin.clone()).await)
                 .await?;
-            return self.mark().await?.ok_or_else(gone);
+            return Ok((self.mark().await?.ok_or_else(gone)?, None));
         };
         if requests::is_analysed(&marked) {
-            return Ok(marked);
+            return Ok((marked, None));
         }
         tracing::info!(
             collection = self.name,
@@ -264,7 +265,8 @@ impl QdrantIndex {
         let begin = requests::begin_again(&self.name, requests::made(&marked).as_deref(), &made);
         self.ask(WRITE, async |node| node.overwrite_payload(begin.clone()).await)
             .await?;
-        self.mark().await?.ok_or_else(gone)
+        let anew = self.mark().await?.filter(requests::is_analysed);
+        Ok((anew.ok_or_else(gone)?, requests::watermark(&marked)))
     }
 
     async fn mark(&self) -> Result<Option<HashMap<String, Value>>, StorageError> {
@@ -426,7 +428,8 @@ impl QdrantIndex {
                 state.safe = state.safe.max(watermark);
             }
             let again = (state.missed && well).then_some(state.safe);
-            (again, Some(state.safe).filter(|safe| *safe > state.marked))
+            let whole = state.watermark.is_some();
+            (again, Some(state.safe).filter(|safe| whole && *safe > state.marked))
         };
         if let Some(mark) = mark {
             let request = requests::mark(&self.name, made.as_deref(), mark);

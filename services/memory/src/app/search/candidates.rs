@@ -279,6 +279,7 @@ impl<'s> Run<'s> {
     ) -> Result<Vec<(Key, f64)>, Error> {
         let mut cosines: Vec<(Key, f64)> = found?
             .into_iter()
+            .filter(|(key, _)| !bounds.among.exclude.contains(key))
             .map(|(key, cosine)| (key, f64::from(cosine)))
             .collect();
         if let (Some(past), Some(near)) = (&bounds.past, near) {

@@ -112,6 +112,14 @@ pub async fn the_arms_of_a_search_are_read_together(store: &dyn Relational) {
     assert_eq!(dense.len(), 3, "the third has no vector: {dense:?}");
     let nearest = dense.iter().max_by(|a, b| a.1.total_cmp(&b.1)).unwrap();
     assert!(nearest.0 == all[1] && nearest.1 > 0.99, "{dense:?}");
+    // What the words have found and the index has not is compared as well, where vectors are.
+    let few = Scoring {
+        dense: Some(rescoring(&all[1..2], 1)),
+        ..scoring
+    };
+    let both = store.scored(&few).await.unwrap().dense.unwrap();
+    let nearest = both.iter().max_by(|a, b| a.1.total_cmp(&b.1)).unwrap();
+    assert!(both.len() == 2 && nearest.0 == all[0] && nearest.1 > 0.99, "{both:?}");
     let mut pairs = scored.neighbours;
     pairs.sort();
     assert_eq!(

@@ -505,6 +505,9 @@ pub async fn scored(connection: &mut PgConnection, cache: &Cache, scoring: &Scor
         lexical = super::lexical::search(connection, cache, &scoring.tenant, search).await?;
     }
     let lexical_ms = began.elapsed().as_secs_f64() * 1e3;
+    if let Some(rescoring) = scoring.also_dense(&lexical) {
+        dense.extend(cosines(connection, &rescoring).await?);
+    }
     let mut beside = Vec::new();
     if let Some(turns) = scoring.turns(&lexical, &dense) {
         beside = neighbours(connection, &turns).await?;

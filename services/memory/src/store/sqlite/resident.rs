@@ -288,10 +288,12 @@ impl Resident {
 
     /// Keeps no words. When the store was too busy, somebody else begins again.
     fn give_up(&self, why: &MemoryError) {
+        let following = lock(&self.following);
         let mut inner = writing(&self.inner);
         let words = std::mem::take(&mut inner.words);
         inner.words_bytes = 0;
         drop(inner);
+        drop(following);
         drop(words);
         if matches!(why, MemoryError::Store(StorageError::Unavailable(_))) {
             self.cold.store(true, Ordering::SeqCst);
@@ -345,8 +347,9 @@ impl Changed {
         let query = "SELECT scope, record FROM memories WHERE key = ? AND deleted_at IS NULL";
         let reworded = worded && self.reworded;
         let there = rows(connection, query, [key.0], |row| {
-            if reworded {
-                self.words = Some((ScopeKey(get(row, 0)?), terms(text(row, 1)?)?));
+            // A record that can't be read is found by no words.
+            if reworded && let Ok(terms) = terms(text(row, 1)?) {
+                self.words = Some((ScopeKey(get(row, 0)?), terms));
             }
             Ok(())
         })?;
@@ -445,8 +448,8 @@ impl Inner {
         false
     }
 
-    /// Drops vectors until all have room; words only when they take more than half of it, to be dropped by the caller once
-    /// nobody waits for him.
+    /// Drops vectors until all have room, and words only when they take more than half of it: they are freed once this is not
+    /// locked any more.
     fn make_room(&mut self, most: usize) -> Option<Lexicon> {
         let mut dropped = None;
         if self.words_bytes > most / 2 {

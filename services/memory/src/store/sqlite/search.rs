@@ -72,20 +72,26 @@ pub fn scored(
 ) -> Result<Scored, MemoryError> {
     let follows = resident.follow(connection);
     let began = Instant::now();
-    let dense = match &scoring.dense {
+    let mut dense = match &scoring.dense {
         Some(rescoring) => resident.cosines(connection, rescoring, follows),
         None => Ok(Vec::new()),
     };
     let dense_ms = milliseconds(began);
     let began = Instant::now();
     let lexical = match &scoring.lexical {
-        Some(search) => match resident.lexical(&scoring.tenant, search).filter(|_| follows) {
+        Some(search) => match follows.then(|| resident.lexical(&scoring.tenant, search)).flatten() {
             Some(found) => found,
             None => lexical::search(connection, cache, &scoring.tenant, search)?,
         },
         None => Vec::new(),
     };
     let lexical_ms = milliseconds(began);
+    if let (Ok(cosines), Some(rescoring)) = (&mut dense, scoring.also_dense(&lexical)) {
+        match resident.cosines(connection, &rescoring, follows) {
+            Ok(more) => cosines.extend(more),
+            Err(error) => dense = Err(error),
+        }
+    }
     let neighbours = match scoring.turns(&lexical, dense.as_deref().unwrap_or_default()) {
         Some(turns) => neighbours(connection, &turns)?,
         None => Vec::new(),
