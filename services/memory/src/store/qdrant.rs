@@ -290,11 +290,11 @@ impl QdrantIndex {
             );
             *state = State::default();
         } else if state.watermark.is_none() {
-            let watermark = requests::watermark(&mark);
-            state.watermark = watermark;
             state.filled = state.filled.max(requests::filled(&mark));
-            state.safe = watermark.unwrap_or_default();
-            state.marked = state.safe;
+            if let Some(watermark) = requests::watermark(&mark) {
+                state.watermark = Some(watermark);
+                (state.safe, state.marked) = (watermark, watermark);
+            }
         }
         Ok(())
     }
