@@ -198,11 +198,8 @@ fn stands_apart(c: char) -> bool {
 fn composed(text: &str) -> String {
     let plain = text.chars().filter(|c| !is_style(*c));
     let apart = plain.flat_map(|c| {
-        stands_apart(c)
-            .then_some(' ')
-            .into_iter()
-            .chain([c])
-            .chain(stands_apart(c).then_some(' '))
+        let blank = stands_apart(c).then_some(' ');
+        blank.into_iter().chain([c]).chain(blank)
     });
     apart.nfkc().collect()
 }

@@ -6,6 +6,7 @@ pub mod code;
 pub mod conformance;
 pub mod flat;
 pub mod ledger;
+pub(crate) mod locks;
 mod moving;
 pub mod postgres;
 pub mod qdrant;
@@ -268,9 +269,11 @@ impl Scoring {
         let dense = self.dense.as_ref()?;
         let known: FxHashSet<Key> = dense.keys.iter().copied().collect();
         let keys = lexical.iter().map(|(key, _)| *key);
-        Some(Rescoring {
-            keys: keys.filter(|key| !known.contains(key)).collect(),
-            ..dense.clone()
+        let keys: Vec<Key> = keys.filter(|key| !known.contains(key)).collect();
+        (!keys.is_empty()).then(|| Rescoring {
+            model: dense.model.clone(),
+            keys,
+            vector: dense.vector.clone(),
         })
     }
 

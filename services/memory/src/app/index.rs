@@ -8,7 +8,7 @@ mod vectors;
 
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use aeterna_error::Error;
@@ -18,6 +18,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{App, Serving};
 use crate::domain::{Key, Sequence};
+use crate::store::locks::lock;
 use crate::store::{Care, Changes, Condition, Entry};
 pub use turns::Turns;
 
@@ -493,10 +494,6 @@ impl Background {
             }
         }
     }
-}
-
-fn lock<T>(what: &Mutex<T>) -> MutexGuard<'_, T> {
-    what.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 async fn tend(serving: &Serving) -> Result<Care, Error> {

@@ -211,6 +211,9 @@ impl App {
         // More than the best ones only when some of them are there no more.
         for count in [query.least(), query.looked_at()] {
             let reached = reach(count).max(read);
+            if reached == read {
+                break;
+            }
             let keys = order[read..reached].iter().map(|(key, _)| *key);
             let keys: Vec<Key> = keys.filter(|key| !memories.contains_key(key)).collect();
             let fetched = self.store.fetch(tenant, &keys, now).await?;

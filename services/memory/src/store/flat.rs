@@ -14,13 +14,14 @@ mod scan;
 use std::borrow::Cow;
 use std::io;
 use std::path::Path;
-use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Arc, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use async_trait::async_trait;
 use rayon::prelude::*;
 use rustc_hash::{FxHashMap, FxHashSet};
 
 use super::code::{BLOCK, Code, SCALE};
+use super::locks::{reading, writing};
 use super::{Among, Care, Changes, Condition, Entry, StorageError, VectorIndex};
 use crate::domain::{Key, ScopeKey, Sequence};
 pub use file::Layout;
@@ -151,11 +152,11 @@ impl FlatIndex {
     }
 
     fn read(&self) -> RwLockReadGuard<'_, Inner> {
-        self.inner.read().unwrap_or_else(PoisonError::into_inner)
+        reading(&self.inner)
     }
 
     fn write(&self) -> RwLockWriteGuard<'_, Inner> {
-        self.inner.write().unwrap_or_else(PoisonError::into_inner)
+        writing(&self.inner)
     }
 }
 

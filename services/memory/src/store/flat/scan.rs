@@ -1,10 +1,11 @@
 //! The stages of the funnel that need no more than the index.
 
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError, mpsc};
+use std::sync::{Condvar, Mutex, PoisonError, mpsc};
 
 use rayon::prelude::*;
 
 use super::super::code::{BLOCK, Code, SCALE, STEP, prefetch, scales};
+use super::super::locks::lock;
 use super::file::HEAD;
 use super::row_size;
 
@@ -324,10 +325,6 @@ impl Signs {
         );
         wanted
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// How many of so many go on.

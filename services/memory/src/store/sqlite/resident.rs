@@ -7,7 +7,7 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, TryLockError};
+use std::sync::{Arc, Mutex, RwLock, TryLockError};
 
 use aeterna_storage::StorageError;
 use aeterna_storage::rusqlite::{Connection, params};
@@ -20,6 +20,7 @@ use super::{SqliteStore, parsed};
 use crate::domain::{Key, Kind, Memory, ScopeKey, Sequence};
 use crate::error::MemoryError;
 use crate::store::code::{Code, Query, prefetch};
+use crate::store::locks::{lock, reading, writing};
 use crate::store::{LexicalSearch, Rescoring};
 
 /// Changes that are applied at a time. Who is further behind does not wait for them.
@@ -87,18 +88,6 @@ struct Changed {
     words: Option<(ScopeKey, Vec<String>)>,
     /// Its codes, by model, when it is there.
     codes: Vec<(String, Box<[u8]>)>,
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-fn reading<T>(lock: &RwLock<T>) -> RwLockReadGuard<'_, T> {
-    lock.read().unwrap_or_else(PoisonError::into_inner)
-}
-
-fn writing<T>(lock: &RwLock<T>) -> RwLockWriteGuard<'_, T> {
-    lock.write().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Resident {

@@ -5,12 +5,13 @@
 //! skipped until there is enough of that to be cleared away.
 
 use std::collections::HashMap;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 
 use rustc_hash::{FxHashMap, FxHashSet};
 
 use crate::domain::{Key, ScopeKey};
 use crate::store::bm25::{B, K1, RANKED, rarity};
+use crate::store::locks::lock;
 
 /// Postings of one search, at most, where it looks at many documents: reading one costs a few nanoseconds.
 const POSTINGS: usize = 1 << 14;
@@ -246,7 +247,7 @@ impl Words {
     }
 
     fn spare(&self) -> MutexGuard<'_, Vec<Sums>> {
-        self.spare.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.spare)
     }
 
     /// In how many documents a term is.
