@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use aeterna::import::{Conversation, conversations};
 use aeterna_proto::common::v1::Scope;
@@ -11,7 +11,7 @@ use aeterna_proto::embedding::v1::ListModelsRequest;
 use aeterna_proto::embedding::v1::embedding_service_client::EmbeddingServiceClient;
 use aeterna_proto::memory::v1::batch_add_result::Result as ItemResult;
 use aeterna_proto::memory::v1::memory_service_client::MemoryServiceClient;
-use aeterna_proto::memory::v1::{AddRequest, BatchAddRequest, Fusion, SearchMode, SearchRequest};
+use aeterna_proto::memory::v1::{AddRequest, BatchAddRequest, Fusion, SearchMode, SearchRequest, StatsRequest};
 use aeterna_rpc::AnyChannel;
 use aeterna_testkit::Program;
 use anyhow::{Context as _, bail};
@@ -45,6 +45,8 @@ const MODES: [(&str, SearchMode, Fusion, bool); 5] = [
 ];
 /// Memories in one call.
 const BATCH: usize = 200;
+/// How long no vector may come before the model counts as gone.
+const STALLED: Duration = Duration::from_secs(60);
 
 type Client = MemoryServiceClient<AnyChannel>;
 
@@ -84,6 +86,7 @@ async fn measure(server: &Program, conversations: &[Conversation], reranker: boo
             began.elapsed()
         );
     }
+    indexed(&mut client).await?;
     let mut modes = serde_json::Map::new();
     let mut questions = 0;
     for (name, mode, fusion, rerank) in MODES.into_iter().filter(|(.., rerank)| reranker || !rerank) {
@@ -127,6 +130,32 @@ async fn import(client: &mut Client, conversation: &Conversation) -> anyhow::Res
         }
     }
     Ok(())
+}
+
+/// Waits until every memory has its vector and the index holds it: a model that is slower than a write may wait leaves
+/// vectors to be made later, and a measurement before that is one of words alone.
+async fn indexed(client: &mut Client) -> anyhow::Result<()> {
+    let mut fewest = i64::MAX;
+    let mut changed = Instant::now();
+    loop {
+        let stats = client.stats(StatsRequest::default()).await?.into_inner();
+        let left = stats.pending_embeddings + stats.index_lag;
+        if left == 0 {
+            return Ok(());
+        }
+        if left < fewest {
+            fewest = left;
+            changed = Instant::now();
+            eprintln!(
+                "{} vectors are pending, {} changes to be indexed",
+                stats.pending_embeddings, stats.index_lag
+            );
+        }
+        if changed.elapsed() > STALLED {
+            bail!("{left} vectors are still missing, and for {STALLED:?} none has come; see the server's log above");
+        }
+        tokio::time::sleep(Duration::from_millis(500)).await;
+    }
 }
 
 /// `D8:6; D9:17` names two turns; `D3:05` is turn 5. What names no turn stays as it is, and is never found.
