@@ -5,9 +5,10 @@ use aeterna_proto::embedding::v1::embedding_service_client::EmbeddingServiceClie
 use aeterna_proto::embedding::v1::{BatchEmbedRequest, TextKind};
 use aeterna_proto::memory::v1::memory_service_client::MemoryServiceClient;
 use aeterna_proto::memory::v1::{
-    AddRequest, BatchAddRequest, DeleteRequest, Fusion, ListRequest, SearchMode, SearchRequest, SearchResult,
-    SearchWeights, Source,
+    AddRequest, BatchAddRequest, DeleteRequest, DimensionChoice, Fusion, ListRequest, SearchMode, SearchRequest,
+    SearchResult, SearchWeights, Source,
 };
+use aeterna_testkit::refusal;
 
 use crate::notes::{item, user};
 use crate::sandbox::Sandbox;
@@ -368,6 +369,83 @@ async fn weights_of_a_search_are_its_own() {
             second.push(found[1].score);
         }
         assert!(second.is_sorted() && second[0] < second[2], "{way}: {second:?}");
+    }
+    sandbox.stop().await;
+}
+
+#[tokio::test]
+async fn the_dimensions_of_a_search_are_chosen_by_the_caller_the_table_or_the_time_there_is() {
+    let sandbox = Sandbox::start(&[]).await;
+    for (number, (way, channel)) in sandbox.ways().into_iter().enumerate() {
+        let mut client = MemoryServiceClient::new(channel);
+        client
+            .add(item(way, "the lighthouse keeper sails at dawn"))
+            .await
+            .unwrap();
+        let query = |dimension, choice: DimensionChoice, latency_budget_ms| SearchRequest {
+            scope: user(way),
+            query: "who keeps the lighthouse".into(),
+            dimension,
+            dimension_choice: choice.into(),
+            latency_budget_ms,
+            explain: true,
+            ..Default::default()
+        };
+        let mut find = async |query: SearchRequest| {
+            let found = client.search(query).await.unwrap().into_inner();
+            assert_eq!(found.results.len(), 1, "{way}");
+            (found.dimension, found.stats.unwrap().dimension_rule)
+        };
+        let (all, table, auto) = (
+            DimensionChoice::Unspecified,
+            DimensionChoice::Table,
+            DimensionChoice::Auto,
+        );
+        let (dimension, rule) = find(query(0, auto, 1)).await;
+        // Both ways lead to one server.
+        if number == 0 {
+            assert_eq!(
+                (dimension, rule.as_str()),
+                (1536, "nothing was measured yet: full size")
+            );
+        }
+        assert_eq!(find(query(0, all, 0)).await.0, 1536, "{way}");
+        assert_eq!(find(query(384, all, 0)).await.0, 384, "{way}");
+        // 24 characters.
+        for (budget_ms, dimension) in [(0, 1536), (199, 768), (99, 384), (49, 256)] {
+            assert_eq!(find(query(0, table, budget_ms)).await.0, dimension, "{way}");
+        }
+        let short = SearchRequest {
+            query: "the lighthouse".into(),
+            ..query(0, table, 0)
+        };
+        assert_eq!(find(short).await.0, 256, "{way}");
+        for choice in [all, auto] {
+            let (dimension, rule) = find(query(0, choice, 60_000)).await;
+            assert_eq!(dimension, 1536, "{way}: {rule}");
+            assert!(rule.contains("measured latency fits"), "{way}: {rule}");
+        }
+        let words = SearchRequest {
+            mode: SearchMode::Lexical.into(),
+            ..query(0, auto, 60_000)
+        };
+        assert_eq!(find(words).await, (0, String::new()), "{way}");
+        for (wrong, field) in [
+            (query(100, all, 0), "dimension"),
+            (query(384, table, 0), "dimension"),
+            (query(384, all, 20), "dimension"),
+            (query(0, auto, -1), "latency_budget_ms"),
+            (query(0, auto, 60_001), "latency_budget_ms"),
+        ] {
+            let status = client.search(wrong).await.unwrap_err();
+            assert_eq!(refusal(&status).1, [field], "{way}: {}", status.message());
+        }
+        let unknown = SearchRequest {
+            dimension_choice: 9,
+            ..query(0, all, 0)
+        };
+        let status = client.search(unknown).await.unwrap_err();
+        assert_eq!(refusal(&status).1, ["dimension_choice"], "{way}");
     }
     sandbox.stop().await;
 }

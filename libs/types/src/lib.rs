@@ -1,6 +1,7 @@
-//! The words everything else speaks: ids, scopes, layers, time, page tokens. No I/O.
+//! The words everything else speaks: ids, scopes, layers, time, page tokens, Matryoshka sizes. No I/O.
 
 mod clock;
+pub mod dimension;
 mod id;
 mod page;
 mod scope;

@@ -8,6 +8,7 @@ mod select;
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
+use aeterna_types::dimension::{Latencies, SIZES};
 use moka::future::Cache;
 
 pub use embed::{Batch, Wanted};
@@ -15,13 +16,11 @@ pub use models::Listed;
 pub use rerank::Reranked;
 pub use select::{Choice, Selection, SelectionRequest};
 
-use select::Latencies;
-
 use crate::error::EmbeddingError;
 use crate::metrics::Metrics;
 use crate::store::cross::CrossEncoder;
 use crate::store::shared::Shared;
-use crate::store::{Embedded, Model, SIZES, TextKind};
+use crate::store::{Embedded, Model, TextKind};
 
 /// Of a tenant's text.
 type Digest = [u8; 32];
@@ -35,7 +34,8 @@ pub struct App {
     cache: Cache<CacheKey, Arc<Embedded>>,
     shared: Option<Shared>,
     reranker: Option<CrossEncoder>,
-    latencies: Latencies,
+    /// What single texts took of late, by the number of the model; answers from the cache do not count.
+    latencies: Latencies<usize>,
     metrics: Metrics,
 }
 

@@ -2,6 +2,7 @@
 
 use aeterna_error::{Error, Violations};
 use aeterna_proto::embedding::v1 as wire;
+use aeterna_types::dimension::Purpose;
 
 use crate::app::{Batch, Choice, Listed, Reranked, Selection, SelectionRequest, Wanted};
 use crate::store::TextKind;
@@ -200,9 +201,11 @@ pub fn select_request(request: wire::SelectDimensionRequest) -> Result<Selection
     Ok(SelectionRequest {
         model: request.model,
         choice,
-        query_length,
-        results,
-        budget_ms,
+        purpose: Purpose {
+            query_length,
+            results,
+            budget_ms,
+        },
     })
 }
 

@@ -6,12 +6,10 @@ pub mod local;
 pub mod openai;
 pub mod shared;
 
+use aeterna_types::dimension;
 use async_trait::async_trait;
 
 use crate::error::EmbeddingError;
-
-/// The Matryoshka sizes, ascending.
-pub const SIZES: [usize; 4] = [256, 384, 768, 1536];
 
 /// What there is to know about a model.
 #[derive(Clone, Debug)]
@@ -35,8 +33,7 @@ pub struct ModelInfo {
 impl ModelInfo {
     /// The sizes that can be asked of it, ascending; the last is its full size.
     pub fn sizes(&self) -> Vec<usize> {
-        let smaller = SIZES.into_iter().filter(|size| *size < self.dimension);
-        smaller.chain([self.dimension]).collect()
+        dimension::sizes(self.dimension)
     }
 }
 

@@ -23,6 +23,7 @@ use aeterna_error::Error;
 use aeterna_proto::embedding::v1 as embedding;
 use aeterna_proto::embedding::v1::embedding_service_client::EmbeddingServiceClient;
 use aeterna_rpc::{AnyChannel, Breaker, Credentials, RequestContext};
+use aeterna_types::dimension::Latencies;
 use aeterna_types::{Clock, TenantId};
 use async_trait::async_trait;
 use tokio::sync::watch::{Receiver, Sender};
@@ -38,7 +39,7 @@ pub use knowledge::{Diff, DocumentPage, DocumentQuery, OneDocument};
 pub use list::{ListQuery, Page};
 pub use policy::NewPolicy;
 pub use relay::{LiveWork, log_of};
-pub use search::{Arms, Breakdown, Found, Fusion, SearchQuery, SearchStats, Weights};
+pub use search::{Arms, Breakdown, Dimensions, Found, Fusion, SearchQuery, SearchStats, Weights};
 pub use stats::Stats;
 pub use transfer::{ExportQuery, Item, Taken};
 pub use update::{FIELDS, Patch};
@@ -221,6 +222,8 @@ pub struct App {
     pub(crate) indexed: Sender<Sequence>,
     /// The index does not follow the store, whichever of the two fails.
     pub(crate) index_away: AtomicBool,
+    /// What searches took of late, by tenant and identity of the model.
+    pub(crate) latencies: Latencies<(TenantId, String)>,
 }
 
 impl App {

@@ -28,6 +28,7 @@ use aeterna_rpc::{AnyChannel, Breaker, Credentials, Dependency, Health};
 use aeterna_storage::live::Live;
 use aeterna_storage::{DirectoryLock, PostgresOptions, RedisLive, RedisOptions, SqliteOptions};
 use aeterna_types::Clock;
+use aeterna_types::dimension::Latencies;
 use opentelemetry::metrics::Meter;
 use tokio::sync::{broadcast, watch};
 use tokio::task::JoinHandle;
@@ -402,6 +403,7 @@ pub async fn build(config: Config, deps: Deps) -> Result<Service, Error> {
     let app = Arc::new(App {
         indexed: watch::Sender::new(index.watermark().unwrap_or_default()),
         index_away: AtomicBool::new(false),
+        latencies: Latencies::default(),
         store,
         indexes,
         serving: RwLock::new(Arc::new(Serving::new(first, index))),

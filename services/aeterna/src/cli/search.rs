@@ -58,6 +58,12 @@ pub struct Args {
     /// Variety: 1 is relevance alone, less puts what says the same again further down
     #[arg(long, value_name = "0..1")]
     mmr: Option<f64>,
+    /// Compare this many dimensions of the vectors: 256, 384, 768 or 1536; 0 is all that there are
+    #[arg(long, default_value_t = 0, conflicts_with = "latency_budget_ms")]
+    dimension: i32,
+    /// Compare as many dimensions as fit into this many milliseconds, by how long searches took of late
+    #[arg(long, default_value_t = 0)]
+    latency_budget_ms: i32,
     /// Show how each score came about
     #[arg(long)]
     explain: bool,
@@ -86,6 +92,8 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
         threshold: args.threshold,
         as_of: args.as_of,
         rerank: args.rerank,
+        dimension: args.dimension,
+        latency_budget_ms: args.latency_budget_ms,
         weights: args.mmr.map(|lambda| SearchWeights {
             mmr_lambda: Some(lambda),
             ..Default::default()

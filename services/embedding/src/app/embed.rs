@@ -80,7 +80,7 @@ impl App {
         }
         self.share(index, wanted.kind, &digests, &answers);
         if alone && answers.iter().all(|(_, cached)| !cached) {
-            self.latencies.note(index, dimension, began.elapsed());
+            self.latencies.note(index, dimension, began.elapsed(), Instant::now());
         }
         let cached = answers.iter().filter(|(_, cached)| *cached).count();
         let fresh = || answers.iter().filter(|(_, cached)| !cached);

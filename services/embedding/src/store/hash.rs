@@ -88,7 +88,9 @@ fn hash(terms: &[String]) -> Vec<f32> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::store::{SIZES, truncate};
+    use aeterna_types::dimension::SIZES;
+
+    use crate::store::truncate;
 
     fn cosine(a: &str, b: &str, size: usize) -> f32 {
         let vector = |text: &str| truncate(&hash(&aeterna_text::analyse(text)), size);

@@ -12,6 +12,7 @@ use std::time::Instant;
 
 use aeterna_error::{Error, Reason};
 use aeterna_rpc::RequestContext;
+use aeterna_types::dimension::{Chosen, Purpose, by_table, sizes};
 use aeterna_types::{Layer, MemoryId, Scope, TenantId, Timestamp};
 
 use super::{App, Model, Serving};
@@ -36,6 +37,19 @@ pub enum Arms {
     Lexical,
     /// Embeddings only.
     Dense,
+}
+
+/// Who chooses how many dimensions are compared.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Dimensions {
+    /// Nobody: all of them.
+    All,
+    /// The caller.
+    Only(usize),
+    /// The specification's table.
+    Table,
+    /// What was measured: the most that fit the latency budget.
+    Fitting,
 }
 
 /// What is looked for.
@@ -67,8 +81,10 @@ pub struct SearchQuery {
     pub as_of: Option<Timestamp>,
     /// Ask the cross-encoder.
     pub rerank: bool,
-    /// Dimensions that are compared; `None`: all.
-    pub dimension: Option<usize>,
+    /// Who chooses the dimensions that are compared.
+    pub dimensions: Dimensions,
+    /// Milliseconds that the search may take, to choose by; `None`: no limit.
+    pub budget_ms: Option<u32>,
     /// Also say which terms matched.
     pub explain: bool,
 }
@@ -105,6 +121,8 @@ pub struct SearchStats {
     pub total_ms: f64,
     /// The query's terms.
     pub terms: Vec<String>,
+    /// Which rule chose the dimensions; empty when the dense arm was not used.
+    pub rule: &'static str,
 }
 
 /// What was found.
@@ -140,6 +158,10 @@ impl App {
         let fused = run.fuse(&bounds, candidates).await?;
         let (mut degraded, mut stats, model) = (run.degraded, run.stats, &run.serving.model);
         let mut hits = self.rank(tenant, fused.scores, &query, bounds.past).await?;
+        if let Some(dimension) = fused.dimension {
+            let key = (tenant.clone(), model.identity.clone());
+            self.latencies.note(key, dimension, started.elapsed(), Instant::now());
+        }
         if query.rerank
             && let Err(error) = self.rerank(context, &mut hits, &query).await
         {
@@ -167,6 +189,24 @@ impl App {
             model: fused.dimension.map(|_| model.name.clone()).unwrap_or_default(),
             stats,
         })
+    }
+
+    /// How many dimensions a search compares; not clipped to the model's.
+    fn dimensions(&self, tenant: &TenantId, model: &Model, query: &SearchQuery) -> Chosen {
+        let chosen = |size, rule| Chosen { size, rule };
+        match query.dimensions {
+            Dimensions::All => chosen(model.dimension, "all that there are"),
+            Dimensions::Only(size) => chosen(size, "as it was asked for"),
+            Dimensions::Table => by_table(&Purpose {
+                query_length: Some(query.text.chars().count()),
+                results: Some(query.top_k),
+                budget_ms: query.budget_ms,
+            }),
+            Dimensions::Fitting => {
+                let (key, sizes) = ((tenant.clone(), model.identity.clone()), sizes(model.dimension));
+                self.latencies.fitting(&key, &sizes, query.budget_ms, Instant::now())
+            }
+        }
     }
 
     /// The nearest vectors by the index, to be rescored.

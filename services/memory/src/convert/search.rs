@@ -3,14 +3,14 @@
 use aeterna_error::{Error, Violations};
 use aeterna_proto::memory::v1 as wire;
 use aeterna_types::Timestamp;
+use aeterna_types::dimension::SIZES;
 
 use super::{check_token, filter, id, layers, memory, past, scope};
-use crate::app::{Arms, Breakdown, Found, Fusion, SearchQuery, SearchStats, Weights};
+use crate::app::{Arms, Breakdown, Dimensions, Found, Fusion, SearchQuery, SearchStats, Weights};
 
 const MAX_QUERY_BYTES: usize = 8192;
 const MAX_RESULTS: i32 = 1000;
-/// The Matryoshka sizes.
-const SIZES: [usize; 4] = [256, 384, 768, 1536];
+const MAX_BUDGET_MS: i32 = 60_000;
 const MAX_EXCLUDED: usize = 10_000;
 
 /// What Search asks for.
@@ -25,6 +25,7 @@ pub fn search_request(request: wire::SearchRequest, now: Timestamp) -> Result<Se
     if !(0..=MAX_RESULTS).contains(&request.top_k) {
         violations.add("top_k", format!("is {}; send 1 to 1000, or 0 for 10", request.top_k));
     }
+    let (dimensions, budget_ms) = dimensions(&mut violations, &request);
     let scope = scope(&mut violations, "scope", request.scope);
     let layers = layers(&mut violations, "layers", &request.layers);
     let arms = match wire::SearchMode::try_from(request.mode) {
@@ -59,14 +60,6 @@ pub fn search_request(request: wire::SearchRequest, now: Timestamp) -> Result<Se
         .collect();
     let after = check_token(&mut violations, &request.consistency_token);
     let filter = filter(&mut violations, &request.filter);
-    let dimension = usize::try_from(request.dimension).ok().filter(|size| *size > 0);
-    if request.dimension != 0 && !dimension.is_some_and(|size| SIZES.contains(&size)) {
-        let sent = request.dimension;
-        violations.add(
-            "dimension",
-            format!("is {sent}; send 256, 384, 768 or 1536, or 0 for all that there are"),
-        );
-    }
     let as_of = past(&mut violations, request.as_of, now);
     violations.into_result()?;
     let top_k = if request.top_k == 0 {
@@ -88,10 +81,48 @@ pub fn search_request(request: wire::SearchRequest, now: Timestamp) -> Result<Se
         after,
         as_of,
         rerank: request.rerank,
-        dimension,
+        dimensions,
+        budget_ms,
         explain: request.explain,
     };
     Ok(query)
+}
+
+/// Who chooses the dimensions, and the milliseconds that the search may take.
+fn dimensions(violations: &mut Violations, request: &wire::SearchRequest) -> (Dimensions, Option<u32>) {
+    let (sent, budget) = (request.dimension, request.latency_budget_ms);
+    if !(0..=MAX_BUDGET_MS).contains(&budget) {
+        violations.add(
+            "latency_budget_ms",
+            format!("is {budget}; send 1 to 60,000, or 0 for no limit"),
+        );
+    }
+    let budget_ms = u32::try_from(budget).ok().filter(|ms| *ms > 0);
+    let choice = match wire::DimensionChoice::try_from(request.dimension_choice) {
+        Ok(wire::DimensionChoice::Unspecified) if budget_ms.is_none() => Dimensions::All,
+        Ok(wire::DimensionChoice::Unspecified | wire::DimensionChoice::Auto) => Dimensions::Fitting,
+        Ok(wire::DimensionChoice::Table) => Dimensions::Table,
+        Err(_) => {
+            let number = request.dimension_choice;
+            violations.add("dimension_choice", format!("is {number}, which is no choice"));
+            Dimensions::All
+        }
+    };
+    match usize::try_from(sent).ok().filter(|size| SIZES.contains(size)) {
+        _ if sent == 0 => return (choice, budget_ms),
+        Some(size) if choice == Dimensions::All => return (Dimensions::Only(size), None),
+        Some(_) => violations.add(
+            "dimension",
+            format!(
+                "is {sent}, so nothing is left to choose; send either it, or `dimension_choice` and `latency_budget_ms`"
+            ),
+        ),
+        None => violations.add(
+            "dimension",
+            format!("is {sent}; send 256, 384, 768 or 1536, or 0 for all that there are"),
+        ),
+    }
+    (Dimensions::All, None)
 }
 
 fn weights(violations: &mut Violations, asked: &wire::SearchWeights) -> Weights {
@@ -168,5 +199,6 @@ fn stats(stats: SearchStats) -> wire::SearchStats {
         lexical_ms: stats.lexical_ms,
         total_ms: stats.total_ms,
         terms: stats.terms,
+        dimension_rule: stats.rule.into(),
     }
 }

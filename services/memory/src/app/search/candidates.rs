@@ -7,6 +7,7 @@ use std::time::Instant;
 use aeterna_error::Error;
 use aeterna_rpc::RequestContext;
 use aeterna_types::TenantId;
+use aeterna_types::dimension::Chosen;
 
 use super::past::Past;
 use super::score::fuse;
@@ -184,8 +185,9 @@ impl<'s> Run<'s> {
             let among = Arc::clone(&bounds.among);
             keys = app.candidates(serving, code, among, self.depth()).await?;
         }
-        let full = serving.model.dimension;
-        vector.truncate(query.dimension.unwrap_or(full).min(full));
+        let Chosen { size, rule } = app.dimensions(self.tenant(), &serving.model, query);
+        stats.rule = rule;
+        vector.truncate(size.min(serving.model.dimension));
         // As long as one: a prefix of a unit vector is shorter.
         let norm = vector.iter().map(|x| x * x).sum::<f32>().sqrt().max(f32::MIN_POSITIVE);
         vector.iter_mut().for_each(|x| *x /= norm);

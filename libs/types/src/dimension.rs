@@ -1,0 +1,292 @@
+//! How many dimensions of a Matryoshka model to use (Kusupati et al. 2022): the specification's rule as a table, and the
+//! best quality that fits a latency budget by what was measured.
+
+use std::collections::{BTreeMap, HashMap};
+use std::hash::Hash;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+/// The Matryoshka sizes, ascending.
+pub const SIZES: [usize; 4] = [256, 384, 768, 1536];
+/// A measurement as old as this is made again.
+const FRESH: Duration = Duration::from_secs(60);
+/// Things that are measured, at most; the one that was measured longest ago makes room.
+const KEPT: usize = 1000;
+
+/// The sizes that can be asked of a model with that many dimensions, ascending; the last is its full size.
+pub fn sizes(full: usize) -> Vec<usize> {
+    let smaller = SIZES.into_iter().filter(|size| *size < full);
+    smaller.chain([full]).collect()
+}
+
+/// What is known about a search.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Purpose {
+    /// Characters of the query; `None`: unknown.
+    pub query_length: Option<usize>,
+    /// Results wanted; `None`: unknown.
+    pub results: Option<usize>,
+    /// Milliseconds; `None`: no limit.
+    pub budget_ms: Option<u32>,
+}
+
+/// A number of dimensions and the reason for it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Chosen {
+    /// Dimensions; by the table, not clipped to any model.
+    pub size: usize,
+    /// Which rule chose them, for a person.
+    pub rule: &'static str,
+}
+
+type Applies = fn(&Purpose) -> bool;
+
+/// The first row that applies is taken.
+const TABLE: &[(&str, usize, Applies)] = &[
+    (
+        "query shorter than 20 characters and at most 10 results",
+        256,
+        |purpose| purpose.query_length.is_some_and(|n| n < 20) && purpose.results.is_some_and(|n| n <= 10),
+    ),
+    ("latency budget below 50 ms", 256, |purpose| {
+        purpose.budget_ms.is_some_and(|ms| ms < 50)
+    }),
+    ("latency budget below 100 ms", 384, |purpose| {
+        purpose.budget_ms.is_some_and(|ms| ms < 100)
+    }),
+    ("latency budget below 200 ms", 768, |purpose| {
+        purpose.budget_ms.is_some_and(|ms| ms < 200)
+    }),
+];
+
+/// What the specification's table says.
+pub fn by_table(purpose: &Purpose) -> Chosen {
+    let row = TABLE.iter().find(|(_, _, applies)| applies(purpose));
+    row.map_or(
+        Chosen {
+            size: 1536,
+            rule: "no reason for less",
+        },
+        |(rule, size, _)| Chosen { size: *size, rule },
+    )
+}
+
+/// A moving average.
+#[derive(Clone, Copy, Debug)]
+struct Measured {
+    ms: f64,
+    at: Instant,
+}
+
+/// How long something took of late, by the number of dimensions, for each of several things.
+#[derive(Debug)]
+pub struct Latencies<K>(Mutex<HashMap<K, BTreeMap<usize, Measured>>>);
+
+impl<K> Default for Latencies<K> {
+    fn default() -> Self {
+        Self(Mutex::new(HashMap::new()))
+    }
+}
+
+impl<K: Clone + Eq + Hash> Latencies<K> {
+    /// Notes what it took with that many dimensions.
+    pub fn note(&self, key: K, size: usize, took: Duration, now: Instant) {
+        let ms = took.as_secs_f64() * 1e3;
+        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if all.len() >= KEPT && !all.contains_key(&key) {
+            let last = |of: &BTreeMap<usize, Measured>| of.values().map(|one| one.at).max();
+            let oldest = all.iter().min_by_key(|(_, of)| last(of)).map(|(key, _)| key.clone());
+            oldest.and_then(|key| all.remove(&key));
+        }
+        let measured = all.entry(key).or_default().entry(size);
+        measured
+            .and_modify(|one| {
+                *one = Measured {
+                    ms: one.ms + 0.2 * (ms - one.ms),
+                    at: now,
+                }
+            })
+            .or_insert(Measured { ms, at: now });
+    }
+
+    /// The largest of the sizes (ascending) whose latency fits the budget; the smallest when none does. A size that was not
+    /// measured is taken to lie on the line between its neighbours, to take no longer than the next larger one, or, when no
+    /// larger one is known either, to be worth a trial; so is one, once a minute, that did not fit when it was measured last.
+    pub fn fitting(&self, key: &K, sizes: &[usize], budget_ms: Option<u32>, now: Instant) -> Chosen {
+        let (least, full) = (sizes.first().copied().unwrap_or(0), sizes.last().copied().unwrap_or(0));
+        let Some(budget) = budget_ms.map(f64::from) else {
+            return Chosen {
+                size: full,
+                rule: "no latency budget: full size",
+            };
+        };
+        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(known) = all.get_mut(key) else {
+            return Chosen {
+                size: full,
+                rule: "nothing was measured yet: full size",
+            };
+        };
+        for &size in sizes.iter().rev() {
+            match estimate(known, size) {
+                Some(ms) if ms <= budget => {
+                    return Chosen {
+                        size,
+                        rule: "the largest size whose measured latency fits the budget",
+                    };
+                }
+                None => {
+                    return Chosen {
+                        size,
+                        rule: "a larger size than was measured yet is tried",
+                    };
+                }
+                Some(_) => {}
+            }
+            if let Some(old) = known
+                .get_mut(&size)
+                .filter(|one| now.saturating_duration_since(one.at) >= FRESH)
+            {
+                // The others go by what is known until this one has an answer.
+                old.at = now;
+                return Chosen {
+                    size,
+                    rule: "what did not fit a minute ago is tried again",
+                };
+            }
+        }
+        Chosen {
+            size: least,
+            rule: "no size fits the latency budget: the smallest",
+        }
+    }
+}
+
+/// Milliseconds that a size is thought to take; `None`: nothing that large was measured.
+fn estimate(known: &BTreeMap<usize, Measured>, size: usize) -> Option<f64> {
+    let (above, upper) = known.range(size..).next()?;
+    let Some((below, lower)) = known.range(..size).next_back() else {
+        return Some(upper.ms);
+    };
+    let share = (size - below) as f64 / (above - below) as f64;
+    Some(lower.ms + share * (upper.ms - lower.ms))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ALL: &[usize] = &SIZES;
+
+    fn ms(number: u64) -> Duration {
+        Duration::from_millis(number)
+    }
+
+    #[test]
+    fn the_table_is_the_specification() {
+        let purpose = |query_length, results, budget_ms| Purpose {
+            query_length,
+            results,
+            budget_ms,
+        };
+        for (purpose, size) in [
+            (purpose(Some(0), Some(1), None), 256),
+            (purpose(Some(19), Some(10), None), 256),
+            (purpose(Some(20), Some(10), None), 1536),
+            (purpose(Some(19), Some(11), None), 1536),
+            (purpose(Some(19), None, None), 1536),
+            (purpose(None, Some(10), None), 1536),
+            (purpose(None, None, Some(0)), 256),
+            (purpose(None, None, Some(49)), 256),
+            (purpose(None, None, Some(50)), 384),
+            (purpose(None, None, Some(99)), 384),
+            (purpose(None, None, Some(100)), 768),
+            (purpose(None, None, Some(199)), 768),
+            (purpose(None, None, Some(200)), 1536),
+            (purpose(None, None, None), 1536),
+            // The rows stand in this order.
+            (purpose(Some(19), Some(10), Some(500)), 256),
+            (purpose(Some(20), Some(10), Some(120)), 768),
+        ] {
+            assert_eq!(by_table(&purpose).size, size, "{purpose:?}");
+        }
+    }
+
+    #[test]
+    fn a_models_sizes_end_with_its_own() {
+        assert_eq!(sizes(100), [100]);
+        assert_eq!(sizes(384), [256, 384]);
+        assert_eq!(sizes(1024), [256, 384, 768, 1024]);
+        assert_eq!(sizes(3072), [256, 384, 768, 1536, 3072]);
+    }
+
+    #[test]
+    fn the_largest_size_that_fits_the_budget_is_taken() {
+        let (latencies, now) = (Latencies::default(), Instant::now());
+        let chosen = |budget_ms| latencies.fitting(&"ann", ALL, budget_ms, now).size;
+        assert_eq!(chosen(Some(1)), 1536, "nothing was measured yet");
+        for (size, took) in [(1536, 90), (768, 40), (256, 10)] {
+            latencies.note("ann", size, ms(took), now);
+        }
+        // What 384 takes is not known; on the line between 256 and 768 it is 17.5 ms.
+        for (budget_ms, size) in [
+            (9, 256),
+            (10, 256),
+            (17, 256),
+            (18, 384),
+            (39, 384),
+            (40, 768),
+            (89, 768),
+            (90, 1536),
+        ] {
+            assert_eq!(chosen(Some(budget_ms)), size, "{budget_ms} ms");
+        }
+        assert_eq!(chosen(None), 1536);
+        assert_eq!(
+            latencies.fitting(&"bob", ALL, Some(1), now).size,
+            1536,
+            "each has its own"
+        );
+        // Full size has become quicker since: 90, 76, 64.8, … ms.
+        for _ in 0..20 {
+            latencies.note("ann", 1536, ms(20), now);
+        }
+        assert_eq!(chosen(Some(39)), 1536);
+    }
+
+    #[test]
+    fn what_did_not_fit_is_tried_again_once_a_minute() {
+        let (latencies, began) = (Latencies::default(), Instant::now());
+        latencies.note("ann", 1536, ms(90), began);
+        let chosen = |after| latencies.fitting(&"ann", ALL, Some(20), began + after).size;
+        assert_eq!(chosen(Duration::ZERO), 256, "no smaller one is known to be quicker");
+        latencies.note("ann", 256, ms(10), began);
+        assert_eq!(chosen(Duration::from_secs(59)), 384, "18 ms by the line");
+        assert_eq!(chosen(Duration::from_secs(60)), 1536);
+        assert_eq!(chosen(Duration::from_secs(60)), 384, "one trial a minute");
+        assert_eq!(chosen(Duration::from_secs(120)), 1536);
+    }
+
+    #[test]
+    fn what_is_larger_than_all_that_was_measured_is_tried() {
+        let (latencies, now) = (Latencies::default(), Instant::now());
+        latencies.note("ann", 256, ms(10), now);
+        assert_eq!(latencies.fitting(&"ann", ALL, Some(5), now).size, 1536);
+    }
+
+    #[test]
+    fn the_number_of_things_is_bounded() {
+        let (latencies, began) = (Latencies::default(), Instant::now());
+        for number in 0..=KEPT {
+            latencies.note(number, 1536, ms(90), began + ms(number as u64));
+        }
+        let now = began + ms(KEPT as u64);
+        assert_eq!(latencies.0.lock().unwrap().len(), KEPT);
+        assert_eq!(
+            latencies.fitting(&0, ALL, Some(1), now).size,
+            1536,
+            "the oldest is forgotten"
+        );
+        assert_eq!(latencies.fitting(&1, ALL, Some(1), now).size, 256);
+    }
+}
