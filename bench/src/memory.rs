@@ -156,7 +156,12 @@ async fn fill(args: &Args, server: &Program, from: usize, to: usize) -> anyhow::
                     let requests = (start..(start + BATCH).min(to))
                         .map(|number| item(text(number)))
                         .collect();
-                    client.batch_add(BatchAddRequest { requests }).await?;
+                    client
+                        .batch_add(BatchAddRequest {
+                            requests,
+                            ..Default::default()
+                        })
+                        .await?;
                 }
             })
         })

@@ -122,7 +122,13 @@ async fn import(client: &mut Client, conversation: &Conversation) -> anyhow::Res
             }
         });
         let requests = requests.collect();
-        let answer = client.batch_add(BatchAddRequest { requests }).await?.into_inner();
+        let answer = client
+            .batch_add(BatchAddRequest {
+                requests,
+                ..Default::default()
+            })
+            .await?
+            .into_inner();
         for result in answer.results {
             if let Some(ItemResult::Error(error)) = result.result {
                 bail!("a turn of {} was refused: {}", conversation.id, error.message);

@@ -276,7 +276,13 @@ async fn killed_while_it_rebuilds_its_index_it_rebuilds_it_again() {
         let requests = (start..start + 500)
             .map(|number| request(&format!("the fact{number} about subject{number}")))
             .collect();
-        client.batch_add(BatchAddRequest { requests }).await.unwrap();
+        client
+            .batch_add(BatchAddRequest {
+                requests,
+                ..Default::default()
+            })
+            .await
+            .unwrap();
     }
     program.stop().await;
     let mut in_the_middle = 0;
@@ -411,6 +417,7 @@ async fn vectors_that_are_made_up_later_survive_a_kill_in_the_middle() {
     for requests in requests.chunks(200) {
         let batch = BatchAddRequest {
             requests: requests.to_vec(),
+            ..Default::default()
         };
         client.batch_add(batch).await.unwrap();
     }

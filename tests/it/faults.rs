@@ -243,6 +243,7 @@ async fn what_is_too_much_is_refused_with_the_limit() {
         );
         let batch = BatchAddRequest {
             requests: (0..1001).map(|n| item(format!("note {n}"))).collect(),
+            ..Default::default()
         };
         let status = client.batch_add(batch).await.unwrap_err();
         assert!(

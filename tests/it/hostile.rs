@@ -46,6 +46,7 @@ pub fn requests(id: &str) -> BTreeMap<&'static str, Vec<u8>> {
             "BatchAdd",
             memory::BatchAddRequest {
                 requests: vec![item("two"), item("three")],
+                ..Default::default()
             }
             .encode_to_vec(),
         ),

@@ -521,6 +521,7 @@ async fn a_policy_holds_in_every_way_to_write_and_nowhere_but_in_its_layers() {
 
         let batch = BatchAddRequest {
             requests: vec![add("monday", "a third"), add("monday", "a fourth"), add("", &long)],
+            ..Default::default()
         };
         let batch = memories.batch_add(bearing(batch, &writer)).await.unwrap().into_inner();
         let refused = batch.results.into_iter().map(|result| match result.result {

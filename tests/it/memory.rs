@@ -152,6 +152,7 @@ async fn pages_end_before_a_message_is_too_large_and_go_on_where_they_ended() {
             requests: (10..14)
                 .map(|n| add(way, &format!("{n} {}", "word ".repeat(13_050))))
                 .collect(),
+            ..Default::default()
         };
         let status = client.batch_add(batch.clone()).await.unwrap_err();
         assert_eq!(refusal(&status).0, "MESSAGE_TOO_LARGE", "{way}: {status:?}");

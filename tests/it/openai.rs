@@ -355,7 +355,13 @@ async fn a_model_that_refuses_the_texts_does_not_take_over() {
     let requests = (0..20)
         .map(|n| item("ann", &format!("forbidden cargo number {n}")))
         .collect();
-    client.batch_add(BatchAddRequest { requests }).await.unwrap();
+    client
+        .batch_add(BatchAddRequest {
+            requests,
+            ..Default::default()
+        })
+        .await
+        .unwrap();
     program.stop().await;
 
     let program = start(&[

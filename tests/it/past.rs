@@ -2,13 +2,15 @@
 
 use std::time::{Duration, SystemTime};
 
+use aeterna_proto::memory::v1::batch_add_result::Result as ItemResult;
 use aeterna_proto::memory::v1::memory_service_client::MemoryServiceClient;
 use aeterna_proto::memory::v1::{
-    AddRequest, DeleteRequest, GetRequest, ListRequest, Memory, SearchRequest, SearchWeights, UpdateRequest,
+    AddRequest, BatchAddRequest, DeleteRequest, GetRequest, ListRequest, Memory, SearchRequest, SearchWeights,
+    UpdateRequest,
 };
 use aeterna_rpc::AnyChannel;
 use aeterna_testkit::refusal;
-use prost_types::Timestamp;
+use prost_types::{FieldMask, Timestamp};
 use tonic::Code;
 
 use crate::notes::{item, user};
@@ -24,7 +26,7 @@ async fn add(client: &mut Client, name: &str, content: &str) -> Memory {
 async fn change(client: &mut Client, memory: Memory, field: &str) {
     let request = UpdateRequest {
         memory: Some(memory),
-        update_mask: Some(prost_types::FieldMask {
+        update_mask: Some(FieldMask {
             paths: vec![field.into()],
         }),
         request_id: String::new(),
@@ -242,6 +244,49 @@ async fn confidence_variety_and_near_duplicates() {
             added.near_duplicates
         );
         assert!(added.near_duplicates[0].similarity >= 0.9, "{way}");
+        // A memory that is changed to say nearly the same has it told, one whose importance is changed has not.
+        let far = client.add(item(way, "A ferry leaves for the island")).await.unwrap();
+        let far = far.into_inner();
+        assert_eq!(far.near_duplicates, [], "{way}");
+        let mut changed = far.memory.unwrap();
+        changed.etag.clear();
+        changed.content = "The harbour opens, at eight, in the mornings".into();
+        let mut change = async |fields: &[&str]| {
+            let paths = fields.iter().map(ToString::to_string).collect();
+            let request = UpdateRequest {
+                memory: Some(changed.clone()),
+                update_mask: Some(FieldMask { paths }),
+                ..Default::default()
+            };
+            let near = client.update(request).await.unwrap().into_inner().near_duplicates;
+            near.into_iter().map(|near| near.id).collect::<Vec<_>>()
+        };
+        assert_eq!(change(&["importance"]).await, Vec::<String>::new(), "{way}");
+        let near = change(&["content"]).await;
+        assert!(near.contains(&new.id) && !near.contains(&changed.id), "{way}: {near:?}");
+        // So has a large batch that asks for it.
+        for asked in [false, true] {
+            let mut requests: Vec<_> = (0..32)
+                .map(|n| {
+                    item(
+                        way,
+                        &format!("{asked} {n} words of no other memory, number {}", n * 7919),
+                    )
+                })
+                .collect();
+            let end = if asked { "?" } else { "..." };
+            requests.push(item(way, &format!("The harbour opens at eight in the mornings{end}")));
+            let batch = BatchAddRequest {
+                requests,
+                tell_near_duplicates: asked,
+            };
+            let results = client.batch_add(batch).await.unwrap().into_inner().results;
+            let told = results.iter().any(|result| match &result.result {
+                Some(ItemResult::Added(added)) => added.near_duplicates.iter().any(|near| near.id == new.id),
+                other => panic!("{way}: {other:?}"),
+            });
+            assert_eq!(told, asked, "{way}");
+        }
         // With fewer dimensions it is the same search, on prefixes.
         let small = SearchRequest {
             dimension: 256,

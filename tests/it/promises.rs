@@ -56,6 +56,7 @@ async fn a_batch_holds_a_thousand_and_no_more() {
     let mut client = MemoryServiceClient::new(channel);
     let batch = |count: usize| BatchAddRequest {
         requests: (0..count).map(|n| item("ann", &format!("fact {n}"))).collect(),
+        ..Default::default()
     };
     let status = client.batch_add(batch(1001)).await.unwrap_err();
     assert!(

@@ -55,7 +55,15 @@ async fn fill(client: &mut Client, tenant: &str, contents: &[String]) -> String 
     let mut consistent = String::new();
     for part in contents.chunks(300) {
         let requests = part.iter().map(|content| item("ann", content)).collect();
-        let added = client.batch_add(bearing(BatchAddRequest { requests }, &bearer)).await;
+        let added = client
+            .batch_add(bearing(
+                BatchAddRequest {
+                    requests,
+                    ..Default::default()
+                },
+                &bearer,
+            ))
+            .await;
         consistent = added.unwrap().into_inner().consistency_token;
     }
     consistent

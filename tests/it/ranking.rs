@@ -235,7 +235,13 @@ async fn what_a_filter_leaves_is_found_however_little_it_is() {
             request
         };
         let requests = numbers.iter().map(request).collect();
-        client.batch_add(BatchAddRequest { requests }).await.unwrap();
+        client
+            .batch_add(BatchAddRequest {
+                requests,
+                ..Default::default()
+            })
+            .await
+            .unwrap();
     }
     // Vectors of what the filter leaves and of the queries, by the model itself.
     let mut vectors = async |texts: Vec<String>, kind: TextKind| {

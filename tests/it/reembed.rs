@@ -50,7 +50,13 @@ async fn another_model_takes_over_without_a_gap_and_after_a_kill() {
     let requests = (0..COUNT)
         .map(|n| item("ann", &format!("note {n} about ship number {n} in the harbour")))
         .collect();
-    client.batch_add(BatchAddRequest { requests }).await.unwrap();
+    client
+        .batch_add(BatchAddRequest {
+            requests,
+            ..Default::default()
+        })
+        .await
+        .unwrap();
     assert_eq!(search(&mut client, "ship number 7").await.model, "hash");
     program.stop().await;
 
@@ -147,6 +153,7 @@ async fn a_copy_that_is_not_there_yet_goes_on_by_the_model_before() {
     let requests = (0..20).map(|n| item("ann", &format!("note {n} about ship number {n}")));
     let requests = BatchAddRequest {
         requests: requests.collect(),
+        ..Default::default()
     };
     let added = MemoryServiceClient::new(first.channel()).batch_add(requests).await;
     let token = added.unwrap().into_inner().consistency_token;

@@ -137,7 +137,13 @@ async fn a_rotation_is_learned_and_searches_go_on() {
     let text = |n: usize| format!("note {n}");
     for first in (0..COUNT).step_by(400) {
         let requests = (first..first + 400).map(|n| item("ann", &text(n))).collect();
-        client.batch_add(BatchAddRequest { requests }).await.unwrap();
+        client
+            .batch_add(BatchAddRequest {
+                requests,
+                ..Default::default()
+            })
+            .await
+            .unwrap();
     }
 
     // Every search finds what it looks for, before and while and after.

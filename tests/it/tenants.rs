@@ -352,6 +352,7 @@ async fn a_token_bound_to_a_scope_does_not_leave_it() {
         };
         let batch = BatchAddRequest {
             requests: vec![item("ann"), item("bob")],
+            ..Default::default()
         };
         let results = bob
             .client

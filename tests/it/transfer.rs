@@ -25,7 +25,13 @@ async fn fill(client: &mut Client, name: &str, count: usize) {
         let requests = (start..(start + 500).min(count))
             .map(|n| item(name, &format!("note {n} about the harbour")))
             .collect();
-        client.batch_add(BatchAddRequest { requests }).await.unwrap();
+        client
+            .batch_add(BatchAddRequest {
+                requests,
+                ..Default::default()
+            })
+            .await
+            .unwrap();
     }
     let changed = client
         .add(item(name, "the first words"))

@@ -212,7 +212,13 @@ async fn a_watcher_that_does_not_read_misses_nothing_and_a_drain_ends_it() {
         let requests = (0..500)
             .map(|n| item("ann", &format!("fact {batch} {n} {}", "x".repeat(200))))
             .collect();
-        client.batch_add(BatchAddRequest { requests }).await.unwrap();
+        client
+            .batch_add(BatchAddRequest {
+                requests,
+                ..Default::default()
+            })
+            .await
+            .unwrap();
     }
     for batch in 0..8 {
         for n in 0..500 {
@@ -251,7 +257,10 @@ async fn a_watcher_that_is_very_slow_is_told_to_begin_again_and_misses_nothing()
             .map(|n| item("ann", &format!("fact {n} {}", "x".repeat(1_000))))
             .collect();
         let added = client
-            .batch_add(BatchAddRequest { requests })
+            .batch_add(BatchAddRequest {
+                requests,
+                ..Default::default()
+            })
             .await
             .unwrap()
             .into_inner();
@@ -390,7 +399,10 @@ async fn thousands_of_watchers_are_told_while_half_of_them_sleep() {
     for first in (CHANGES..CHANGES + MISSED).step_by(100) {
         let requests = (first..first + 100).map(of_the_agent).collect();
         let added = client
-            .batch_add(BatchAddRequest { requests })
+            .batch_add(BatchAddRequest {
+                requests,
+                ..Default::default()
+            })
             .await
             .unwrap()
             .into_inner();

@@ -30,7 +30,7 @@ use tokio::sync::watch::{Receiver, Sender};
 use tokio::sync::{Notify, broadcast};
 use tokio_util::sync::CancellationToken;
 
-pub use add::{Added, NewMemory};
+pub use add::{Kept, NewMemory};
 pub use delete::Deletion;
 pub use get::GetQuery;
 pub use history::Versions;

@@ -30,7 +30,7 @@ pub use policy::{
 pub use search::{search_request, search_response};
 pub use transfer::{export_request, import_id, import_items, import_response, sent};
 
-use crate::app::{Added, GetQuery, ListQuery, NewMemory, Page, Patch};
+use crate::app::{GetQuery, Kept, ListQuery, NewMemory, Page, Patch};
 use crate::domain::{Body, DEFAULT_IMPORTANCE, Idempotency, MAX_TAGS, Memory, Outcome, Sequence, Source};
 use crate::filter::Filter;
 use value::{from_struct, time, timestamp, to_struct};
@@ -270,7 +270,7 @@ pub(super) fn check_token(violations: &mut Violations, token: &str) -> Sequence 
 }
 
 /// The answer to Add.
-pub fn add_response(Added { written, near }: Added) -> wire::AddResponse {
+pub fn add_response(Kept { written, near }: Kept) -> wire::AddResponse {
     let outcome = match written.outcome {
         Outcome::Created => wire::AddOutcome::Created,
         Outcome::Merged => wire::AddOutcome::Merged,
@@ -279,19 +279,30 @@ pub fn add_response(Added { written, near }: Added) -> wire::AddResponse {
         consistency_token: consistency_token(written.sequence),
         memory: Some(memory(written.memory)),
         outcome: outcome.into(),
-        near_duplicates: near
-            .into_iter()
-            .map(|(id, similarity)| wire::NearDuplicate {
-                id: id.to_string(),
-                similarity,
-            })
-            .collect(),
+        near_duplicates: near_duplicates(near),
+    }
+}
+
+fn near_duplicates(near: Vec<(MemoryId, f64)>) -> Vec<wire::NearDuplicate> {
+    let told = |(id, similarity): (MemoryId, f64)| wire::NearDuplicate {
+        id: id.to_string(),
+        similarity,
+    };
+    near.into_iter().map(told).collect()
+}
+
+/// The answer to Update.
+pub fn update_response(Kept { written, near }: Kept) -> wire::UpdateResponse {
+    wire::UpdateResponse {
+        consistency_token: consistency_token(written.sequence),
+        memory: Some(memory(written.memory)),
+        near_duplicates: near_duplicates(near),
     }
 }
 
 /// The answer to BatchAdd.
 pub fn batch_response(
-    results: Vec<Result<Added, Error>>,
+    results: Vec<Result<Kept, Error>>,
     refused: impl Fn(&Error) -> ItemError,
 ) -> wire::BatchAddResponse {
     use wire::batch_add_result::Result as Item;

@@ -45,16 +45,18 @@ impl MemoryService for Memories {
     async fn add(&self, request: Request<wire::AddRequest>) -> Answer<wire::AddResponse> {
         let context = RequestContext::of(&request)?;
         let item = convert::add_request(request.into_inner(), "")?;
-        let added = self.0.add(&context, vec![Ok(item)]).await?.pop();
+        let added = self.0.add(&context, vec![Ok(item)], true).await?.pop();
         let added = added.ok_or_else(|| Error::internal("an addition has no result"))??;
         Ok(Response::new(convert::add_response(added)))
     }
 
     async fn batch_add(&self, request: Request<wire::BatchAddRequest>) -> Answer<wire::BatchAddResponse> {
         let context = RequestContext::of(&request)?;
-        let items = convert::batch_request(request.into_inner(), self.0.message_bytes)?;
-        let written = self.0.add(&context, items).await?;
-        let mut answer = convert::batch_response(written, item_error);
+        let request = request.into_inner();
+        let near = request.tell_near_duplicates;
+        let items = convert::batch_request(request, self.0.message_bytes)?;
+        let kept = self.0.add(&context, items, near).await?;
+        let mut answer = convert::batch_response(kept, item_error);
         if self.0.is_too_large(&answer) {
             convert::shorten_additions(&mut answer);
         }
@@ -72,15 +74,9 @@ impl MemoryService for Memories {
 
     async fn update(&self, request: Request<wire::UpdateRequest>) -> Answer<wire::UpdateResponse> {
         let context = RequestContext::of(&request)?;
-        let written = self
-            .0
-            .update(&context, convert::update_request(request.into_inner())?)
-            .await?;
-        let consistency_token = convert::consistency_token(written.sequence);
-        Ok(Response::new(wire::UpdateResponse {
-            memory: Some(convert::memory(written.memory)),
-            consistency_token,
-        }))
+        let patch = convert::update_request(request.into_inner())?;
+        let kept = self.0.update(&context, patch).await?;
+        Ok(Response::new(convert::update_response(kept)))
     }
 
     async fn delete(&self, request: Request<wire::DeleteRequest>) -> Answer<wire::DeleteResponse> {

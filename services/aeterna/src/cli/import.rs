@@ -131,7 +131,15 @@ async fn send(
     tally: &mut Tally,
 ) -> anyhow::Result<()> {
     let (items, requests): (Vec<Item>, Vec<AddRequest>) = batch.into_iter().unzip();
-    let answer = patiently(client, &BatchAddRequest { requests }, bar).await?;
+    let answer = patiently(
+        client,
+        &BatchAddRequest {
+            requests,
+            ..Default::default()
+        },
+        bar,
+    )
+    .await?;
     for (item, result) in items.iter().zip(answer.results) {
         match result.result {
             Some(ItemResult::Added(added)) if added.outcome() == AddOutcome::Merged => tally.merged += 1,

@@ -21,24 +21,33 @@ pub struct NewMemory {
     pub idempotency: Option<Idempotency>,
 }
 
-/// What became of an added memory, and what says nearly the same.
+/// What became of a memory that was written, and what says nearly the same.
 #[derive(Clone, Debug)]
-pub struct Added {
+pub struct Kept {
     /// The write.
     pub written: Written,
     /// Other memories of the scope with their cosines, nearest first.
     pub near: Vec<(MemoryId, f64)>,
 }
 
+impl From<Written> for Kept {
+    /// Nothing nearly the same was looked for.
+    fn from(written: Written) -> Self {
+        let near = Vec::new();
+        Self { written, near }
+    }
+}
+
 /// Cosine from which on two memories say nearly the same.
 const NEAR: f64 = 0.9;
 /// Near ones that are told, at most.
 const TOLD: usize = 5;
-/// Items of a batch up to which near ones are looked for: each costs a search.
+/// Items of a batch up to which near ones are looked for without being asked to: each costs a search.
 const SEARCHED: usize = 32;
 
 impl App {
-    /// Adds memories; each has its own result. The vectors are made before the transaction begins.
+    /// Adds memories; each has its own result. The vectors are made before the transaction begins. `near`: what says nearly the
+    /// same is looked for, however many they are.
     ///
     /// # Errors
     /// When the store fails; then nothing of the batch is kept.
@@ -46,7 +55,8 @@ impl App {
         &self,
         context: &RequestContext,
         items: Vec<Result<NewMemory, Error>>,
-    ) -> Result<Vec<Result<Added, Error>>, Error> {
+        near: bool,
+    ) -> Result<Vec<Result<Kept, Error>>, Error> {
         let writer = self.writer(context);
         let law = self.law(&writer.tenant).await?;
         let mut results: Vec<Option<Result<Written, Error>>> = Vec::with_capacity(items.len());
@@ -99,23 +109,26 @@ impl App {
         if last > Sequence::default() {
             self.await_index(last).await;
         }
-        let told = results.len() <= SEARCHED;
-        let mut added = Vec::with_capacity(results.len());
+        let told = near || results.len() <= SEARCHED;
+        let mut kept = Vec::with_capacity(results.len());
         for result in results {
-            let near = match &result {
+            kept.push(match result {
                 Ok(written) if told && written.outcome == Outcome::Created => {
-                    // The memory is stored: what fails now must not make its writer believe that it is not.
-                    let near = self.near(&writer.tenant, written.memory.id).await;
-                    near.unwrap_or_else(|error| {
-                        tracing::warn!(error = %error.chain(), "near duplicates can't be told");
-                        Vec::new()
-                    })
+                    Ok(self.with_near(&writer.tenant, written).await)
                 }
-                _ => Vec::new(),
-            };
-            added.push(result.map(|written| Added { written, near }));
+                result => result.map(Kept::from),
+            });
         }
-        Ok(added)
+        Ok(kept)
+    }
+
+    /// A memory that is stored, with what says nearly the same: what fails now must not make its writer believe that it is not.
+    pub(super) async fn with_near(&self, tenant: &TenantId, written: Written) -> Kept {
+        let near = self.near(tenant, written.memory.id).await.unwrap_or_else(|error| {
+            tracing::warn!(error = %error.chain(), "near duplicates can't be told");
+            Vec::new()
+        });
+        Kept { written, near }
     }
 
     /// Other memories of the same place that say nearly the same; none as long as the vector is pending.

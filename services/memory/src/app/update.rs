@@ -6,8 +6,8 @@ use aeterna_error::Error;
 use aeterna_rpc::RequestContext;
 use aeterna_types::MemoryId;
 
-use super::App;
 use super::get::view;
+use super::{App, Kept};
 use crate::domain::{Body, Idempotency, Writer, Written};
 use crate::error::MemoryError;
 use crate::store::{Change, ChangeItem};
@@ -61,12 +61,12 @@ impl App {
     ///
     /// # Errors
     /// NOT_FOUND, ABORTED when the etag does not fit, FAILED_PRECONDITION when the memory is deleted.
-    pub async fn update(&self, context: &RequestContext, patch: Patch) -> Result<Written, Error> {
+    pub async fn update(&self, context: &RequestContext, patch: Patch) -> Result<Kept, Error> {
         let writer = self.writer(context);
         if let Some(idempotency) = &patch.idempotency
             && let Some(earlier) = self.store.replay(&writer, idempotency).await?
         {
-            return Ok(earlier);
+            return Ok(earlier.into());
         }
         let view = view(context, None)?;
         let law = self.law(&writer.tenant).await?;
@@ -108,7 +108,10 @@ impl App {
                 Err(error) => return Err(error.into()),
                 Ok(written) => {
                     self.await_index(written.sequence).await;
-                    return Ok(written);
+                    return Ok(match reindex {
+                        true => self.with_near(&writer.tenant, written).await,
+                        false => written.into(),
+                    });
                 }
             }
         }
