@@ -1,6 +1,6 @@
 //! Documents by path with their versions, and rules per scope that hold where memories are written.
 
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use aeterna_auth::Role;
 use aeterna_proto::common::v1::{Layer, Scope};
@@ -580,6 +580,104 @@ async fn a_policy_holds_in_every_way_to_write_and_nowhere_but_in_its_layers() {
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
         memories.get(get(&of_the_user.id)).await.unwrap();
+    }
+    sandbox.stop().await;
+}
+
+#[tokio::test]
+async fn no_memory_outlives_and_no_document_exceeds_what_the_rules_allow() {
+    let sandbox = Sandbox::start(&[]).await;
+    for (way, channel) in sandbox.ways() {
+        let mut policies = PolicyServiceClient::new(channel.clone());
+        let mut memories = MemoryServiceClient::new(channel.clone());
+        let mut documents = KnowledgeServiceClient::new(channel);
+        let seconds = |seconds| Some(prost_types::Duration { seconds, nanos: 0 });
+        let rules = PolicyRules {
+            max_time_to_live: seconds(3600),
+            max_document_bytes: Some(20),
+            ..Default::default()
+        };
+        let brief = policy(&format!("brief-{}", way.replace(' ', "-")), team(way), rules.clone());
+        let stored = policies.put_policy(brief.clone()).await.unwrap().into_inner().policy;
+        assert_eq!(stored.unwrap().rules, Some(rules.clone()), "{way}");
+
+        // A memory without an expiry gets the latest, one with an earlier one keeps it, a later one is refused.
+        let now = SystemTime::now();
+        let at = |seconds| Some(prost_types::Timestamp::from(now + Duration::from_secs(seconds)));
+        let until = |content: &str, expires_at| {
+            let mut request = add(way, content);
+            request.memory.as_mut().unwrap().expires_at = expires_at;
+            request
+        };
+        let added = memories.add(until("a thought", None)).await.unwrap().into_inner();
+        let mut thought = added.memory.unwrap();
+        let (created, expires) = (thought.created_at.unwrap(), thought.expires_at.unwrap());
+        assert_eq!(expires.seconds - created.seconds, 3600, "{way}");
+        let soon = memories.add(until("a glimpse", at(60))).await.unwrap().into_inner();
+        assert_eq!(
+            soon.memory.unwrap().expires_at.unwrap().seconds,
+            at(60).unwrap().seconds,
+            "{way}"
+        );
+        let denied = |status: tonic::Status, rule: &str| {
+            assert_eq!(refusal(&status).0, "POLICY_DENIED", "{way}: {status:?}");
+            assert!(status.message().contains(rule), "{way}: {status:?}");
+        };
+        let status = memories.add(until("a monument", at(7200))).await.unwrap_err();
+        denied(status, "max_time_to_live");
+
+        // Nor can it be put off, or left out, later; an earlier one is none of the rule's business.
+        let mut put_off = async |expires_at| {
+            thought.expires_at = expires_at;
+            thought.etag.clear();
+            let paths = vec!["expires_at".into()];
+            let request = UpdateRequest {
+                memory: Some(thought.clone()),
+                update_mask: Some(prost_types::FieldMask { paths }),
+                ..Default::default()
+            };
+            memories.update(request).await
+        };
+        denied(put_off(at(7200)).await.unwrap_err(), "max_time_to_live");
+        denied(put_off(None).await.unwrap_err(), "max_time_to_live");
+        put_off(at(30)).await.unwrap();
+
+        // What is there already is left alone until its expiry is changed.
+        let open = add("elsewhere", "from before there were rules");
+        let mut old = memories.add(open).await.unwrap().into_inner().memory.unwrap();
+        let mut late = brief.clone();
+        late.policy.as_mut().unwrap().name = format!("late-{}", way.replace(' ', "-"));
+        late.policy.as_mut().unwrap().scope = team("elsewhere");
+        policies.put_policy(late.clone()).await.unwrap();
+        old.importance = Some(0.9);
+        old.etag.clear();
+        let request = UpdateRequest {
+            memory: Some(old),
+            update_mask: Some(prost_types::FieldMask {
+                paths: vec!["importance".into()],
+            }),
+            ..Default::default()
+        };
+        let changed = memories.update(request).await.unwrap().into_inner().memory.unwrap();
+        assert_eq!((changed.importance, changed.expires_at), (Some(0.9), None), "{way}");
+        let name = late.policy.unwrap().name;
+        let delete = DeletePolicyRequest {
+            name,
+            ..Default::default()
+        };
+        policies.delete_policy(delete).await.unwrap();
+
+        // Documents have a limit of their own.
+        let mut write = async |content: &str| documents.put_document(put(way, "notes.md", content)).await;
+        write(&"x".repeat(20)).await.unwrap();
+        denied(write(&"x".repeat(21)).await.unwrap_err(), "max_document_bytes");
+
+        let mut wrong = brief;
+        let rules = wrong.policy.as_mut().unwrap().rules.as_mut().unwrap();
+        (rules.max_time_to_live, rules.max_document_bytes) = (seconds(-1), Some(0));
+        let status = policies.put_policy(wrong).await.unwrap_err();
+        let fields = ["policy.rules.max_document_bytes", "policy.rules.max_time_to_live"];
+        assert_eq!(refusal(&status).1, fields, "{way}");
     }
     sandbox.stop().await;
 }

@@ -74,10 +74,7 @@ impl App {
         let writer = self.writer(context);
         // A document has the place that is named, for writes as for reads.
         context.principal().may_change(&change.scope)?;
-        let allowed = self
-            .law(&writer.tenant)
-            .await?
-            .may_write(context.principal(), &change.scope);
+        let allowed = self.law(&writer.tenant).await?.may_edit(context.principal(), &change);
         if let Err(error) = allowed {
             // A retry is answered as before, whatever the rules are by now.
             match &change.idempotency {

@@ -7,7 +7,7 @@ use aeterna_types::{Layer, Scope, TenantId, Timestamp};
 use tokio_util::sync::CancellationToken;
 
 use super::App;
-use crate::domain::{Body, Effective, Idempotency, Policy, Writers};
+use crate::domain::{Body, DocumentChange, Edit, Effective, Idempotency, Memory, Policy, Rules, Writers};
 use crate::error::MemoryError;
 
 /// Policies of a tenant: every write asks all of them.
@@ -39,11 +39,28 @@ impl Law {
         check_writer(&self.effective(scope), principal)
     }
 
-    /// Refuses a caller who may not write there, and a body that is too large.
-    pub fn may_change(&self, principal: &Principal, scope: &Scope, body: &Body) -> Result<(), MemoryError> {
-        let effective = self.effective(scope);
+    /// Refuses a caller who may not write there, and a body that is too large or is to be shown for too long.
+    pub fn may_change(&self, principal: &Principal, current: &Memory, body: &Body) -> Result<(), MemoryError> {
+        let effective = self.effective(&current.scope);
         check_writer(&effective, principal)?;
-        check_size(&effective, body)
+        check_content(&effective, body)?;
+        match body.expires_at == current.body.expires_at {
+            true => Ok(()),
+            false => check_expiry(&effective, body.expires_at, current.created_at),
+        }
+    }
+
+    /// Refuses a caller who may not write documents there, and a document that is too large.
+    pub fn may_edit(&self, principal: &Principal, change: &DocumentChange) -> Result<(), MemoryError> {
+        let effective = self.effective(&change.scope);
+        check_writer(&effective, principal)?;
+        match &change.edit {
+            Edit::Put(text) => {
+                let limit = ("max_document_bytes", effective.rules.max_document_bytes);
+                check_size(&effective, limit, &text.content)
+            }
+            Edit::Restore(_) | Edit::Delete => Ok(()),
+        }
     }
 
     /// Asks about a new memory, and gives it the expiry that the rules say when it has none of its own; answers how many the
@@ -60,11 +77,16 @@ impl Law {
         }
         let effective = self.effective(scope);
         check_writer(&effective, principal)?;
-        check_size(&effective, body)?;
-        let expiry = |life: i64| Timestamp::from_micros(now.micros().saturating_add(life));
-        body.expires_at = body
-            .expires_at
-            .or_else(|| effective.rules.time_to_live.and_then(expiry));
+        check_content(&effective, body)?;
+        let Rules {
+            time_to_live,
+            max_time_to_live,
+            ..
+        } = effective.rules;
+        let life = [time_to_live, max_time_to_live].into_iter().flatten().min();
+        let expiry = life.and_then(|life| Timestamp::from_micros(now.micros().saturating_add(life)));
+        body.expires_at = body.expires_at.or(expiry);
+        check_expiry(&effective, body.expires_at, now)?;
         let most = effective.rules.max_memories;
         Ok(most.map(|most| (most, effective.origin("max_memories").to_owned())))
     }
@@ -82,15 +104,46 @@ fn check_writer(effective: &Effective, principal: &Principal) -> Result<(), Memo
     })
 }
 
-fn check_size(effective: &Effective, body: &Body) -> Result<(), MemoryError> {
-    let bytes = body.content.len();
-    match effective.rules.max_content_bytes {
+fn check_content(effective: &Effective, body: &Body) -> Result<(), MemoryError> {
+    let limit = ("max_content_bytes", effective.rules.max_content_bytes);
+    check_size(effective, limit, &body.content)
+}
+
+/// `rule` is the name of a limit and what it is.
+fn check_size(
+    effective: &Effective,
+    (rule, most): (&'static str, Option<i64>),
+    content: &str,
+) -> Result<(), MemoryError> {
+    let bytes = content.len();
+    match most {
         Some(most) if i64::try_from(bytes).is_ok_and(|bytes| bytes > most) => Err(MemoryError::Forbidden {
-            policy: effective.origin("max_content_bytes").to_owned(),
-            why: format!("`content` has {bytes} bytes, and `max_content_bytes` is {most}"),
+            policy: effective.origin(rule).to_owned(),
+            why: format!("`content` has {bytes} bytes, and `{rule}` is {most}"),
         }),
         _ => Ok(()),
     }
+}
+
+/// A memory that was added at `since` is not to be shown for too long.
+fn check_expiry(effective: &Effective, expires_at: Option<Timestamp>, since: Timestamp) -> Result<(), MemoryError> {
+    let Some(most) = effective.rules.max_time_to_live else {
+        return Ok(());
+    };
+    let latest = Timestamp::from_micros(since.micros().saturating_add(most));
+    let why = match (expires_at, latest) {
+        (Some(at), Some(latest)) if at > latest => {
+            format!("`expires_at` is {at}, and by `max_time_to_live` it is {latest} at the latest")
+        }
+        (None, Some(latest)) => {
+            format!("the memory would never expire, and by `max_time_to_live` it does at {latest}; send `expires_at`")
+        }
+        _ => return Ok(()),
+    };
+    Err(MemoryError::Forbidden {
+        policy: effective.origin("max_time_to_live").to_owned(),
+        why,
+    })
 }
 
 impl App {

@@ -47,6 +47,7 @@ fn rules(violations: &mut Violations, message: wire::PolicyRules) -> Rules {
     let limits = [
         ("max_content_bytes", message.max_content_bytes, 65_536),
         ("max_memories", message.max_memories, 1_000_000_000),
+        ("max_document_bytes", message.max_document_bytes, 1_048_576),
     ];
     for (field, limit, most) in limits {
         if limit.is_some_and(|limit| !(1..=most).contains(&limit)) {
@@ -59,6 +60,8 @@ fn rules(violations: &mut Violations, message: wire::PolicyRules) -> Rules {
         writers,
         max_content_bytes: message.max_content_bytes,
         max_memories: message.max_memories,
+        max_time_to_live: duration(violations, &at("max_time_to_live"), message.max_time_to_live),
+        max_document_bytes: message.max_document_bytes,
     }
 }
 
@@ -116,6 +119,8 @@ fn rules_message(rules: Rules) -> wire::PolicyRules {
         writers: writers.into(),
         max_content_bytes: rules.max_content_bytes,
         max_memories: rules.max_memories,
+        max_time_to_live: rules.max_time_to_live.map(duration),
+        max_document_bytes: rules.max_document_bytes,
     }
 }
 

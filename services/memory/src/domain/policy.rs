@@ -27,6 +27,10 @@ pub struct Rules {
     pub max_content_bytes: Option<i64>,
     /// Most memories of a scope.
     pub max_memories: Option<i64>,
+    /// How long a memory may be shown at most, in microseconds.
+    pub max_time_to_live: Option<i64>,
+    /// Largest content of a document in bytes.
+    pub max_document_bytes: Option<i64>,
 }
 
 /// One policy.
@@ -99,6 +103,14 @@ impl Effective {
                     take(&mut rules.max_content_bytes, own.max_content_bytes),
                 ),
                 ("max_memories", take(&mut rules.max_memories, own.max_memories)),
+                (
+                    "max_time_to_live",
+                    take(&mut rules.max_time_to_live, own.max_time_to_live),
+                ),
+                (
+                    "max_document_bytes",
+                    take(&mut rules.max_document_bytes, own.max_document_bytes),
+                ),
             ];
             for (field, _) in taken.into_iter().filter(|(_, taken)| *taken) {
                 effective.origins.retain(|(known, _)| *known != field);
