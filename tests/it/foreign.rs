@@ -1,6 +1,6 @@
 //! Every RPC with every kind of token that is not the right one.
 
-use aeterna_auth::Role;
+use aeterna_auth::{Claims, Role, mint};
 use aeterna_proto::memory::v1::batch_delete_result::Result as Deleted;
 use aeterna_proto::memory::v1::knowledge_service_client::KnowledgeServiceClient;
 use aeterna_proto::memory::v1::memory_service_client::MemoryServiceClient;
@@ -11,8 +11,11 @@ use aeterna_proto::memory::v1::{
     PutPolicyRequest, UpdateRequest, WatchRequest,
 };
 use aeterna_rpc::AnyChannel;
-use aeterna_testkit::{NEVER, RawClient, SECRET, bearing, refusal, token};
+use aeterna_testkit::{NEVER, RawClient, SECRET, bearing, claims, refusal, token};
 use prost::Message as _;
+use prost_reflect::DynamicMessage;
+use prost_types::FieldMask;
+use serde_json::json;
 use tonic::{Code, Request, Status};
 
 use crate::hostile::{methods, requests};
@@ -95,8 +98,19 @@ async fn streams_tell_nothing(client: &mut MemoryServiceClient<AnyChannel>, who:
 
 #[tokio::test]
 async fn no_rpc_is_answered_to_a_token_that_is_none() {
-    let sandbox = Sandbox::start(&[("auth.hs256_secret", SECRET)]).await;
-    let good = token("acme", Role::Admin, &[], NEVER);
+    let sandbox = Sandbox::start(&[
+        ("auth.hs256_secret", SECRET),
+        ("auth.issuer", "https://id.example"),
+        ("auth.audience", "aeterna"),
+    ])
+    .await;
+    let signed = |secret: &str, change: &dyn Fn(&mut Claims)| {
+        let mut claims = claims("acme", Role::Admin, &[], NEVER);
+        (claims.iss, claims.aud) = (Some("https://id.example".into()), Some("aeterna".into()));
+        change(&mut claims);
+        mint(secret, &claims).unwrap()
+    };
+    let good = signed(SECRET, &|_| ());
     let parts: Vec<&str> = good.split('.').collect();
     let cut = &parts[2][..parts[2].len() - 2];
     // What a thief, a tinkerer and a latecomer would send.
@@ -106,7 +120,41 @@ async fn no_rpc_is_answered_to_a_token_that_is_none() {
         ("another scheme", format!("Basic {good}")),
         (
             "an expired token",
-            format!("Bearer {}", token("acme", Role::Admin, &[], 1)),
+            format!("Bearer {}", signed(SECRET, &|claims| claims.exp = 1)),
+        ),
+        (
+            "a token of tomorrow",
+            format!("Bearer {}", signed(SECRET, &|claims| claims.nbf = Some(NEVER - 1))),
+        ),
+        (
+            "another's key",
+            format!("Bearer {}", signed(&SECRET.replace('a', "b"), &|_| ())),
+        ),
+        (
+            "another issuer",
+            format!(
+                "Bearer {}",
+                signed(SECRET, &|claims| claims.iss = Some("https://id.example.evil".into()))
+            ),
+        ),
+        (
+            "no issuer",
+            format!("Bearer {}", signed(SECRET, &|claims| claims.iss = None)),
+        ),
+        (
+            "a token for another service",
+            format!(
+                "Bearer {}",
+                signed(SECRET, &|claims| claims.aud = Some("billing".into()))
+            ),
+        ),
+        (
+            "a token for nobody",
+            format!("Bearer {}", signed(SECRET, &|claims| claims.aud = None)),
+        ),
+        (
+            "no tenant",
+            format!("Bearer {}", signed(SECRET, &|claims| claims.tenant = String::new())),
         ),
         (
             "a signature that was cut",
@@ -126,6 +174,8 @@ async fn no_rpc_is_answered_to_a_token_that_is_none() {
     let mut tried = 0;
     for (way, channel) in sandbox.ways() {
         let raw = RawClient::new(channel);
+        let stats = raw.call("/aeterna.memory.v1.MemoryService/Stats", bearing(Vec::new(), &good));
+        stats.await.unwrap();
         for service in aeterna::json::POOL.services() {
             if !["aeterna.memory.v1", "aeterna.embedding.v1"].contains(&service.parent_file().package_name()) {
                 continue;
@@ -149,7 +199,7 @@ async fn no_rpc_is_answered_to_a_token_that_is_none() {
             }
         }
     }
-    assert!(tried > 400, "{tried}");
+    assert!(tried > 800, "{tried}");
     sandbox.stop().await;
 }
 
@@ -329,6 +379,98 @@ async fn no_rpc_tells_another_tenant_or_scope_anything() {
             "SCOPE_DENIED",
             "{way}: a bound admin makes no rules for others"
         );
+    }
+    sandbox.stop().await;
+}
+
+#[tokio::test]
+async fn a_page_of_one_tenants_is_no_page_of_anothers() {
+    let sandbox = Sandbox::start(&[("auth.hs256_secret", SECRET)]).await;
+    for (way, channel) in sandbox.ways() {
+        let mut memories = MemoryServiceClient::new(channel.clone());
+        let mut documents = KnowledgeServiceClient::new(channel.clone());
+        let mut policies = PolicyServiceClient::new(channel.clone());
+        let tenant = |name: &str| token(&format!("{name}-{way}"), Role::Admin, &[], NEVER);
+        let (ours, theirs) = (tenant("ours"), tenant("theirs"));
+        // Both have the same, and more than a page of it.
+        let mut id = String::new();
+        for who in [&ours, &theirs] {
+            for number in 1..=3 {
+                let add = item("ann", &format!("note {number}"));
+                let added = memories.add(bearing(add, who)).await.unwrap().into_inner();
+                let mut memory = added.memory.unwrap();
+                (memory.content, memory.etag) = (format!("note {number}, changed"), String::new());
+                if who == &ours {
+                    id.clone_from(&memory.id);
+                }
+                let update = UpdateRequest {
+                    memory: Some(memory),
+                    update_mask: Some(FieldMask {
+                        paths: vec!["content".into()],
+                    }),
+                    ..Default::default()
+                };
+                memories.update(bearing(update, who)).await.unwrap();
+                let put = |path: String, content: String| PutDocumentRequest {
+                    document: Some(Document {
+                        scope: user("ann"),
+                        path,
+                        content,
+                        ..Default::default()
+                    }),
+                    ..Default::default()
+                };
+                for put in [
+                    put("same.md".into(), format!("version {number}")),
+                    put(format!("{number}.md"), "a document".into()),
+                ] {
+                    documents.put_document(bearing(put, who)).await.unwrap();
+                }
+                let put = PutPolicyRequest {
+                    policy: Some(Policy {
+                        name: format!("policy-{number}"),
+                        ..Default::default()
+                    }),
+                    ..Default::default()
+                };
+                policies.put_policy(bearing(put, who)).await.unwrap();
+            }
+        }
+        // Each list of ours, one item a page; the fields of all answers and requests have the same names.
+        let raw = RawClient::new(channel);
+        let ask = async |method: &str, request: &serde_json::Value, who: &str| -> Result<serde_json::Value, Status> {
+            let (service, name) = method.split_once('/').unwrap();
+            let service = aeterna::json::POOL.get_service_by_name(service).unwrap();
+            let method_of = service.methods().find(|method| method.name() == name).unwrap();
+            let bytes = DynamicMessage::deserialize(method_of.input(), request)
+                .unwrap()
+                .encode_to_vec();
+            let answer = raw.call(&format!("/{method}"), bearing(bytes, who)).await?;
+            let answer = DynamicMessage::decode(method_of.output(), answer).unwrap();
+            Ok(serde_json::to_value(answer).unwrap())
+        };
+        let ann = json!({"user": "ann"});
+        for (method, mut request) in [
+            ("aeterna.memory.v1.MemoryService/List", json!({"scope": ann})),
+            ("aeterna.memory.v1.MemoryService/History", json!({"id": id})),
+            (
+                "aeterna.memory.v1.KnowledgeService/ListDocuments",
+                json!({"scope": ann}),
+            ),
+            (
+                "aeterna.memory.v1.KnowledgeService/ListDocumentVersions",
+                json!({"scope": ann, "path": "same.md"}),
+            ),
+            ("aeterna.memory.v1.PolicyService/ListPolicies", json!({})),
+        ] {
+            request["pageSize"] = 1.into();
+            let first = ask(method, &request, &ours).await.unwrap();
+            request["pageToken"] = first["nextPageToken"].clone();
+            assert!(request["pageToken"].is_string(), "{way}: {method}: {first}");
+            ask(method, &request, &ours).await.unwrap();
+            let status = ask(method, &request, &theirs).await.unwrap_err();
+            assert_eq!(refusal(&status).0, "INVALID_PAGE_TOKEN", "{way}: {method}: {status:?}");
+        }
     }
     sandbox.stop().await;
 }

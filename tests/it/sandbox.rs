@@ -4,7 +4,6 @@ use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
 
-use aeterna_auth::{Expected, Verifier};
 use aeterna_config::Sources;
 use aeterna_rpc::{AnyChannel, Host, Router};
 use aeterna_telemetry::Telemetry;
@@ -51,10 +50,7 @@ impl Sandbox {
             ..Default::default()
         };
         let (_, config, services) = aeterna::load(&sources, &aeterna::Role::ALL).expect("the settings are valid");
-        let verifier = match config.secret() {
-            Some(secret) => Verifier::secret(secret.expose(), Expected::default()).expect("the secret is long enough"),
-            None => Verifier::Open,
-        };
+        let verifier = config.verifier().expect("the settings of `auth` are good");
         let telemetry = Telemetry::local().expect("metrics need nothing");
         let mut host = Host::on(listener, verifier, config, telemetry, &services.names()).expect("the host starts");
         host.clock = clock;

@@ -24,7 +24,12 @@ pub const SECRET: &str = "a-secret-for-tests-of-32-bytes-or-more";
 
 /// A token signed with [`SECRET`]; `within` names layers and identifiers that it can't leave.
 pub fn token(tenant: &str, role: Role, within: &[(&str, &str)], exp: u64) -> String {
-    let claims = Claims {
+    mint(SECRET, &claims(tenant, role, within, exp)).expect("claims can be encoded")
+}
+
+/// What [`token`] says, to be changed before it is signed.
+pub fn claims(tenant: &str, role: Role, within: &[(&str, &str)], exp: u64) -> Claims {
+    Claims {
         sub: "ann".into(),
         exp,
         nbf: None,
@@ -33,8 +38,7 @@ pub fn token(tenant: &str, role: Role, within: &[(&str, &str)], exp: u64) -> Str
         tenant: tenant.into(),
         role,
         within: BTreeMap::from_iter(within.iter().map(|(layer, id)| (layer.to_string(), id.to_string()))),
-    };
-    mint(SECRET, &claims).expect("claims can be encoded")
+    }
 }
 
 /// Seconds since the epoch that no test reaches.
