@@ -5,7 +5,8 @@ use std::time::Duration;
 use aeterna_auth::Role;
 use aeterna_proto::memory::v1::memory_service_client::MemoryServiceClient;
 use aeterna_proto::memory::v1::{
-    BatchAddRequest, ChangeKind, DeleteRequest, ListRequest, Memory, UpdateRequest, WatchRequest, WatchResponse,
+    BatchAddRequest, ChangeKind, DeleteRequest, ExportRequest, ListRequest, Memory, UpdateRequest, WatchRequest,
+    WatchResponse,
 };
 use aeterna_rpc::AnyChannel;
 use aeterna_testkit::{NEVER, Program, SECRET, bearing, built, refusal, token};
@@ -332,6 +333,9 @@ async fn thousands_of_watchers_are_told_while_half_of_them_sleep() {
     /// More than the ring of changes holds, of which those who are awake see none.
     const MISSED: usize = 1_100;
     const WAKING: usize = 3 * EACH;
+    /// More than one that reads on may have missed, and those of whom that is tried.
+    const FAR: usize = 5_000;
+    const FALLEN: usize = 2 * EACH;
     let data = tempfile::tempdir().unwrap();
     let flags = [
         "serve",
@@ -387,7 +391,7 @@ async fn thousands_of_watchers_are_told_while_half_of_them_sleep() {
         one.await.unwrap();
     }
     // One that sleeps takes a message or two, whatever there is to tell.
-    let taken = program.peak_memory() - before;
+    let taken = program.peak_memory().saturating_sub(before);
     let all = (asleep.len() * CHANGES * BYTES) as u64;
     assert!(taken < all / 3, "{taken} bytes more, and {all} wait");
     let of_the_agent = |n: usize| {
@@ -418,12 +422,113 @@ async fn thousands_of_watchers_are_told_while_half_of_them_sleep() {
         }
     });
     futures::future::join_all(waking).await;
-    let taken = program.peak_memory() - ring;
+    let taken = program.peak_memory().saturating_sub(ring);
     let all = (WAKING * 32 * BYTES) as u64;
     assert!(
         taken < all / 3,
         "{taken} bytes more for those who read on, and a page of each has {all}"
     );
+    // Others have slept for so long that they are told to begin again where they stand. They miss nothing.
+    for first in (0..FAR).step_by(1000) {
+        let few = |n: usize| {
+            let mut request = of_the_agent(0);
+            request.memory.as_mut().unwrap().content = format!("little {n}");
+            request
+        };
+        let batch = BatchAddRequest {
+            requests: (first..first + 1000).map(few).collect(),
+            ..Default::default()
+        };
+        let added = client.batch_add(batch).await;
+        added.unwrap_or_else(|status| panic!("{first}: {status:?}\n{}", program.log()));
+    }
+    let mut agents = user("ann");
+    agents.as_mut().unwrap().agent = "late".into();
+    let fallen = asleep[WAKING..WAKING + FALLEN].iter_mut().enumerate();
+    let fallen = fallen.map(async |(number, stream)| {
+        let (mut told, mut request) = (0, WatchRequest::default());
+        request.scope.clone_from(&agents);
+        let status = loop {
+            match stream.message().await {
+                Ok(event) => {
+                    let event = event.expect("it ends with a reason");
+                    request.resume_token = event.resume_token;
+                    told += usize::from(event.memory.is_some());
+                }
+                Err(status) => break status,
+            }
+        };
+        assert_eq!(refusal(&status).0, "FELL_BEHIND", "{number}: {status:?}");
+        // On a connection that nobody sleeps on.
+        let mut client = clients[(2 * number + 1) % clients.len()].clone();
+        let mut again = client.watch(request).await.unwrap().into_inner();
+        let next = next(&mut again).await.memory.unwrap().content;
+        assert!(
+            next.starts_with(&format!("news {told} ")),
+            "{number}: {told}: {}",
+            &next[..20]
+        );
+    });
+    futures::future::join_all(fallen).await;
     drop((asleep, clients));
+    program.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn callers_who_do_not_read_their_streams_keep_the_store_from_nobody() {
+    const CALLERS: usize = 16;
+    const COUNT: usize = 200;
+    const MANY: usize = 2_000;
+    let data = tempfile::tempdir().unwrap();
+    let program = Program::start(&built("aeterna"), &["serve", "--embedding.model_dirs", ""], data.path()).await;
+    let mut client = MemoryServiceClient::new(program.channel());
+    // Pages of a watcher and of an export that are smaller than what a connection takes unread, and end within it.
+    for (name, count, step, bytes) in [("ann", COUNT, 100, 20_000), ("carl", MANY, 1000, 200)] {
+        for first in (0..count).step_by(step) {
+            let requests = (first..first + step).map(|n| item(name, &format!("{n} {}", "x".repeat(bytes))));
+            let batch = BatchAddRequest {
+                requests: requests.collect(),
+                ..Default::default()
+            };
+            client.batch_add(batch).await.unwrap();
+        }
+    }
+    let (mut exports, mut watches) = (Vec::new(), Vec::new());
+    for _ in 0..CALLERS {
+        let mut client = MemoryServiceClient::new(program.channel());
+        let export = ExportRequest {
+            scope: user("carl"),
+            ..Default::default()
+        };
+        exports.push(client.export(export).await.unwrap().into_inner());
+        let watch = WatchRequest {
+            scope: user("ann"),
+            resume_token: "1.0".into(),
+            ..Default::default()
+        };
+        watches.push(client.watch(watch).await.unwrap().into_inner());
+    }
+    for n in 0..20 {
+        add(&mut client, "bob", &format!("meanwhile {n}")).await;
+        let list = ListRequest {
+            scope: user("bob"),
+            ..Default::default()
+        };
+        let there = client.list(list).await.unwrap().into_inner().memories;
+        assert_eq!(there.len(), n + 1);
+    }
+    // They were not forgotten.
+    for (export, watch) in exports.iter_mut().zip(&mut watches).take(2) {
+        let mut told = 0;
+        while let Some(chunk) = export.message().await.unwrap() {
+            told += chunk.memories.len();
+        }
+        assert_eq!(told, MANY);
+        for n in 0..COUNT {
+            let content = next(watch).await.memory.unwrap().content;
+            assert!(content.starts_with(&format!("{n} ")), "{n}: {}", &content[..20]);
+        }
+    }
+    drop((exports, watches));
     program.stop().await;
 }

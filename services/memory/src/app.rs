@@ -27,8 +27,9 @@ use aeterna_types::dimension::Latencies;
 use aeterna_types::{Clock, TenantId};
 use async_trait::async_trait;
 use tokio::sync::watch::{Receiver, Sender};
-use tokio::sync::{Notify, broadcast};
+use tokio::sync::{Mutex, Notify, broadcast};
 use tokio_util::sync::CancellationToken;
+use tracing::Instrument as _;
 
 pub use add::{Kept, NewMemory};
 pub use delete::Deletion;
@@ -216,6 +217,9 @@ pub struct App {
     pub(crate) began: Sequence,
     /// What was committed, for watchers.
     pub(crate) changes: broadcast::Sender<Arc<Change>>,
+    /// Watchers that read the outbox themselves do so one at a time: thousands who fell behind together leave the store to those
+    /// who write and search.
+    pub(crate) catching_up: Mutex<()>,
     /// Cancelled when the process should end: streams end then.
     pub(crate) stop: CancellationToken,
     /// The change up to which the index has everything.
@@ -224,6 +228,12 @@ pub struct App {
     pub(crate) index_away: AtomicBool,
     /// What searches took of late, by tenant and identity of the model.
     pub(crate) latencies: Latencies<(TenantId, String)>,
+}
+
+/// Does a read of a stream to its end, whether or not somebody waits for it. The transport asks no further while its caller does
+/// not take what was sent, and a read that is left in its middle keeps a connection of the store from everybody else.
+async fn whole<T: Send + 'static>(read: impl Future<Output = T> + Send + 'static) -> Result<T, Error> {
+    tokio::spawn(read.in_current_span()).await.map_err(Error::internal)
 }
 
 impl App {

@@ -30,7 +30,7 @@ use aeterna_storage::{DirectoryLock, PostgresOptions, RedisLive, RedisOptions, S
 use aeterna_types::Clock;
 use aeterna_types::dimension::Latencies;
 use opentelemetry::metrics::Meter;
-use tokio::sync::{broadcast, watch};
+use tokio::sync::{Mutex, broadcast, watch};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
@@ -418,6 +418,7 @@ pub async fn build(config: Config, deps: Deps) -> Result<Service, Error> {
         committed: app::Committed::new(),
         began,
         changes: broadcast::Sender::new(app::RING),
+        catching_up: Mutex::new(()),
         stop: deps.stop,
     });
     // A file has one process.

@@ -6,9 +6,9 @@ use aeterna_error::{Error, Reason};
 use aeterna_rpc::RequestContext;
 use aeterna_types::{RequestId, Scope, TenantId, chain};
 
-use super::App;
 use super::get::view;
 use super::policy::Law;
+use super::{App, whole};
 use crate::domain::{Key, Outcome, ScopeKey, Sequence};
 use crate::filter::Filter;
 use crate::store::code::Code;
@@ -108,7 +108,8 @@ impl Export {
             most: self.app.message_bytes,
             now: self.app.clock.now(),
         };
-        let found = self.app.store.export(&page).await?;
+        let app = Arc::clone(&self.app);
+        let found = whole(async move { app.store.export(&page).await }).await??;
         if let Some(last) = found.last() {
             self.query.after = last.key;
         }

@@ -15,8 +15,8 @@ use tokio::sync::broadcast;
 use tokio::sync::broadcast::error::RecvError;
 use tokio_util::sync::CancellationToken;
 
-use super::App;
 use super::get::view;
+use super::{App, whole};
 use crate::domain::{Change, Sequence, Subject, View};
 use crate::filter::Filter;
 
@@ -146,6 +146,11 @@ impl App {
     }
 }
 
+fn draining() -> Error {
+    let message = "the server is draining; watch again with the last resume token";
+    Error::new(Reason::Draining, message)
+}
+
 impl Watcher {
     /// The next thing to tell; waits for it.
     ///
@@ -164,10 +169,7 @@ impl Watcher {
                 continue;
             };
             let received = tokio::select! {
-                () = self.app.stop.cancelled() => {
-                    let message = "the server is draining; watch again with the last resume token";
-                    return Err(Error::new(Reason::Draining, message));
-                }
+                () = self.app.stop.cancelled() => return Err(draining()),
                 () = tokio::time::sleep(HEARTBEAT) => return Ok(News::Heartbeat(self.position, self.app.clock.now())),
                 received = live.recv() => received,
             };
@@ -188,12 +190,18 @@ impl Watcher {
 
     /// Reads from the outbox; once there is less than a page, the ring has all that follows.
     async fn catch_up(&mut self) -> Result<(), Error> {
-        let live = self.app.changes.subscribe();
-        let page = self
-            .app
-            .store
-            .changes(Some(&self.tenant), self.position, self.own)
-            .await?;
+        let app = Arc::clone(&self.app);
+        let (tenant, position, own) = (self.tenant.clone(), self.position, self.own);
+        let reading = whole(async move {
+            let _turn = app.catching_up.lock().await;
+            let live = app.changes.subscribe();
+            let page = app.store.changes(Some(&tenant), position, own).await;
+            page.map(|page| (page, live))
+        });
+        let (page, live) = tokio::select! {
+            () = self.app.stop.cancelled() => return Err(draining()),
+            read = reading => read??,
+        };
         self.live = (page.len() < self.own).then_some(live);
         let bytes: usize = page.iter().map(Change::bytes).sum();
         let of_each = bytes / page.len().max(1);
