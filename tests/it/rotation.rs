@@ -203,6 +203,30 @@ async fn a_rotation_is_learned_and_searches_go_on() {
     until(&program, &data, |(learned, plain)| learned.len() == 1 && !plain).await;
     assert_eq!(search(&mut client, "something else").await, before);
     assert_eq!(search(&mut client, "a last note").await[0], "a last note");
+
+    // With eight times as many it is learned again, and what was learned before makes room.
+    let learned = |data: &Path| -> Option<usize> {
+        let (learned, _) = files(data);
+        let [only] = learned.as_slice() else { return None };
+        only.strip_prefix("learned-")?.parse().ok()
+    };
+    let first = learned(data.path()).unwrap();
+    for from in (COUNT..8 * first).step_by(1000) {
+        let requests = (from..from + 1000).map(|n| item("bob", &text(n))).collect();
+        client
+            .batch_add(BatchAddRequest {
+                requests,
+                ..Default::default()
+            })
+            .await
+            .unwrap();
+        assert_eq!(search(&mut client, "a last note").await[0], "a last note");
+    }
+    let again =
+        |files: &(Vec<String>, bool)| files.0.len() == 1 && learned(data.path()).is_some_and(|n| n >= 8 * first);
+    until(&program, &data, again).await;
+    assert_eq!(search(&mut client, "something else").await, before);
+    assert_eq!(search(&mut client, "a last note").await[0], "a last note");
     program.stop().await;
     served.abort();
 }

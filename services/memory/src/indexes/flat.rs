@@ -177,3 +177,57 @@ impl FlatIndexes {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Vectors that lie in so many directions, each a number of its own.
+    fn vectors(directions: usize) -> Vec<Vec<f32>> {
+        let vector = |seed: u64| {
+            let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+            let mut value = || {
+                state ^= state << 13;
+                state ^= state >> 7;
+                state ^= state << 17;
+                (state >> 40) as f32 / (1 << 23) as f32 - 1.0
+            };
+            let mut vector: Vec<f32> = (0..128).map(|_| value()).collect();
+            vector[directions..].fill(0.0);
+            vector
+        };
+        (1..=1_200).map(vector).collect()
+    }
+
+    #[test]
+    fn where_no_rotation_serves_any_more_all_dimensions_are_scanned_again() {
+        let root = tempfile::tempdir().unwrap();
+        let indexes = FlatIndexes::new(root.path().to_owned(), "a-store".into(), true);
+        let model = Model {
+            name: "model".into(),
+            identity: "model@1".into(),
+            dimension: 128,
+            prefix: 128,
+        };
+        let stop = CancellationToken::new();
+        let learn = |rotated, directions, count| {
+            let index = indexes
+                .learn(&model, rotated, &vectors(directions), count, &stop)
+                .unwrap();
+            index.map(|index| index.learned())
+        };
+        assert_eq!(
+            learn(false, 128, 2_000),
+            None,
+            "nothing is better than all dimensions, which serve already"
+        );
+        assert_eq!(learn(false, 40, 2_000), Some(2_000));
+        assert_eq!(learn(true, 40, 16_000), Some(16_000));
+        assert_eq!(learn(true, 128, 128_000), Some(0));
+        // What serves then is alone once it has settled, and the next start opens it.
+        indexes.settle(&model.identity, 0).unwrap();
+        assert_eq!(indexes.learned(&model.identity).unwrap(), []);
+        stop.cancel();
+        assert_eq!(learn(true, 40, 16_000), None);
+    }
+}

@@ -27,7 +27,7 @@ const CANDIDATES: usize = 2 * NEAREST;
 /// The part of the neighbours that has to be among the candidates.
 const KEPT: f64 = 0.98;
 
-/// Directions, each of unit length and at right angles to the others.
+/// Directions, as mixtures of some that have unit length and stand at right angles to one another.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Rotation {
     dimension: usize,
@@ -190,17 +190,23 @@ fn times(matrix: &[f32], vector: &[f32]) -> Vec<f32> {
     matrix.chunks_exact(vector.len()).map(|row| dot(row, vector)).collect()
 }
 
-/// Makes rows stand at right angles to those before them, and of unit length (modified Gram-Schmidt).
+/// Makes rows stand at right angles to those before them, and of unit length, or 0 where there is no further direction (modified
+/// Gram-Schmidt).
 fn straighten(rows: &mut [f32], length: usize) {
     for at in 0..rows.len() / length {
         let (before, rest) = rows.split_at_mut(at * length);
         let row = &mut rest[..length];
-        for other in before.chunks_exact(length) {
-            let part = dot(other, row);
-            add(row, -part, other);
+        // Twice is enough (Giraud et al. 2005): what the first round leaves may be little but rounding errors, and where the second
+        // leaves little of that, those before span everything.
+        for least in [f32::MIN_POSITIVE, 0.1] {
+            for other in before.chunks_exact(length) {
+                let part = dot(other, row);
+                add(row, -part, other);
+            }
+            let norm = dot(row, row).sqrt();
+            let scale = if norm >= least { norm.recip() } else { 0.0 };
+            row.iter_mut().for_each(|value| *value *= scale);
         }
-        let norm = dot(row, row).sqrt().max(f32::MIN_POSITIVE);
-        row.iter_mut().for_each(|value| *value /= norm);
     }
 }
 
