@@ -4,10 +4,12 @@ use aeterna_proto::embedding::v1::embedding_service_client::EmbeddingServiceClie
 use aeterna_proto::embedding::v1::{
     BatchEmbedRequest, EmbedRequest, ListModelsRequest, SelectDimensionRequest, Size, UseCase, size::By,
 };
+use aeterna_proto::memory::v1::memory_service_client::MemoryServiceClient;
+use aeterna_proto::memory::v1::{BatchAddRequest, StatsRequest};
+use aeterna_testkit::refusal;
 use tonic::Code;
 
-use aeterna_testkit::refusal;
-
+use crate::notes::{item, user};
 use crate::sandbox::Sandbox;
 
 fn text(text: &str) -> EmbedRequest {
@@ -278,6 +280,46 @@ async fn the_local_model_knows_meanings_and_does_not_mind_its_neighbours() {
             near && (values.iter().map(|x| x * x).sum::<f32>() - 1.0).abs() < 1e-5,
             "{way}"
         );
+    }
+    sandbox.stop().await;
+}
+
+#[tokio::test]
+async fn what_does_not_fit_into_an_answer_is_refused_with_what_would() {
+    let sandbox = Sandbox::start(&[("limits.message_bytes", "65536")]).await;
+    for (way, channel) in sandbox.ways() {
+        let mut client = EmbeddingServiceClient::new(channel.clone());
+        let mut ask = async |count: usize, dimension: i32| {
+            let request = BatchEmbedRequest {
+                texts: (0..count).map(|n| format!("text {n}")).collect(),
+                size: Some(Size {
+                    by: Some(By::Dimension(dimension)),
+                }),
+                ..Default::default()
+            };
+            client
+                .batch_embed(request)
+                .await
+                .map(|answer| answer.into_inner().vectors.len())
+        };
+        let status = ask(11, 1536).await.unwrap_err();
+        assert_eq!(refusal(&status).0, "MESSAGE_TOO_LARGE", "{way}: {status:?}");
+        assert!(status.message().contains("at most 10 texts"), "{way}: {status:?}");
+        assert_eq!(ask(10, 1536).await.unwrap(), 10, "{way}");
+        assert_eq!(ask(60, 256).await.unwrap(), 60, "{way}");
+        // Who stores more at once has them all, in several answers.
+        let mut memories = MemoryServiceClient::new(channel);
+        let batch = BatchAddRequest {
+            requests: (0..25).map(|n| item(way, &format!("fact {n}"))).collect(),
+            ..Default::default()
+        };
+        memories.batch_add(batch).await.unwrap();
+        let stats = StatsRequest {
+            scope: user(way),
+            ..Default::default()
+        };
+        let stats = memories.stats(stats).await.unwrap().into_inner();
+        assert_eq!((stats.layers[0].memories, stats.pending_embeddings), (25, 0), "{way}");
     }
     sandbox.stop().await;
 }

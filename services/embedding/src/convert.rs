@@ -1,6 +1,6 @@
 //! Wire types to domain types and back; refusals name the field.
 
-use aeterna_error::{Error, Violations};
+use aeterna_error::{Error, Reason, Violations};
 use aeterna_proto::embedding::v1 as wire;
 use aeterna_types::dimension::Purpose;
 
@@ -129,6 +129,22 @@ pub fn batch_request(
     let wanted = wanted(&mut violations, sizes, request.model, request.size, request.kind);
     violations.into_result()?;
     Ok((request.texts, wanted))
+}
+
+/// Refuses texts whose vectors would not fit into one answer.
+pub fn check_room(texts: usize, dimension: usize, message_bytes: usize) -> Result<(), Error> {
+    /// What a message has beside the values of its vectors, and each vector beside its own.
+    const BESIDE: (usize, usize) = (256, 16);
+    let each = size_of::<f32>() * dimension + BESIDE.1;
+    let most = message_bytes.saturating_sub(BESIDE.0) / each;
+    if texts <= most {
+        return Ok(());
+    }
+    let message = format!(
+        "the answer would have {texts} vectors of {dimension} dimensions, more than {message_bytes} bytes; \
+         send at most {most} texts at once, or ask for fewer dimensions"
+    );
+    Err(Error::new(Reason::MessageTooLarge, message).with("limit", message_bytes))
 }
 
 fn int(number: usize) -> i32 {

@@ -317,7 +317,7 @@ pub async fn build(config: Config, deps: Deps) -> Result<Routes, Error> {
         error => error.into(),
     })?;
     deps.health.report(SERVICE, "models", Dependency::Up).await;
-    let server = EmbeddingServiceServer::new(grpc::Embedding::new(app))
+    let server = EmbeddingServiceServer::new(grpc::Embedding::new(app, deps.message_bytes))
         .max_decoding_message_size(deps.message_bytes)
         .max_encoding_message_size(deps.message_bytes);
     Ok(Routes::new(server))

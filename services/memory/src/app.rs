@@ -155,6 +155,8 @@ const AWAY_PATIENCE: Duration = Duration::from_millis(50);
 /// How long a call waits for vectors, and for each text more: a model that hangs must not use up the time in which the call
 /// can be answered without it.
 const MODEL_PATIENCE: (Duration, Duration) = (Duration::from_secs(5), Duration::from_millis(20));
+/// What a vector may take in an answer beside its values, with all that the answer has beside vectors.
+const VECTOR_BESIDE: usize = 272;
 /// How long a call waits for each text that the cross-encoder reads.
 const READ_PATIENCE: Duration = Duration::from_millis(200);
 
@@ -269,19 +271,21 @@ impl App {
             embedding::TextKind::Document
         };
         let wanted = texts.len();
-        let texts = texts.into_iter().map(|text| clip(text, 65_536)).collect();
-        let size = embedding::Size { by: None };
-        let message = embedding::BatchEmbedRequest {
-            texts,
-            model: model.name.clone(),
-            size: Some(size),
-            kind: kind.into(),
-        };
-        let answer = self.embedding().batch_embed(context.request(message)).await;
-        let answer = answer
-            .map_err(|status| aeterna_error::from_status(&status))?
-            .into_inner();
-        let vectors: Vec<Vec<f32>> = answer.vectors.into_iter().map(|vector| vector.values).collect();
+        // As many at once as their vectors fit into an answer.
+        let most = self.message_bytes / (size_of::<f32>() * model.dimension + VECTOR_BESIDE);
+        let mut texts = texts.into_iter().map(|text| clip(text, 65_536));
+        let mut vectors = Vec::with_capacity(wanted);
+        while texts.len() > 0 {
+            let message = embedding::BatchEmbedRequest {
+                texts: texts.by_ref().take(most.clamp(1, 1000)).collect(),
+                model: model.name.clone(),
+                size: Some(embedding::Size { by: None }),
+                kind: kind.into(),
+            };
+            let answer = self.embedding().batch_embed(context.request(message)).await;
+            let answer = answer.map_err(|status| aeterna_error::from_status(&status))?;
+            vectors.extend(answer.into_inner().vectors.into_iter().map(|vector| vector.values));
+        }
         let sound = vectors.len() == wanted
             && vectors
                 .iter()

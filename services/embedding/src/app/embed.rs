@@ -45,6 +45,15 @@ pub struct Batch {
 }
 
 impl App {
+    /// Dimensions of the vectors that are wanted.
+    ///
+    /// # Errors
+    /// When the model is unknown.
+    pub fn dimension(&self, wanted: &Wanted) -> Result<usize, EmbeddingError> {
+        let full = self.models[self.model(&wanted.model)?].info().dimension;
+        Ok(wanted.size.map_or(full, |size| size.min(full)))
+    }
+
     /// Embeds texts; the same text asked for by several callers of a tenant at once is embedded once.
     ///
     /// # Errors
@@ -57,7 +66,7 @@ impl App {
     ) -> Result<Batch, EmbeddingError> {
         let index = self.model(&wanted.model)?;
         let info = self.models[index].info();
-        let dimension = wanted.size.map_or(info.dimension, |size| size.min(info.dimension));
+        let dimension = self.dimension(&wanted)?;
         let mut answers = Vec::with_capacity(texts.len());
         let tenant = &context.principal().tenant;
         let digests: Vec<Digest> = texts.iter().map(|text| digest(tenant, text)).collect();
