@@ -130,6 +130,30 @@ async fn a_cross_encoder_orders_what_was_found() {
             let alone = embedding.rerank(alone).await.unwrap().into_inner().scores;
             assert!((alone[0] - score).abs() < 1e-5, "{way}: {text}");
         }
+        // Also where there are more than are read together, long and short ones in any order.
+        let many: Vec<String> = (0..21)
+            .map(|n| [texts[n % 5]].repeat(1 + 7 * n % 4).join(" and "))
+            .collect();
+        let request_of = |texts: Vec<String>| RerankRequest {
+            texts,
+            ..request.clone()
+        };
+        let scored_many = embedding
+            .rerank(request_of(many.clone()))
+            .await
+            .unwrap()
+            .into_inner()
+            .scores;
+        assert_eq!(scored_many.len(), many.len(), "{way}");
+        for (text, score) in many.into_iter().zip(scored_many) {
+            let alone = embedding
+                .rerank(request_of(vec![text.clone()]))
+                .await
+                .unwrap()
+                .into_inner()
+                .scores;
+            assert!((alone[0] - score).abs() < 1e-5, "{way}: {text}");
+        }
         let other = RerankRequest {
             query: "the boat sails".into(),
             ..request.clone()

@@ -73,13 +73,22 @@ impl CrossEncoder {
         let gone = CancellationToken::new();
         let _caller = gone.clone().drop_guard();
         let scored = tokio::task::spawn_blocking(move || {
-            let score = |texts: &[String]| match gone.is_cancelled() {
+            // Texts of like length together: the shorter ones of a pass are padded.
+            let mut order: Vec<usize> = (0..texts.len()).collect();
+            order.sort_by_key(|&number| texts[number].len());
+            let score = |numbers: &[usize]| match gone.is_cancelled() {
                 true => Err("the caller has left".into()),
-                false => network.score(&query, texts),
+                false => network.score(&query, numbers.iter().map(|&number| texts[number].as_str())),
             };
             let parts: Result<Vec<Vec<f64>>, _> =
-                network.threads.install(|| texts.par_chunks(BATCH).map(score).collect());
-            parts.map(|parts| parts.concat())
+                network.threads.install(|| order.par_chunks(BATCH).map(score).collect());
+            parts.map(|parts| {
+                let mut scores = vec![0.0; texts.len()];
+                for (number, score) in order.into_iter().zip(parts.concat()) {
+                    scores[number] = score;
+                }
+                scores
+            })
         });
         let failed = |error: String| EmbeddingError::Failed(error);
         let scored = scored.await.map_err(|error| failed(error.to_string()))?;
@@ -88,8 +97,12 @@ impl CrossEncoder {
 }
 
 impl Network {
-    fn score(&self, query: &str, texts: &[String]) -> Result<Vec<f64>, Box<dyn std::error::Error + Send + Sync>> {
-        let pairs: Vec<(&str, &str)> = texts.iter().map(|text| (query, text.as_str())).collect();
+    fn score<'a>(
+        &self,
+        query: &'a str,
+        texts: impl Iterator<Item = &'a str>,
+    ) -> Result<Vec<f64>, Box<dyn std::error::Error + Send + Sync>> {
+        let pairs: Vec<(&str, &str)> = texts.map(|text| (query, text)).collect();
         let encodings = self.tokenizer.encode_batch(pairs, true)?;
         let (ids, types, mask) = tensors(&encodings)?;
         let hidden = self.bert.forward(&ids, &types, Some(&mask))?;

@@ -461,4 +461,25 @@ mod tests {
         });
         assert!(signs.waiting.lock().unwrap().is_empty());
     }
+
+    #[test]
+    fn what_the_processor_does_at_once_is_what_is_done_one_by_one() {
+        let word = |number: usize| (number as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        // The length that is unrolled, and others.
+        for words in [1, 3, 4, 6] {
+            let wanted: Vec<u64> = (0..words).map(|number| word(number + 1_000)).collect();
+            let bits: Vec<u64> = (0..words * 37).map(word).collect();
+            let mut at_once = vec![0; 37];
+            distances_to(&wanted, &bits, &mut at_once);
+            let differ = |row: &[u64]| {
+                let bits = row
+                    .iter()
+                    .zip(&wanted)
+                    .flat_map(|(a, b)| (0..64).filter(move |bit| (a ^ b) >> bit & 1 == 1));
+                bits.count() as u16
+            };
+            let one_by_one: Vec<u16> = bits.chunks_exact(words).map(differ).collect();
+            assert_eq!(at_once, one_by_one, "{words} words");
+        }
+    }
 }
