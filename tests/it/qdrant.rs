@@ -53,8 +53,14 @@ fn theirs() -> Vec<String> {
 async fn fill(client: &mut Client, tenant: &str, contents: &[String]) -> String {
     let bearer = token(tenant, Role::Admin, &[], NEVER);
     let mut consistent = String::new();
-    for part in contents.chunks(300) {
-        let requests = part.iter().map(|content| item("ann", content)).collect();
+    for (number, part) in contents.chunks(300).enumerate() {
+        let tagged = |(place, content): (usize, &String)| {
+            let mut request = item("ann", content);
+            let tags = [10, 40].map(|of| format!("one-of-{of}-{}", (300 * number + place) % of));
+            request.memory.as_mut().unwrap().tags = tags.to_vec();
+            request
+        };
+        let requests = part.iter().enumerate().map(tagged).collect();
         let added = client
             .batch_add(bearing(
                 BatchAddRequest {
@@ -84,7 +90,18 @@ async fn copy(server: &PostgresServer, data: &std::path::Path, index: &str, key:
 
 /// What a search of ours finds, with scores of its arm or of both, and whether something was away.
 async fn found(client: &mut Client, query: &str, mode: SearchMode, consistent: &str) -> (Vec<(String, f64)>, bool) {
+    found_among(client, query, (mode, ""), consistent).await
+}
+
+/// The same among those that satisfy a filter.
+async fn found_among(
+    client: &mut Client,
+    query: &str,
+    (mode, filter): (SearchMode, &str),
+    consistent: &str,
+) -> (Vec<(String, f64)>, bool) {
     let request = SearchRequest {
+        filter: filter.into(),
         scope: user("ann"),
         query: query.into(),
         top_k: 8,
@@ -146,23 +163,35 @@ async fn both_indexes_find_the_same_and_a_cluster_may_go_and_come_back() {
         "telescope Vilnius Ann",
     ];
     for query in queries {
-        for mode in [SearchMode::Lexical, SearchMode::Dense] {
-            let (by_cluster, away) = found(&mut cluster_client, query, mode, &consistent).await;
-            let (by_flat, _) = found(&mut flat_client, query, mode, &consistent).await;
-            assert!(!away && by_flat.len() == 8, "{query} {mode:?}");
-            // To within ties: the same scores in the same order, and what has a score of its own is the same memory.
-            assert_eq!(by_cluster.len(), by_flat.len(), "{query} {mode:?}");
-            for (place, (ours, theirs)) in by_cluster.iter().zip(&by_flat).enumerate() {
-                assert!(
-                    (ours.1 - theirs.1).abs() < 1e-4,
-                    "{query} {mode:?}: {by_cluster:?} {by_flat:?}"
-                );
-                let near = |other: &(String, f64)| (other.1 - ours.1).abs() < 1e-4;
-                let alone = by_flat.iter().filter(|other| near(other)).count() == 1 && place + 1 < by_flat.len();
-                assert!(
-                    !alone || ours.0 == theirs.0,
-                    "{query} {mode:?}: {by_cluster:?} {by_flat:?}"
-                );
+        // All of them, one in ten, one in forty, and a few that are near none of the others.
+        for filter in [
+            "",
+            "tags:one-of-10-3",
+            "tags:one-of-40-7",
+            "tags:one-of-40-7 AND tags:one-of-10-8",
+            "tags:none",
+        ] {
+            for mode in [SearchMode::Lexical, SearchMode::Dense] {
+                let asked = (mode, filter);
+                let (by_cluster, away) = found_among(&mut cluster_client, query, asked, &consistent).await;
+                let (by_flat, _) = found_among(&mut flat_client, query, asked, &consistent).await;
+                assert!(!away, "{query} {asked:?}");
+                let some = matches!(mode, SearchMode::Dense) && !filter.contains(" AND ") && filter != "tags:none";
+                assert!(by_flat.len() == 8 || !some, "{query} {asked:?}: {by_flat:?}");
+                // To within ties: the same scores in the same order, and what has a score of its own is the same memory.
+                assert_eq!(by_cluster.len(), by_flat.len(), "{query} {asked:?}");
+                for (place, (ours, theirs)) in by_cluster.iter().zip(&by_flat).enumerate() {
+                    assert!(
+                        (ours.1 - theirs.1).abs() < 1e-4,
+                        "{query} {asked:?}: {by_cluster:?} {by_flat:?}"
+                    );
+                    let near = |other: &(String, f64)| (other.1 - ours.1).abs() < 1e-4;
+                    let alone = by_flat.iter().filter(|other| near(other)).count() == 1 && place + 1 < by_flat.len();
+                    assert!(
+                        !alone || ours.0 == theirs.0,
+                        "{query} {asked:?}: {by_cluster:?} {by_flat:?}"
+                    );
+                }
             }
         }
     }
