@@ -3,13 +3,15 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::hash::Hash;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 /// The Matryoshka sizes, ascending.
 pub const SIZES: [usize; 4] = [256, 384, 768, 1536];
-/// A measurement as old as this is made again.
+/// How long a measurement counts beside new ones, and between two trials.
 const FRESH: Duration = Duration::from_secs(60);
+/// Choices between two trials, at least.
+const CHOICES: u32 = 16;
 /// Things that are measured, at most; the one that was measured longest ago makes room.
 const KEPT: usize = 1000;
 
@@ -78,9 +80,18 @@ struct Measured {
     at: Instant,
 }
 
+/// What is known of one thing.
+#[derive(Clone, Debug)]
+struct Known {
+    sizes: BTreeMap<usize, Measured>,
+    /// When a larger size than fits was tried, and how often something was chosen since.
+    tried: Instant,
+    choices: u32,
+}
+
 /// How long something took of late, by the number of dimensions, for each of several things.
 #[derive(Debug)]
-pub struct Latencies<K>(Mutex<HashMap<K, BTreeMap<usize, Measured>>>);
+pub struct Latencies<K>(Mutex<HashMap<K, Known>>);
 
 impl<K> Default for Latencies<K> {
     fn default() -> Self {
@@ -89,77 +100,85 @@ impl<K> Default for Latencies<K> {
 }
 
 impl<K: Clone + Eq + Hash> Latencies<K> {
-    /// Notes what it took with that many dimensions.
-    pub fn note(&self, key: K, size: usize, took: Duration, now: Instant) {
-        let ms = took.as_secs_f64() * 1e3;
-        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if all.len() >= KEPT && !all.contains_key(&key) {
-            let last = |of: &BTreeMap<usize, Measured>| of.values().map(|one| one.at).max();
-            let oldest = all.iter().min_by_key(|(_, of)| last(of)).map(|(key, _)| key.clone());
-            oldest.and_then(|key| all.remove(&key));
-        }
-        let measured = all.entry(key).or_default().entry(size);
-        measured
-            .and_modify(|one| {
-                *one = Measured {
-                    ms: one.ms + 0.2 * (ms - one.ms),
-                    at: now,
-                }
-            })
-            .or_insert(Measured { ms, at: now });
+    fn lock(&self) -> MutexGuard<'_, HashMap<K, Known>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The largest of the sizes (ascending) whose latency fits the budget; the smallest when none does. A size that was not
-    /// measured is taken to lie on the line between its neighbours, to take no longer than the next larger one, or, when no
-    /// larger one is known either, to be worth a trial; so is one, once a minute, that did not fit when it was measured last.
-    pub fn fitting(&self, key: &K, sizes: &[usize], budget_ms: Option<u32>, now: Instant) -> Chosen {
-        let (least, full) = (sizes.first().copied().unwrap_or(0), sizes.last().copied().unwrap_or(0));
+    /// Notes what it took with that many dimensions. What was measured long ago counts no more then.
+    pub fn note(&self, key: K, size: usize, took: Duration, now: Instant) {
+        let ms = took.as_secs_f64() * 1e3;
+        let mut all = self.lock();
+        if all.len() >= KEPT && !all.contains_key(&key) {
+            let last = |known: &Known| known.sizes.values().map(|one| one.at).max();
+            let oldest = all.iter().min_by_key(|(_, known)| last(known));
+            let oldest = oldest.map(|(key, _)| key.clone());
+            oldest.and_then(|key| all.remove(&key));
+        }
+        let known = all.entry(key).or_insert_with(|| Known {
+            sizes: BTreeMap::new(),
+            tried: now,
+            choices: 0,
+        });
+        let before = known.sizes.get(&size);
+        let before = before.filter(|one| now.saturating_duration_since(one.at) < FRESH);
+        let ms = before.map_or(ms, |one| one.ms + 0.2 * (ms - one.ms));
+        known.sizes.insert(size, Measured { ms, at: now });
+    }
+
+    /// Notes that it was not done after so long: it counts when it is longer than what is known.
+    pub fn note_unfinished(&self, key: K, size: usize, after: Duration, now: Instant) {
+        let known = self.lock().get(&key).and_then(|known| estimate(&known.sizes, size));
+        if known.is_none_or(|ms| ms < after.as_secs_f64() * 1e3) {
+            self.note(key, size, after, now);
+        }
+    }
+
+    /// The largest of the sizes (ascending) whose latency, on average, fits the budget; the smallest when none does. A size that
+    /// was not measured is taken to lie on the line between its neighbours, to take no longer than the next larger one, or, when
+    /// no larger one is known either, to fit.
+    pub fn fitting(&self, key: &K, sizes: &[usize], budget_ms: Option<u32>) -> Chosen {
+        let (least, full) = ends(sizes);
+        let chosen = |size, rule| Chosen { size, rule };
         let Some(budget) = budget_ms.map(f64::from) else {
-            return Chosen {
-                size: full,
-                rule: "no latency budget: full size",
-            };
+            return chosen(full, "no latency budget: full size");
         };
-        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(known) = all.get_mut(key) else {
-            return Chosen {
-                size: full,
-                rule: "nothing was measured yet: full size",
-            };
+        let all = self.lock();
+        let Some(known) = all.get(key) else {
+            return chosen(full, "nothing was measured yet: full size");
         };
         for &size in sizes.iter().rev() {
-            match estimate(known, size) {
+            match estimate(&known.sizes, size) {
+                None => return chosen(size, "nothing as large was measured yet"),
                 Some(ms) if ms <= budget => {
-                    return Chosen {
-                        size,
-                        rule: "the largest size whose measured latency fits the budget",
-                    };
-                }
-                None => {
-                    return Chosen {
-                        size,
-                        rule: "a larger size than was measured yet is tried",
-                    };
+                    return chosen(size, "the largest size whose measured latency fits the budget");
                 }
                 Some(_) => {}
             }
-            if let Some(old) = known
-                .get_mut(&size)
-                .filter(|one| now.saturating_duration_since(one.at) >= FRESH)
-            {
-                // The others go by what is known until this one has an answer.
-                old.at = now;
-                return Chosen {
-                    size,
-                    rule: "what did not fit a minute ago is tried again",
-                };
+        }
+        chosen(least, "no size fits the latency budget: the smallest")
+    }
+
+    /// The same for something that is measured: now and then, once a minute and in one of sixteen choices at most, the next
+    /// larger size has a trial, so that what was slow once is not thought to be slow for good.
+    pub fn choose(&self, key: &K, sizes: &[usize], budget_ms: Option<u32>, now: Instant) -> Chosen {
+        let fitting = self.fitting(key, sizes, budget_ms);
+        let larger = sizes.iter().copied().find(|size| *size > fitting.size);
+        let mut all = self.lock();
+        if let (Some(size), Some(known)) = (larger, all.get_mut(key)) {
+            known.choices += 1;
+            if known.choices >= CHOICES && now.saturating_duration_since(known.tried) >= FRESH {
+                (known.tried, known.choices) = (now, 0);
+                let rule = "a larger size than fits, by what was measured, is tried";
+                return Chosen { size, rule };
             }
         }
-        Chosen {
-            size: least,
-            rule: "no size fits the latency budget: the smallest",
-        }
+        fitting
     }
+}
+
+fn ends(sizes: &[usize]) -> (usize, usize) {
+    let (least, full) = (sizes.first(), sizes.last());
+    (least.copied().unwrap_or(0), full.copied().unwrap_or(0))
 }
 
 /// Milliseconds that a size is thought to take; `None`: nothing that large was measured.
@@ -223,7 +242,7 @@ mod tests {
     #[test]
     fn the_largest_size_that_fits_the_budget_is_taken() {
         let (latencies, now) = (Latencies::default(), Instant::now());
-        let chosen = |budget_ms| latencies.fitting(&"ann", ALL, budget_ms, now).size;
+        let chosen = |budget_ms| latencies.fitting(&"ann", ALL, budget_ms).size;
         assert_eq!(chosen(Some(1)), 1536, "nothing was measured yet");
         for (size, took) in [(1536, 90), (768, 40), (256, 10)] {
             latencies.note("ann", size, ms(took), now);
@@ -242,11 +261,7 @@ mod tests {
             assert_eq!(chosen(Some(budget_ms)), size, "{budget_ms} ms");
         }
         assert_eq!(chosen(None), 1536);
-        assert_eq!(
-            latencies.fitting(&"bob", ALL, Some(1), now).size,
-            1536,
-            "each has its own"
-        );
+        assert_eq!(latencies.fitting(&"bob", ALL, Some(1)).size, 1536, "each has its own");
         // Full size has become quicker since: 90, 76, 64.8, … ms.
         for _ in 0..20 {
             latencies.note("ann", 1536, ms(20), now);
@@ -255,23 +270,64 @@ mod tests {
     }
 
     #[test]
-    fn what_did_not_fit_is_tried_again_once_a_minute() {
-        let (latencies, began) = (Latencies::default(), Instant::now());
-        latencies.note("ann", 1536, ms(90), began);
-        let chosen = |after| latencies.fitting(&"ann", ALL, Some(20), began + after).size;
-        assert_eq!(chosen(Duration::ZERO), 256, "no smaller one is known to be quicker");
-        latencies.note("ann", 256, ms(10), began);
-        assert_eq!(chosen(Duration::from_secs(59)), 384, "18 ms by the line");
-        assert_eq!(chosen(Duration::from_secs(60)), 1536);
-        assert_eq!(chosen(Duration::from_secs(60)), 384, "one trial a minute");
-        assert_eq!(chosen(Duration::from_secs(120)), 1536);
+    fn what_is_larger_than_all_that_was_measured_fits_until_it_is_measured() {
+        let (latencies, now) = (Latencies::default(), Instant::now());
+        latencies.note("ann", 256, ms(10), now);
+        assert_eq!(latencies.fitting(&"ann", ALL, Some(5)).size, 1536);
+        // Whoever left before it was done has told enough; that somebody left sooner tells nothing.
+        latencies.note_unfinished("ann", 1536, ms(50), now);
+        assert_eq!(latencies.fitting(&"ann", ALL, Some(10)).size, 256);
+        latencies.note_unfinished("ann", 1536, ms(1), now);
+        assert_eq!(latencies.fitting(&"ann", ALL, Some(10)).size, 256);
     }
 
     #[test]
-    fn what_is_larger_than_all_that_was_measured_is_tried() {
-        let (latencies, now) = (Latencies::default(), Instant::now());
-        latencies.note("ann", 256, ms(10), now);
-        assert_eq!(latencies.fitting(&"ann", ALL, Some(5), now).size, 1536);
+    fn a_slow_start_is_made_up_for_size_by_size_and_seldom_at_the_cost_of_a_search() {
+        let (latencies, began) = (Latencies::default(), Instant::now());
+        // What each takes now; the first of all took three seconds.
+        let takes = |size: usize| ms(10 + size as u64 / 100);
+        latencies.note("ann", 1536, ms(3_000), began);
+        let mut slow = 0;
+        let mut chosen = Vec::new();
+        for number in 0..400 {
+            // Four a second.
+            let now = began + ms(250 * number);
+            let size = latencies.choose(&"ann", ALL, Some(20), now).size;
+            slow += usize::from(takes(size) > ms(20));
+            latencies.note("ann", size, takes(size), now);
+            chosen.push(size);
+        }
+        assert_eq!((chosen[0], slow), (256, 0));
+        // After a minute the next larger one is tried, and what is thought of those beyond it becomes less.
+        assert_eq!(chosen[239], 256);
+        assert_eq!(chosen[240], 384);
+        let now = began + ms(100_000);
+        for minute in 1..=4 {
+            for _ in 0..CHOICES {
+                let at = now + FRESH * minute;
+                let size = latencies.choose(&"ann", ALL, Some(30), at).size;
+                latencies.note("ann", size, takes(size), at);
+            }
+        }
+        assert_eq!(latencies.fitting(&"ann", ALL, Some(30)).size, 1536);
+    }
+
+    #[test]
+    fn who_searches_seldom_keeps_the_budget() {
+        let (latencies, began) = (Latencies::default(), Instant::now());
+        latencies.note("ann", 1536, ms(90), began);
+        latencies.note("ann", 768, ms(10), began);
+        let chosen = (1..=32).map(|hour| {
+            let now = began + Duration::from_secs(3600) * hour;
+            let size = latencies.choose(&"ann", ALL, Some(20), now).size;
+            latencies.note("ann", size, ms(if size == 1536 { 90 } else { 10 }), now);
+            size
+        });
+        assert_eq!(
+            chosen.filter(|size| *size == 1536).count(),
+            2,
+            "one search in sixteen is a trial"
+        );
     }
 
     #[test]
@@ -280,13 +336,12 @@ mod tests {
         for number in 0..=KEPT {
             latencies.note(number, 1536, ms(90), began + ms(number as u64));
         }
-        let now = began + ms(KEPT as u64);
         assert_eq!(latencies.0.lock().unwrap().len(), KEPT);
         assert_eq!(
-            latencies.fitting(&0, ALL, Some(1), now).size,
+            latencies.fitting(&0, ALL, Some(1)).size,
             1536,
             "the oldest is forgotten"
         );
-        assert_eq!(latencies.fitting(&1, ALL, Some(1), now).size, 256);
+        assert_eq!(latencies.fitting(&1, ALL, Some(1)).size, 256);
     }
 }

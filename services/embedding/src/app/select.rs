@@ -1,7 +1,5 @@
 //! Choosing how many dimensions a vector should have.
 
-use std::time::Instant;
-
 use aeterna_types::dimension::{Chosen, Purpose, by_table};
 
 use super::App;
@@ -55,7 +53,7 @@ impl App {
         let Chosen { size, rule } = match request.choice {
             Choice::Rule => by_table(&request.purpose),
             Choice::Size(size) => Chosen { size, rule: "use case" },
-            Choice::Measured => self.latencies.fitting(&index, &info.sizes(), budget_ms, Instant::now()),
+            Choice::Measured => self.latencies.fitting(&index, &info.sizes(), budget_ms),
         };
         let dimension = size.min(info.dimension);
         Ok(Selection {

@@ -2,6 +2,7 @@
 //! reranking, variety.
 
 mod candidates;
+mod dimensions;
 mod diverse;
 mod past;
 mod score;
@@ -12,7 +13,6 @@ use std::time::Instant;
 
 use aeterna_error::{Error, Reason};
 use aeterna_rpc::RequestContext;
-use aeterna_types::dimension::{Chosen, Purpose, by_table, sizes};
 use aeterna_types::{Layer, MemoryId, Scope, TenantId, Timestamp};
 
 use super::{App, Model, Serving};
@@ -22,6 +22,7 @@ use crate::store::code::Code;
 use crate::store::{Among, Stored};
 
 use candidates::Run;
+pub use dimensions::Dimensions;
 use past::Past;
 pub use score::{Breakdown, Fusion, Weights};
 
@@ -37,19 +38,6 @@ pub enum Arms {
     Lexical,
     /// Embeddings only.
     Dense,
-}
-
-/// Who chooses how many dimensions are compared.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Dimensions {
-    /// Nobody: all of them.
-    All,
-    /// The caller.
-    Only(usize),
-    /// The specification's table.
-    Table,
-    /// What was measured: the most that fit the latency budget.
-    Fitting,
 }
 
 /// What is looked for.
@@ -158,9 +146,9 @@ impl App {
         let fused = run.fuse(&bounds, candidates).await?;
         let (mut degraded, mut stats, model) = (run.degraded, run.stats, &run.serving.model);
         let mut hits = self.rank(tenant, fused.scores, &query, bounds.past).await?;
-        if let Some(dimension) = fused.dimension {
-            let key = (tenant.clone(), model.identity.clone());
-            self.latencies.note(key, dimension, started.elapsed(), Instant::now());
+        // What something was away for says nothing of the dimensions.
+        if let Some(measuring) = run.measuring {
+            measuring.end(degraded.is_empty());
         }
         if query.rerank
             && let Err(error) = self.rerank(context, &mut hits, &query).await
@@ -189,24 +177,6 @@ impl App {
             model: fused.dimension.map(|_| model.name.clone()).unwrap_or_default(),
             stats,
         })
-    }
-
-    /// How many dimensions a search compares; not clipped to the model's.
-    fn dimensions(&self, tenant: &TenantId, model: &Model, query: &SearchQuery) -> Chosen {
-        let chosen = |size, rule| Chosen { size, rule };
-        match query.dimensions {
-            Dimensions::All => chosen(model.dimension, "all that there are"),
-            Dimensions::Only(size) => chosen(size, "as it was asked for"),
-            Dimensions::Table => by_table(&Purpose {
-                query_length: Some(query.text.chars().count()),
-                results: Some(query.top_k),
-                budget_ms: query.budget_ms,
-            }),
-            Dimensions::Fitting => {
-                let (key, sizes) = ((tenant.clone(), model.identity.clone()), sizes(model.dimension));
-                self.latencies.fitting(&key, &sizes, query.budget_ms, Instant::now())
-            }
-        }
     }
 
     /// The nearest vectors by the index, to be rescored.

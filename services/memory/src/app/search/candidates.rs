@@ -9,6 +9,7 @@ use aeterna_rpc::RequestContext;
 use aeterna_types::TenantId;
 use aeterna_types::dimension::Chosen;
 
+use super::dimensions::Measuring;
 use super::past::Past;
 use super::score::fuse;
 use super::{App, Arms, Breakdown, SearchQuery, SearchStats, ms};
@@ -35,6 +36,8 @@ pub(super) struct Run<'s> {
     pub degraded: Vec<String>,
     /// What it did.
     pub stats: SearchStats,
+    /// How long it takes; unless it looks into the past, which takes longer for other reasons.
+    pub measuring: Option<Measuring<'s>>,
 }
 
 /// Where a search looks.
@@ -72,6 +75,7 @@ impl<'s> Run<'s> {
             serving: app.serving(),
             degraded: Vec::new(),
             stats,
+            measuring: None,
         }
     }
 
@@ -150,16 +154,22 @@ impl<'s> Run<'s> {
     /// Asks the index for the nearest vectors and for words at once, so that one that does not answer is waited for once.
     /// Without vectors, words stand in for them.
     pub(super) async fn candidates(&mut self, bounds: &Bounds) -> Scoring {
-        let query = self.query;
+        let (app, query) = (self.app, self.query);
         let mut stats = std::mem::take(&mut self.stats);
+        let Chosen { size, rule } = app.dimensions(self.tenant(), &self.serving.model, query);
+        let measured = query.arms != Arms::Lexical && query.as_of.is_none();
+        let measuring = measured.then(|| app.measuring(self.tenant(), &self.serving.model, size));
         let nearest = async {
             match query.arms {
                 Arms::Lexical => None,
-                _ => Some(self.nearest(bounds, &mut stats).await),
+                _ => Some(self.nearest(bounds, size, &mut stats).await),
             }
         };
         let (nearest, with_words) = tokio::join!(nearest, self.with_words(bounds));
-        self.stats = stats;
+        (self.stats, self.measuring) = (stats, measuring);
+        if nearest.as_ref().is_some_and(Result::is_ok) {
+            self.stats.rule = rule;
+        }
         let nearest = nearest.and_then(|found| found.inspect_err(|error| self.note_no_vectors(error)).ok());
         let also = bounds.past.as_ref().map(|past| past.changed.keys().copied().collect());
         Scoring {
@@ -170,8 +180,8 @@ impl<'s> Run<'s> {
         }
     }
 
-    /// Embeds the query and scans the prefixes; what comes out is to be compared at full size.
-    async fn nearest(&self, bounds: &Bounds, stats: &mut SearchStats) -> Result<Rescoring, Error> {
+    /// Embeds the query and scans the prefixes; what comes out is to be compared in so many dimensions.
+    async fn nearest(&self, bounds: &Bounds, size: usize, stats: &mut SearchStats) -> Result<Rescoring, Error> {
         let (app, query, serving) = (self.app, self.query, &*self.serving);
         let began = Instant::now();
         let texts = vec![query.text.clone()];
@@ -185,9 +195,7 @@ impl<'s> Run<'s> {
             let among = Arc::clone(&bounds.among);
             keys = app.candidates(serving, code, among, self.depth()).await?;
         }
-        let Chosen { size, rule } = app.dimensions(self.tenant(), &serving.model, query);
-        stats.rule = rule;
-        vector.truncate(size.min(serving.model.dimension));
+        vector.truncate(size);
         // As long as one: a prefix of a unit vector is shorter.
         let norm = vector.iter().map(|x| x * x).sum::<f32>().sqrt().max(f32::MIN_POSITIVE);
         vector.iter_mut().for_each(|x| *x /= norm);
@@ -243,7 +251,7 @@ impl<'s> Run<'s> {
             }
             Err(error) => {
                 self.note_no_vectors(&error);
-                scoring.dense = None;
+                (scoring.dense, self.stats.rule) = (None, "");
                 if scoring.lexical.is_none() {
                     scoring.lexical = Some(self.words(bounds, None));
                     scored = app.store.scored(&scoring).await?;
