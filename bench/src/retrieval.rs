@@ -141,24 +141,23 @@ async fn import(client: &mut Client, conversation: &Conversation) -> anyhow::Res
 /// Waits until every memory has its vector and the index holds it: a model that is slower than a write may wait leaves
 /// vectors to be made later, and a measurement before that is one of words alone.
 async fn indexed(client: &mut Client) -> anyhow::Result<()> {
-    let mut fewest = i64::MAX;
+    let mut last = (0, 0);
     let mut changed = Instant::now();
     loop {
         let stats = client.stats(StatsRequest::default()).await?.into_inner();
-        let left = stats.pending_embeddings + stats.index_lag;
-        if left == 0 {
+        let left = (stats.pending_embeddings, stats.index_lag);
+        if left == (0, 0) {
             return Ok(());
         }
-        if left < fewest {
-            fewest = left;
-            changed = Instant::now();
+        if left != last {
+            (last, changed) = (left, Instant::now());
             eprintln!(
                 "{} vectors are pending, {} changes to be indexed",
                 stats.pending_embeddings, stats.index_lag
             );
         }
         if changed.elapsed() > STALLED {
-            bail!("{left} vectors are still missing, and for {STALLED:?} none has come; see the server's log above");
+            bail!("vectors are still missing, and for {STALLED:?} none has come; see the server's log above");
         }
         tokio::time::sleep(Duration::from_millis(500)).await;
     }

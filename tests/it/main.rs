@@ -17,6 +17,7 @@ mod memory;
 mod notes;
 mod openai;
 mod past;
+mod policies;
 mod postgres;
 mod promises;
 mod qdrant;

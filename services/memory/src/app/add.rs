@@ -1,13 +1,15 @@
 //! Adding memories.
 
 use std::collections::HashMap;
+use std::time::Instant;
 
 use aeterna_error::Error;
 use aeterna_rpc::RequestContext;
 use aeterna_types::{MemoryId, Scope, TenantId};
+use futures::{StreamExt as _, stream};
 
 use super::App;
-use crate::domain::{Body, Idempotency, Key, Outcome, Sequence, Written};
+use crate::domain::{Body, Idempotency, Key, Outcome, Sequence, Writer, Written};
 use crate::store::{Addition, Among, Rescoring};
 
 /// One memory as its writer sends it.
@@ -44,6 +46,8 @@ const NEAR: f64 = 0.9;
 const TOLD: usize = 5;
 /// Items of a batch up to which near ones are looked for without being asked to: each costs a search.
 const SEARCHED: usize = 32;
+/// Items for which they are looked for at once.
+const AT_ONCE: usize = 4;
 
 impl App {
     /// Adds memories; each has its own result. The vectors are made before the transaction begins. `near`: what says nearly the
@@ -94,7 +98,7 @@ impl App {
                 Err(answer) => results.push(Some(answer)),
             }
         }
-        let mut fresh = self.store_all(context, wanted).await?.into_iter();
+        let mut fresh = self.store_all(context, &writer, wanted).await?.into_iter();
         let results: Vec<_> = results
             .into_iter()
             .filter_map(|done| done.or_else(|| fresh.next()))
@@ -110,16 +114,20 @@ impl App {
             self.await_index(last).await;
         }
         let told = near || results.len() <= SEARCHED;
-        let mut kept = Vec::with_capacity(results.len());
-        for result in results {
-            kept.push(match result {
-                Ok(written) if told && written.outcome == Outcome::Created => {
-                    Ok(self.with_near(&writer.tenant, written).await)
-                }
-                result => result.map(Kept::from),
-            });
-        }
-        Ok(kept)
+        // All is stored by now, and whoever waits for the answer must have it.
+        let until = context
+            .deadline()
+            .map(|deadline| deadline - deadline.saturating_duration_since(Instant::now()) / 2);
+        let tell = async |result: Result<Written, Error>| match result {
+            Ok(written)
+                if told && written.outcome == Outcome::Created && until.is_none_or(|until| Instant::now() < until) =>
+            {
+                Ok(self.with_near(&writer.tenant, written).await)
+            }
+            result => result.map(Kept::from),
+        };
+        let told = stream::iter(results).map(tell).buffered(AT_ONCE);
+        Ok(told.collect().await)
     }
 
     /// A memory that is stored, with what says nearly the same: what fails now must not make its writer believe that it is not.
@@ -167,12 +175,12 @@ impl App {
     async fn store_all(
         &self,
         context: &RequestContext,
+        writer: &Writer,
         items: Vec<(NewMemory, Option<(i64, String)>)>,
     ) -> Result<Vec<Result<Written, Error>>, Error> {
         if items.is_empty() {
             return Ok(Vec::new());
         }
-        let writer = self.writer(context);
         // What is there already will be merged, and needs no vector: an import that is repeated costs no model.
         let places: Vec<_> = items
             .iter()
@@ -194,7 +202,7 @@ impl App {
             idempotency: item.idempotency,
         });
         let additions = additions.collect();
-        let written = self.store.add(&writer, additions).await?;
+        let written = self.store.add(writer, additions).await?;
         Ok(written.into_iter().map(|result| result.map_err(Error::from)).collect())
     }
 }

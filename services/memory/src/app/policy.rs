@@ -40,13 +40,22 @@ impl Law {
     }
 
     /// Refuses a caller who may not write there, and a body that is too large or is to be shown for too long.
-    pub fn may_change(&self, principal: &Principal, current: &Memory, body: &Body) -> Result<(), MemoryError> {
+    pub fn may_change(
+        &self,
+        principal: &Principal,
+        (current, body): (&Memory, &Body),
+        now: Timestamp,
+    ) -> Result<(), MemoryError> {
         let effective = self.effective(&current.scope);
         check_writer(&effective, principal)?;
         check_content(&effective, body)?;
-        match body.expires_at == current.body.expires_at {
+        // What is no longer than before is none of the rule's business.
+        let (until, before) = (body.expires_at, current.body.expires_at);
+        let shorter = until == before || until.is_some_and(|until| before.is_none_or(|before| until < before));
+        match shorter {
             true => Ok(()),
-            false => check_expiry(&effective, body.expires_at, current.created_at),
+            // The time of an import is its writer's to say.
+            false => check_expiry(&effective, until, current.created_at.min(now)),
         }
     }
 

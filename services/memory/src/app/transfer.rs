@@ -294,9 +294,11 @@ impl Import {
         }
         item.memory.scope = principal.stand_in(&item.memory.scope)?;
         let now = self.app.clock.now();
-        let kept = item.memory.body.expires_at;
+        // A deleted one is shown to nobody, whenever it would have expired.
+        let deleted = item.memory.deleted_at.is_some();
+        let kept = item.memory.body.expires_at.take_if(|_| deleted);
         item.most = law.admit(principal, &item.memory.scope, &mut item.memory.body, now)?;
-        if item.memory.deleted_at.is_some() {
+        if deleted {
             item.memory.body.expires_at = kept;
         }
         let serving = self.app.serving();

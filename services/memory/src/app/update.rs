@@ -79,7 +79,7 @@ impl App {
                 .filter(|(name, _)| patch.fields.iter().any(|field| field == name));
             named.for_each(|(_, copy)| copy(&mut body, &patch.values));
             check_validity(&body)?;
-            law.may_change(context.principal(), &current, &body)?;
+            law.may_change(context.principal(), (&current, &body), writer.now)?;
             let reindex = body.dense_text() != current.body.dense_text();
             let vector = if reindex {
                 let codes = self.codes(context, vec![body.dense_text()]).await;
