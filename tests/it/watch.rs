@@ -290,6 +290,46 @@ async fn a_watcher_that_is_very_slow_is_told_to_begin_again_and_misses_nothing()
 }
 
 #[tokio::test]
+async fn a_watcher_with_nothing_to_hear_is_told_so_however_much_others_write() {
+    let sandbox = Sandbox::start(&[("auth.hs256_secret", SECRET)]).await;
+    let [_, (_, channel)] = sandbox.ways();
+    let mut client = MemoryServiceClient::new(channel);
+    let (quiet, busy) = (
+        token("quiet", Role::Admin, &[], NEVER),
+        token("busy", Role::Admin, &[], NEVER),
+    );
+    // One that is told of changes as they come, and one that begins in the past.
+    let mut watching = Vec::new();
+    for resume_token in ["", "1.0"] {
+        let request = WatchRequest {
+            resume_token: resume_token.into(),
+            ..Default::default()
+        };
+        watching.push(client.watch(bearing(request, &quiet)).await.unwrap().into_inner());
+    }
+    let writing = async {
+        for n in 0.. {
+            client
+                .add(bearing(item("ann", &format!("fact {n}")), &busy))
+                .await
+                .unwrap();
+            tokio::time::sleep(Duration::from_millis(500)).await;
+        }
+    };
+    let told = futures::future::join_all(watching.iter_mut().map(async |stream| {
+        let event = stream.message().await.unwrap().unwrap();
+        assert!(event.heartbeat && event.resume_token != "1.0", "{event:?}");
+    }));
+    tokio::select! {
+        _ = told => {}
+        () = writing => {}
+        () = tokio::time::sleep(Duration::from_secs(40)) => panic!("nobody is told anything"),
+    }
+    drop(watching);
+    sandbox.stop().await;
+}
+
+#[tokio::test]
 async fn no_tenant_hears_of_another() {
     let sandbox = Sandbox::start(&[("auth.hs256_secret", SECRET)]).await;
     for (way, channel) in sandbox.ways() {

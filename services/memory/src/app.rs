@@ -27,7 +27,7 @@ use aeterna_types::dimension::Latencies;
 use aeterna_types::{Clock, TenantId};
 use async_trait::async_trait;
 use tokio::sync::watch::{Receiver, Sender};
-use tokio::sync::{Mutex, Notify, broadcast};
+use tokio::sync::{Notify, Semaphore, broadcast};
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument as _;
 
@@ -219,9 +219,9 @@ pub struct App {
     pub(crate) began: Sequence,
     /// What was committed, for watchers.
     pub(crate) changes: broadcast::Sender<Arc<Change>>,
-    /// Watchers that read the outbox themselves do so one at a time: thousands who fell behind together leave the store to those
-    /// who write and search.
-    pub(crate) catching_up: Mutex<()>,
+    /// Turns of watchers that read the outbox themselves: thousands who fell behind together leave the store to those who write
+    /// and search.
+    pub(crate) catching_up: Semaphore,
     /// Cancelled when the process should end: streams end then.
     pub(crate) stop: CancellationToken,
     /// The change up to which the index has everything.

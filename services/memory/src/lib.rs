@@ -30,7 +30,7 @@ use aeterna_storage::{DirectoryLock, PostgresOptions, RedisLive, RedisOptions, S
 use aeterna_types::Clock;
 use aeterna_types::dimension::Latencies;
 use opentelemetry::metrics::Meter;
-use tokio::sync::{Mutex, broadcast, watch};
+use tokio::sync::{Semaphore, broadcast, watch};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
@@ -189,6 +189,15 @@ enum Store {
 }
 
 impl Store {
+    /// Watchers that may read at once: a quarter of the connections for reading.
+    fn watchers(&self, readers: u32) -> usize {
+        let connections = match self {
+            Self::Sqlite(_) => readers,
+            Self::Postgres(options, _) => options.connections,
+        };
+        (connections / 4).max(1) as usize
+    }
+
     fn read(reader: &mut Reader<'_>) -> Option<Self> {
         let password = reader.secret("memory.store_password");
         let owner = reader.optional::<String>("memory.store_owner").flatten();
@@ -418,7 +427,7 @@ pub async fn build(config: Config, deps: Deps) -> Result<Service, Error> {
         committed: app::Committed::new(),
         began,
         changes: broadcast::Sender::new(app::RING),
-        catching_up: Mutex::new(()),
+        catching_up: Semaphore::new(config.store.watchers(config.readers)),
         stop: deps.stop,
     });
     // A file has one process.

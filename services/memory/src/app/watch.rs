@@ -13,10 +13,13 @@ use aeterna_rpc::RequestContext;
 use aeterna_types::{Layer, Scope, TenantId, Timestamp};
 use tokio::sync::broadcast;
 use tokio::sync::broadcast::error::RecvError;
-use tokio_util::sync::CancellationToken;
+use tokio::task::JoinHandle;
+use tokio::time::Instant;
+use tokio_util::sync::{CancellationToken, DropGuard};
+use tracing::Instrument as _;
 
+use super::App;
 use super::get::view;
-use super::{App, whole};
 use crate::domain::{Change, Sequence, Subject, View};
 use crate::filter::Filter;
 
@@ -72,8 +75,18 @@ pub struct Watcher {
     backlog: VecDeque<Arc<Change>>,
     /// Changes to read from the outbox next time.
     own: usize,
+    /// What is being read from there.
+    reading: Option<JoinHandle<Result<Page, Error>>>,
     live: Option<broadcast::Receiver<Arc<Change>>>,
+    /// When it is told where it stands if there is nothing else.
+    heartbeat: Instant,
+    /// Those that wait for their turn to read leave when it is dropped.
+    here: CancellationToken,
+    _gone: DropGuard,
 }
+
+/// Changes, and what follows once they are less than was asked for.
+type Page = (Vec<Change>, broadcast::Receiver<Arc<Change>>);
 
 impl App {
     /// Begins to watch what the caller sees.
@@ -93,6 +106,7 @@ impl App {
             let what = "is of another store, or of a state that was replaced; start without it";
             return Err(Error::field("resume_token", what));
         }
+        let here = CancellationToken::new();
         Ok(Watcher {
             app: Arc::clone(self),
             tenant: context.principal().tenant.clone(),
@@ -104,7 +118,11 @@ impl App {
             position,
             backlog: VecDeque::new(),
             own: 1,
+            reading: None,
             live: query.after.is_none().then_some(live),
+            heartbeat: Instant::now() + HEARTBEAT,
+            _gone: here.clone().drop_guard(),
+            here,
         })
     }
 
@@ -146,7 +164,7 @@ impl App {
     }
 }
 
-fn draining() -> Error {
+fn ends() -> Error {
     let message = "the server is draining; watch again with the last resume token";
     Error::new(Reason::Draining, message)
 }
@@ -157,20 +175,39 @@ impl Watcher {
     /// # Errors
     /// DRAINING when the process ends, FELL_BEHIND when its caller reads too slowly, and whatever the store fails with.
     pub async fn next(&mut self) -> Result<News, Error> {
+        let news = self.find().await?;
+        self.heartbeat = Instant::now() + HEARTBEAT;
+        Ok(news)
+    }
+
+    async fn find(&mut self) -> Result<News, Error> {
         loop {
+            // Also when others' changes are all that there is.
+            if Instant::now() >= self.heartbeat {
+                return Ok(self.stands());
+            }
             if let Some(change) = self.backlog.pop_front() {
                 if let Some(news) = self.look_at(change) {
                     return Ok(news);
                 }
                 continue;
             }
+            let draining = self.app.stop.cancelled();
             let Some(live) = &mut self.live else {
-                self.catch_up().await?;
+                let reading = self.reading.take().unwrap_or_else(|| self.read_on());
+                let reading = self.reading.insert(reading);
+                let page = tokio::select! {
+                    () = draining => return Err(ends()),
+                    () = tokio::time::sleep_until(self.heartbeat) => continue,
+                    page = reading => page,
+                };
+                self.reading = None;
+                self.take(page.map_err(Error::internal)??);
                 continue;
             };
             let received = tokio::select! {
-                () = self.app.stop.cancelled() => return Err(draining()),
-                () = tokio::time::sleep(HEARTBEAT) => return Ok(News::Heartbeat(self.position, self.app.clock.now())),
+                () = draining => return Err(ends()),
+                () = tokio::time::sleep_until(self.heartbeat) => continue,
                 received = live.recv() => received,
             };
             match received {
@@ -188,26 +225,34 @@ impl Watcher {
         }
     }
 
-    /// Reads from the outbox; once there is less than a page, the ring has all that follows.
-    async fn catch_up(&mut self) -> Result<(), Error> {
-        let app = Arc::clone(&self.app);
+    fn stands(&self) -> News {
+        News::Heartbeat(self.position, self.app.clock.now())
+    }
+
+    /// Begins to read from the outbox, when it is its turn. It is done to its end, whether or not somebody waits for it.
+    fn read_on(&self) -> JoinHandle<Result<Page, Error>> {
+        let (app, here) = (Arc::clone(&self.app), self.here.clone());
         let (tenant, position, own) = (self.tenant.clone(), self.position, self.own);
-        let reading = whole(async move {
-            let _turn = app.catching_up.lock().await;
+        let read = async move {
+            let turn = tokio::select! {
+                () = here.cancelled() => return Err(Error::internal("nobody watches any more")),
+                turn = app.catching_up.acquire() => turn,
+            };
+            let _turn = turn.map_err(Error::internal)?;
             let live = app.changes.subscribe();
-            let page = app.store.changes(Some(&tenant), position, own).await;
-            page.map(|page| (page, live))
-        });
-        let (page, live) = tokio::select! {
-            () = self.app.stop.cancelled() => return Err(draining()),
-            read = reading => read??,
+            let page = app.store.changes(Some(&tenant), position, own).await?;
+            Ok((page, live))
         };
+        tokio::spawn(read.in_current_span())
+    }
+
+    /// Takes what was read; once there is less than a page, the ring has all that follows.
+    fn take(&mut self, (page, live): Page) {
         self.live = (page.len() < self.own).then_some(live);
         let bytes: usize = page.iter().map(Change::bytes).sum();
         let of_each = bytes / page.len().max(1);
         self.own = (OWN_BYTES / of_each.max(1)).clamp(1, OWN);
         self.backlog.extend(page.into_iter().map(Arc::new));
-        Ok(())
     }
 
     /// Moves on, and says what is to be told of a change.

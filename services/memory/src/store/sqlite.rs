@@ -50,6 +50,7 @@ pub const MIGRATIONS: &[(&str, &str)] = &[
         "answers by memory, refusals of imports",
         include_str!("sqlite/schema_6.sql"),
     ),
+    ("changes by tenant", include_str!("sqlite/schema_7.sql")),
 ];
 
 /// The store.

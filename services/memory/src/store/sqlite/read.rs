@@ -328,16 +328,19 @@ pub fn changes(
     count: usize,
 ) -> Result<Vec<Change>, MemoryError> {
     // A change whose version is gone is told by the removal that follows it.
-    let text = "SELECT o.sequence, o.tenant, o.kind, o.committed_at, s.path, o.id, h.record, o.resource, v.record, p.record \
+    let whose = tenant.map_or("", |_| "o.tenant = ?2 AND");
+    let text = format!(
+        "SELECT o.sequence, o.tenant, o.kind, o.committed_at, s.path, o.id, h.record, o.resource, v.record, p.record \
                 FROM outbox o LEFT JOIN scopes s ON s.key = o.scope \
                 LEFT JOIN history h ON h.memory = o.id AND h.version = o.version \
                 LEFT JOIN documents d ON o.resource LIKE 'document:%' AND d.path = substr(o.resource, 10) AND d.scope = o.scope \
                 LEFT JOIN document_versions v ON v.document = d.key AND v.version = o.version \
                 LEFT JOIN policies p ON o.resource LIKE 'policy:%' AND p.tenant = o.tenant AND p.name = substr(o.resource, 8) \
-                WHERE o.sequence > ?1 AND (?2 IS NULL OR o.tenant = ?2) AND o.kind <> 'embedded' \
-                AND (o.kind = 'purged' OR o.resource IS NOT NULL OR h.record IS NOT NULL) ORDER BY o.sequence LIMIT ?3";
+                WHERE {whose} o.sequence > ?1 AND o.kind <> 'embedded' \
+                AND (o.kind = 'purged' OR o.resource IS NOT NULL OR h.record IS NOT NULL) ORDER BY o.sequence LIMIT ?3"
+    );
     let bound = params![after.0, tenant.map(TenantId::as_str), limit(count)];
-    rows(connection, text, bound, change)
+    rows(connection, &text, bound, change)
 }
 
 /// A JSON column that may be empty.
