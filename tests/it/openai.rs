@@ -100,6 +100,9 @@ async fn embeddings(State(script): State<Arc<Script>>, headers: HeaderMap, body:
     if mode != Mode::Lenient && texts.iter().any(|text| text.contains("forbidden")) {
         return (StatusCode::BAD_REQUEST, "this text is not taken").into_response();
     }
+    if texts.iter().any(|text| text.contains("indigestible")) {
+        return (StatusCode::INTERNAL_SERVER_ERROR, "input is too large to process").into_response();
+    }
     let item = |(index, text): (usize, &&str)| {
         let mut embedding = json!(vector(text, size));
         if mode == Mode::NotANumber {
@@ -146,6 +149,11 @@ async fn serve_at(address: &str, script: &Arc<Script>) -> (String, tokio::task::
 
 /// Waits until every memory has a vector.
 async fn whole(client: &mut MemoryServiceClient<AnyChannel>, name: &str) {
+    pending(client, name, 0).await;
+}
+
+/// Waits until no more than so many have none.
+async fn pending(client: &mut MemoryServiceClient<AnyChannel>, name: &str, most: i64) {
     let mut left = 300;
     loop {
         let stats = client
@@ -155,7 +163,7 @@ async fn whole(client: &mut MemoryServiceClient<AnyChannel>, name: &str) {
             })
             .await;
         let stats = stats.unwrap().into_inner();
-        if stats.pending_embeddings == 0 {
+        if stats.pending_embeddings <= most {
             return;
         }
         left -= 1;
@@ -338,6 +346,41 @@ async fn texts_share_calls_and_a_busy_server_is_waited_for() {
     );
     assert!(tokens >= 1510.0, "{tokens}");
     assert!((cost - 0.02 * tokens).abs() < 1e-6, "{cost} for {tokens} tokens");
+    sandbox.stop().await;
+    served.abort();
+}
+
+#[tokio::test]
+async fn a_text_at_which_the_server_fails_keeps_no_other_from_its_vector() {
+    let (script, url, served) = serve().await;
+    let sandbox = sandbox(&url).await;
+    let [(way, channel), _] = sandbox.ways();
+    let mut client = MemoryServiceClient::new(channel);
+    // Both where vectors are made at once, and where they are made up.
+    for (round, mode) in [Mode::Sound, Mode::Hanging].into_iter().enumerate() {
+        script.set(mode);
+        let content = |n: usize| match n {
+            5 => format!("indigestible {round}"),
+            n => format!("boat {round} {n} leaves"),
+        };
+        let batch = BatchAddRequest {
+            requests: (0..12).map(|n| item(way, &content(n))).collect(),
+            ..Default::default()
+        };
+        client.batch_add(batch).await.unwrap();
+        script.set(Mode::Sound);
+        pending(&mut client, way, round as i64 + 1).await;
+        let found = search(&mut client, way, &content(11)).await;
+        assert!(!found.degraded, "{found:?}");
+        let first = found.results[0].memory.as_ref().unwrap();
+        assert_eq!(
+            (first.content.as_str(), first.embedding_model.as_str()),
+            (content(11).as_str(), "scripted")
+        );
+        // It is found by its words.
+        let found = search(&mut client, way, &content(5)).await;
+        assert_eq!(found.results[0].memory.as_ref().unwrap().content, content(5));
+    }
     sandbox.stop().await;
     served.abort();
 }

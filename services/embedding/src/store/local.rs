@@ -296,7 +296,7 @@ impl Queue {
             match vectors {
                 Ok(vectors) => answers.into_iter().zip(vectors).for_each(|(answer, vector)| {
                     // The asker may have gone; then nobody needs the vector.
-                    let _ = answer.send(Ok(vector));
+                    let _ = answer.send(vector);
                 }),
                 Err(error) => answers.into_iter().for_each(|answer| {
                     let _ = answer.send(Err(EmbeddingError::Failed(error.to_string())));
@@ -306,9 +306,12 @@ impl Queue {
     }
 }
 
+/// What candle and the tokenizer fail with.
+type Failed = Box<dyn std::error::Error + Send + Sync>;
+
 impl Network {
-    /// Mean over the tokens of the last hidden layer, scaled to length 1.
-    fn embed(&self, texts: Vec<String>) -> Result<Vec<Embedded>, Box<dyn std::error::Error + Send + Sync>> {
+    /// Mean over the tokens of the last hidden layer, scaled to length 1; a text for which that is no finite number has none.
+    fn embed(&self, texts: Vec<String>) -> Result<Vec<Result<Embedded, EmbeddingError>>, Failed> {
         let encodings = self.tokenizer.encode_batch(texts, true)?;
         let (ids, types, mask) = tensors(&encodings)?;
         let hidden = self.bert.forward(&ids, &types, Some(&mask))?;
@@ -316,9 +319,10 @@ impl Network {
         let sums = hidden.broadcast_mul(&weights)?.sum(1)?;
         let means = sums.broadcast_div(&weights.sum(1)?)?;
         let rows = means.to_vec2::<f32>()?.into_iter().zip(&encodings);
-        rows.map(|(mut vector, encoding)| {
+        let embedded = rows.map(|(mut vector, encoding)| {
             if vector.iter().any(|x| !x.is_finite()) {
-                return Err("the model answered a value that is not finite".into());
+                let why = "the model answers a value that is not finite".to_owned();
+                return Err(EmbeddingError::Refused(why));
             }
             normalise(&mut vector);
             let tokens = u32::try_from(encoding.len()).unwrap_or(u32::MAX);
@@ -328,7 +332,7 @@ impl Network {
                 tokens,
                 truncated,
             })
-        })
-        .collect()
+        });
+        Ok(embedded.collect())
     }
 }

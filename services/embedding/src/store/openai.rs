@@ -152,45 +152,62 @@ struct Server {
 /// What became of one call.
 enum Outcome {
     Done(Vec<Embedded>),
+    NotDone(Failure, Option<Duration>),
+}
+
+/// Why texts have no vectors.
+enum Failure {
     /// The texts are at fault.
     Refused(String),
-    /// The server is; it may ask for a pause.
-    Failed(String, Option<Duration>),
+    /// The server has failed at these texts: they may be at fault or not.
+    Broken(String),
+    /// The server is at fault, or not there.
+    Away(String),
 }
 
 impl Server {
-    /// Embeds texts; one that the server refuses does not keep the others from their vectors. Servers say in many ways that a
-    /// text is longer than the model's window, and not how much longer: one that is refused alone is cut in half until it is
-    /// taken, or too short to be too long.
     async fn embed(&self, texts: &[String]) -> Vec<Result<Embedded, EmbeddingError>> {
-        let answer = match self.patiently(texts).await {
-            Err(EmbeddingError::Refused(why)) => Err(self.whose_fault(why).await),
-            answer => answer,
+        self.embed_in(texts, ROUNDS).await
+    }
+
+    /// Embeds texts; one that the server refuses does not keep the others from their vectors. Servers say in many ways that a
+    /// text is longer than the model's window, and not how much longer, and some fail at it: one that is refused alone is cut in
+    /// half until it is taken, or too short to be too long.
+    async fn embed_in(&self, texts: &[String], mut rounds: u32) -> Vec<Result<Embedded, EmbeddingError>> {
+        let error = match self.patiently(texts, rounds).await {
+            Ok(embedded) => return embedded.into_iter().map(Ok).collect(),
+            Err(Failure::Refused(why)) => self.whose_fault(why).await,
+            Err(Failure::Broken(why)) => {
+                // It was tried often enough.
+                rounds = 1;
+                match self.patiently(&["a word".to_owned()], 1).await {
+                    Ok(_) => EmbeddingError::Refused(why),
+                    Err(_) => EmbeddingError::Away(why),
+                }
+            }
+            Err(Failure::Away(why)) => EmbeddingError::Away(why),
         };
-        match answer {
-            Ok(embedded) => embedded.into_iter().map(Ok).collect(),
-            Err(EmbeddingError::Refused(_)) if texts.len() > 1 => {
+        match (texts, error) {
+            ([_, _, ..], EmbeddingError::Refused(_)) => {
                 let (left, right) = texts.split_at(texts.len() / 2);
-                let mut results = Box::pin(self.embed(left)).await;
-                results.extend(Box::pin(self.embed(right)).await);
+                let mut results = Box::pin(self.embed_in(left, rounds)).await;
+                results.extend(Box::pin(self.embed_in(right, rounds)).await);
                 results
             }
-            Err(error) => match texts {
-                [text] if matches!(error, EmbeddingError::Refused(_)) && text.len() > SHORT => {
-                    let mut result = Box::pin(self.embed(&[half(text).to_owned()])).await;
-                    let cut = |embedded: &mut Embedded| embedded.truncated = true;
-                    result.iter_mut().flatten().for_each(cut);
-                    result
-                }
-                _ => texts.iter().map(|_| Err(error.clone())).collect(),
-            },
+            ([text], EmbeddingError::Refused(_)) if text.len() > SHORT => {
+                let mut result = Box::pin(self.embed_in(&[half(text).to_owned()], rounds)).await;
+                let cut = |embedded: &mut Embedded| embedded.truncated = true;
+                result.iter_mut().flatten().for_each(cut);
+                result
+            }
+            (texts, error) => texts.iter().map(|_| Err(error.clone())).collect(),
         }
     }
 
     /// Whether a refusal is of the texts; a server that takes none is set up wrongly.
     async fn whose_fault(&self, why: String) -> EmbeddingError {
         if !self.takes.load(Ordering::SeqCst)
-            && let Err(EmbeddingError::Refused(_)) = self.patiently(&["a word".to_owned()]).await
+            && let Err(Failure::Refused(_)) = self.patiently(&["a word".to_owned()], ROUNDS).await
         {
             let what = "it refuses every text: look at `embedding.openai.model`, `.dimension` and `.matryoshka`";
             return EmbeddingError::Away(format!("{why}; {what}"));
@@ -199,32 +216,38 @@ impl Server {
     }
 
     /// Asks one server after the other, and all of them again after a pause.
-    async fn patiently(&self, texts: &[String]) -> Result<Vec<Embedded>, EmbeddingError> {
-        let (mut pause, mut last) = (PAUSE, String::new());
-        for round in 0..ROUNDS {
+    async fn patiently(&self, texts: &[String], rounds: u32) -> Result<Vec<Embedded>, Failure> {
+        let (mut pause, mut last) = (PAUSE, Failure::Away(String::new()));
+        for round in 0..rounds {
             let mut asked: Option<Duration> = None;
+            // One that has failed at the texts says more than one that is not there.
+            let mut broken = false;
             for url in &self.options.urls {
                 match self.call(url, texts).await {
                     Outcome::Done(embedded) => {
                         self.takes.store(true, Ordering::SeqCst);
                         return Ok(embedded);
                     }
-                    Outcome::Refused(why) => return Err(EmbeddingError::Refused(why)),
-                    Outcome::Failed(why, wait) => {
+                    Outcome::NotDone(Failure::Refused(why), _) => return Err(Failure::Refused(why)),
+                    Outcome::NotDone(failure, wait) => {
+                        let (Failure::Broken(why) | Failure::Away(why) | Failure::Refused(why)) = &failure;
                         tracing::warn!(%url, why, "an embedding server fails");
                         asked = asked.max(wait);
-                        last = why;
+                        if !broken {
+                            broken = matches!(failure, Failure::Broken(_));
+                            last = failure;
+                        }
                     }
                 }
             }
-            if round + 1 < ROUNDS {
+            if round + 1 < rounds {
                 let jitter = rand::rng().random_range(0.5..1.5);
                 let own = pause.mul_f64(jitter);
                 tokio::time::sleep(asked.map_or(own, |asked| asked.min(LONGEST).max(own))).await;
                 pause *= 2;
             }
         }
-        Err(EmbeddingError::Away(last))
+        Err(last)
     }
 
     async fn call(&self, url: &Url, texts: &[String]) -> Outcome {
@@ -238,7 +261,7 @@ impl Server {
         if let Some(key) = &options.key {
             request = request.bearer_auth(key.expose());
         }
-        let failed = |error: reqwest::Error| Outcome::Failed(error.without_url().to_string(), None);
+        let failed = |error: reqwest::Error| Outcome::NotDone(Failure::Away(error.without_url().to_string()), None);
         let mut response = match request.send().await {
             Ok(response) => response,
             Err(error) => return failed(error),
@@ -253,7 +276,8 @@ impl Server {
                 Err(error) => return failed(error),
             }
             if bytes.len() > ANSWER_BYTES {
-                return Outcome::Failed(format!("the answer has more than {ANSWER_BYTES} bytes"), None);
+                let why = format!("the answer has more than {ANSWER_BYTES} bytes");
+                return Outcome::NotDone(Failure::Away(why), None);
             }
         }
         if !status.is_success() {
@@ -261,31 +285,36 @@ impl Server {
             // What it says is for the operator: it may name keys and organisations.
             tracing::warn!(%url, status = status.as_u16(), said, "an embedding server refuses");
             let why = format!("status {}", status.as_u16());
-            // Only these say that the texts are at fault; a wrong key or name is for an operator to mend.
-            let texts = matches!(
-                status,
-                StatusCode::BAD_REQUEST | StatusCode::PAYLOAD_TOO_LARGE | StatusCode::UNPROCESSABLE_ENTITY
-            );
-            return if texts {
-                Outcome::Refused(why)
-            } else {
-                Outcome::Failed(why, wait)
+            // A wrong key or name is for an operator to mend.
+            let failure = match status {
+                StatusCode::BAD_REQUEST | StatusCode::PAYLOAD_TOO_LARGE | StatusCode::UNPROCESSABLE_ENTITY => {
+                    Failure::Refused(why)
+                }
+                // Some servers answer this to a text that is too long.
+                StatusCode::INTERNAL_SERVER_ERROR => Failure::Broken(why),
+                _ => Failure::Away(why),
             };
+            return Outcome::NotDone(failure, wait);
         }
         match self.read(&bytes, texts) {
             Ok(embedded) => Outcome::Done(embedded),
-            Err(why) => Outcome::Failed(why, None),
+            Err(failure) => Outcome::NotDone(failure, None),
         }
     }
 
     /// The vectors of an answer, in the order of the texts. Servers differ: places may be missing or out of order, counts of
     /// tokens may be missing.
-    fn read(&self, bytes: &[u8], texts: &[String]) -> Result<Vec<Embedded>, String> {
+    fn read(&self, bytes: &[u8], texts: &[String]) -> Result<Vec<Embedded>, Failure> {
+        let unusable = |why: &str| Failure::Away(why.to_owned());
         let wanted = texts.len();
-        let answer: Value = serde_json::from_slice(bytes).map_err(|error| format!("the answer is no JSON: {error}"))?;
-        let data = answer["data"].as_array().ok_or("the answer has no `data`")?;
+        let answer: Value =
+            serde_json::from_slice(bytes).map_err(|error| unusable(&format!("the answer is no JSON: {error}")))?;
+        let data = answer["data"]
+            .as_array()
+            .ok_or_else(|| unusable("the answer has no `data`"))?;
         if data.len() != wanted {
-            return Err(format!("the answer has {} vectors for {wanted} texts", data.len()));
+            let why = format!("the answer has {} vectors for {wanted} texts", data.len());
+            return Err(unusable(&why));
         }
         let mut vectors: Vec<Option<Vec<f32>>> = vec![None; wanted];
         for (place, item) in data.iter().enumerate() {
@@ -293,19 +322,24 @@ impl Server {
                 .as_u64()
                 .and_then(|index| usize::try_from(index).ok())
                 .unwrap_or(place);
-            let values = item["embedding"].as_array().ok_or("an item has no `embedding`")?;
+            let values = item["embedding"]
+                .as_array()
+                .ok_or_else(|| unusable("an item has no `embedding`"))?;
             let number = |value: &Value| value.as_f64().map(|x| x as f32).filter(|x| x.is_finite());
             let values: Option<Vec<f32>> = values.iter().map(number).collect();
-            let mut values = values.ok_or("an embedding has a value that is no finite number")?;
+            // As a model does at some texts.
+            let broken = || Failure::Broken("an embedding has a value that is no finite number".to_owned());
+            let mut values = values.ok_or_else(broken)?;
             let dimension = self.options.dimension;
             if values.len() != dimension {
                 let found = values.len();
-                return Err(format!(
-                    "an embedding has {found} values, and `embedding.openai.dimension` is {dimension}"
-                ));
+                let why = format!("an embedding has {found} values, and `embedding.openai.dimension` is {dimension}");
+                return Err(unusable(&why));
             }
             normalise(&mut values);
-            *vectors.get_mut(place).ok_or("an item has a place beyond the texts")? = Some(values);
+            *vectors
+                .get_mut(place)
+                .ok_or_else(|| unusable("an item has a place beyond the texts"))? = Some(values);
         }
         let tokens = answer["usage"]["prompt_tokens"]
             .as_u64()
@@ -324,7 +358,7 @@ impl Server {
         });
         embedded
             .collect::<Option<_>>()
-            .ok_or_else(|| "two embeddings have the same place".to_owned())
+            .ok_or_else(|| unusable("two embeddings have the same place"))
     }
 }
 
