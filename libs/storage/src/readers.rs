@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use rusqlite::{Connection, OpenFlags};
+use rusqlite::{Connection, InterruptHandle, OpenFlags};
 use tokio::sync::Semaphore;
 
 use crate::StorageError;
@@ -48,7 +48,8 @@ impl Readers {
         })
     }
 
-    /// Runs `work` with a connection, off the async threads. All of it sees one state of the database.
+    /// Runs `work` with a connection, off the async threads. All of it sees one state of the database. Its statements are ended
+    /// when nobody waits for it any more.
     ///
     /// # Errors
     /// What `work` says, or that no connection came free in time.
@@ -64,17 +65,22 @@ impl Readers {
             .map_err(|_| away("no connection for reading came free in time"))?
             .map_err(|_| away("the store is closed"))?;
         let idle = Arc::clone(&self.idle);
+        let waiting = Waiting::default();
+        let under_way = Arc::clone(&waiting.0);
         let done = tokio::task::spawn_blocking(move || {
             let _permit = permit;
             let connection = idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
             let connection = connection.ok_or_else(|| away("the store is closed"))?;
             let lent = Lent(idle, Some(connection));
             let connection = lent.1.as_ref().ok_or_else(|| away("the store is closed"))?;
+            let _ends = Ends::begin(&under_way, connection).ok_or_else(|| away("nobody waits for it any more"))?;
             // One state of the database for all of it, and its locks are taken once.
             let transaction = connection.unchecked_transaction().map_err(StorageError::from)?;
             work(&transaction)
         });
-        done.await.map_err(|error| StorageError::Other(Box::new(error)))?
+        let done = done.await;
+        drop(waiting);
+        done.map_err(|error| StorageError::Other(Box::new(error)))?
     }
 
     /// Waits for the readers under way, and closes all connections.
@@ -86,6 +92,52 @@ impl Readers {
     }
 }
 
+/// What is being read.
+#[derive(Default)]
+enum Reading {
+    #[default]
+    NotYet,
+    UnderWay(InterruptHandle),
+    /// Or nobody waits for it.
+    Done,
+}
+
+/// Somebody waits for what is read.
+#[derive(Default)]
+struct Waiting(Arc<Mutex<Reading>>);
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        let mut reading = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        // Under the lock, so that it never ends what the next one reads with the connection.
+        if let Reading::UnderWay(statements) = &*reading {
+            statements.interrupt();
+        }
+        *reading = Reading::Done;
+    }
+}
+
+/// Until it is dropped, what is read with a connection can be ended.
+struct Ends<'r>(&'r Mutex<Reading>);
+
+impl<'r> Ends<'r> {
+    /// `None` when nobody waits.
+    fn begin(reading: &'r Mutex<Reading>, connection: &Connection) -> Option<Self> {
+        let mut now = reading.lock().unwrap_or_else(PoisonError::into_inner);
+        if matches!(*now, Reading::Done) {
+            return None;
+        }
+        *now = Reading::UnderWay(connection.get_interrupt_handle());
+        Some(Self(reading))
+    }
+}
+
+impl Drop for Ends<'_> {
+    fn drop(&mut self) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Reading::Done;
+    }
+}
+
 /// A connection that comes back, whatever becomes of the work.
 struct Lent(Arc<Mutex<Vec<Connection>>>, Option<Connection>);
 
@@ -93,5 +145,40 @@ impl Drop for Lent {
     fn drop(&mut self) {
         let mut idle = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         idle.extend(self.1.take());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn what_nobody_waits_for_is_ended_and_keeps_no_connection() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("some.db");
+        Connection::open(&path)
+            .unwrap()
+            .execute_batch("CREATE TABLE t (x)")
+            .unwrap();
+        let readers = Readers::open(&path, 1, Duration::ZERO).unwrap();
+        let ask = async |text: &'static str| {
+            let one = move |connection: &Connection| -> Result<i64, StorageError> {
+                Ok(connection.query_row(text, [], |row| row.get(0))?)
+            };
+            readers.read(one).await
+        };
+        let for_ever = "WITH RECURSIVE c(x) AS (VALUES(1) UNION ALL SELECT x + 1 FROM c) SELECT max(x) FROM c";
+        for _ in 0..3 {
+            let left = tokio::time::timeout(Duration::from_millis(50), ask(for_ever)).await;
+            assert!(left.is_err(), "{left:?}");
+            assert_eq!(ask("SELECT 7").await.unwrap(), 7);
+        }
+        // One that left while it waited for the connection asks nothing.
+        let (first, second) = (ask(for_ever), ask(for_ever));
+        let both = async { tokio::join!(first, second) };
+        assert!(tokio::time::timeout(Duration::from_millis(50), both).await.is_err());
+        assert_eq!(ask("SELECT 8").await.unwrap(), 8);
+        readers.close().await;
+        assert!(ask("SELECT 9").await.is_err());
     }
 }

@@ -98,6 +98,20 @@ impl SqliteStore {
             .map_err(|_| away("the store is closed"))
     }
 
+    /// The same for what reads much.
+    async fn read_much<T, W>(&self, work: W) -> Result<T, MemoryError>
+    where
+        T: Send + 'static,
+        W: FnOnce(&Connection) -> Result<T, MemoryError> + Send + 'static,
+    {
+        let turn = self.turn().await?;
+        let work = move |connection: &Connection| {
+            let _turn = turn;
+            work(connection)
+        };
+        self.read(work).await
+    }
+
     async fn read<T, W>(&self, work: W) -> Result<T, MemoryError>
     where
         T: Send + 'static,
@@ -175,7 +189,7 @@ impl Relational for SqliteStore {
         now: Timestamp,
     ) -> Result<Counts, MemoryError> {
         let (model, scopes) = (model.to_owned(), scopes.to_vec());
-        self.read(move |connection| read::counts(connection, &model, &scopes, now))
+        self.read_much(move |connection| read::counts(connection, &model, &scopes, now))
             .await
     }
 
@@ -211,7 +225,7 @@ impl Relational for SqliteStore {
         limit: usize,
     ) -> Result<AsOf, MemoryError> {
         let (scopes, filter) = (scopes.to_vec(), filter.cloned());
-        self.read(move |connection| past::as_of(connection, &scopes, filter.as_ref(), at, limit))
+        self.read_much(move |connection| past::as_of(connection, &scopes, filter.as_ref(), at, limit))
             .await
     }
 
@@ -229,21 +243,23 @@ impl Relational for SqliteStore {
 
     async fn list(&self, listing: &Listing) -> Result<Vec<Stored>, MemoryError> {
         let listing = listing.clone();
-        self.read(move |connection| read::list(connection, &listing)).await
+        let much = listing.filter.is_some() || listing.as_of.is_some();
+        let list = move |connection: &Connection| read::list(connection, &listing);
+        match much {
+            true => self.read_much(list).await,
+            false => self.read(list).await,
+        }
     }
 
     async fn seen(&self, sight: &Sight) -> Result<Seen, MemoryError> {
         let sight = sight.clone();
         // What a filter chooses may take long to read; the rest does not.
-        let turn = match sight.filter {
-            Some(_) => Some(self.turn().await?),
-            None => None,
-        };
-        let seen = move |connection: &Connection| {
-            let _turn = turn;
-            search::seen(connection, &sight)
-        };
-        self.read(seen).await
+        let filtered = sight.filter.is_some();
+        let seen = move |connection: &Connection| search::seen(connection, &sight);
+        match filtered {
+            true => self.read_much(seen).await,
+            false => self.read(seen).await,
+        }
     }
 
     async fn scored(&self, scoring: &Scoring) -> Result<Scored, MemoryError> {
@@ -252,12 +268,8 @@ impl Relational for SqliteStore {
         }
         let (scoring, frequencies) = (scoring.clone(), self.frequencies.clone());
         let resident = Arc::clone(&self.resident);
-        let turn = self.turn().await?;
-        let scored = move |connection: &Connection| {
-            let _turn = turn;
-            search::scored(connection, (&frequencies, &resident), &scoring)
-        };
-        self.read(scored).await
+        self.read_much(move |connection| search::scored(connection, (&frequencies, &resident), &scoring))
+            .await
     }
 
     async fn fetch(&self, tenant: &TenantId, keys: &[Key], now: Timestamp) -> Result<Vec<Stored>, MemoryError> {
@@ -355,7 +367,8 @@ impl Relational for SqliteStore {
 
     async fn export(&self, page: &ExportPage) -> Result<Vec<Exported>, MemoryError> {
         let page = page.clone();
-        self.read(move |connection| transfer::export(connection, &page)).await
+        self.read_much(move |connection| transfer::export(connection, &page))
+            .await
     }
 
     async fn import(
