@@ -39,6 +39,9 @@ pub struct Condition {
     pub primary: bool,
 }
 
+/// How long a server goes on reading for somebody who has left.
+pub(super) const GONE: &str = "500ms";
+
 /// One node.
 #[derive(Debug)]
 pub struct Node {
@@ -53,7 +56,11 @@ pub struct Node {
 impl Node {
     fn new(node: &NodeOptions, options: &PostgresOptions) -> Self {
         let limit = options.statement.as_millis().to_string();
-        let pool = pool(options).connect_lazy_with(node.connect.clone().options([("statement_timeout", limit)]));
+        let limits = [
+            ("statement_timeout", limit.as_str()),
+            ("client_connection_check_interval", GONE),
+        ];
+        let pool = pool(options).connect_lazy_with(node.connect.clone().options(limits));
         Self {
             options: node.clone(),
             pool,

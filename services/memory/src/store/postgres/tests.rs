@@ -372,3 +372,33 @@ async fn a_copy_that_starts_hides_nothing_that_is_being_written() {
     first.close().await;
     second.close().await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_nobody_waits_for_is_read_no_further() {
+    let server = PostgresServer::start(&["fsync=off"]);
+    let store = store(&server).await;
+    for primary in [false, true] {
+        let mut session = match primary {
+            true => store.database.read_primary(&[]).await.unwrap(),
+            false => store.database.read(&[]).await.unwrap(),
+        };
+        let sleeping = async {
+            sqlx::query("SELECT pg_sleep(600)")
+                .execute(&mut *session)
+                .await
+                .unwrap();
+        };
+        let left = tokio::time::timeout(Duration::from_millis(100), sleeping).await;
+        assert!(left.is_err());
+        drop(session);
+        let ended = async {
+            let count = "SELECT count(*) FROM pg_stat_activity WHERE state = 'active' AND query LIKE '%pg_sleep(600)%' \
+                         AND pid <> pg_backend_pid()";
+            while server.sql("aeterna", count).trim() != "0" {
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(20), ended).await.unwrap();
+    }
+    store.close().await;
+}
