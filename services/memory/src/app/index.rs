@@ -26,6 +26,8 @@ pub use turns::Turns;
 const BATCH: usize = 500;
 /// Memories reaped at a time.
 const REAPED: usize = 500;
+/// How long the index may follow what was written last when the process ends; the next start does the rest.
+const LAST: Duration = Duration::from_secs(10);
 /// How often a task looks when nobody wakes it, and tries again after a failure.
 const PAUSE: Duration = Duration::from_secs(1);
 /// The longest pause before a model that refuses too much is tried again.
@@ -272,7 +274,11 @@ impl Background {
             }
             let serving = app.serving();
             let followed = match self.complete(&serving, stop).await {
-                Ok(()) => self.catch_up(&serving).await,
+                // What is left of it when the process should end has a time of its own below.
+                Ok(()) => tokio::select! {
+                    caught_up = self.catch_up(&serving) => caught_up,
+                    () = stop.cancelled() => Ok(()),
+                },
                 Err(error) => Err(error),
             };
             let failed = followed.is_err();
@@ -295,7 +301,9 @@ impl Background {
         }
         // What was written until the last call was answered.
         let serving = app.serving();
-        let mut left = self.catch_up(&serving).await;
+        let late = |_| Err(Error::unavailable("there is much left to bring to the index"));
+        let caught_up = tokio::time::timeout(LAST, self.catch_up(&serving)).await;
+        let mut left = caught_up.unwrap_or_else(late);
         if left.is_ok() {
             left = tend(&serving).await.map(drop);
         }
@@ -452,10 +460,15 @@ impl Background {
             opened.map_err(|error| Error::unavailable("the next index can't be opened").caused_by(error))?;
         let serving = Serving::new(next, index);
         if fresh.is_some() {
-            self.rebuild(&serving).await?;
+            self.fill(&serving, stop).await?;
         }
         self.complete(&serving, stop).await?;
-        self.apply_new(&serving, |_| ()).await?;
+        // What is not whole yet is made whole at the next start, and taken over then.
+        tokio::select! {
+            biased;
+            () = stop.cancelled() => return Ok(()),
+            applied = self.apply_new(&serving, |_| ()) => applied?,
+        }
         app.store.put_note(TAKEN_OVER, &serving.model.identity).await?;
         tracing::info!(model = serving.model.name, "searches are answered by the new model");
         app.serve(serving);

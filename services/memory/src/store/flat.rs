@@ -14,6 +14,7 @@ mod scan;
 use std::borrow::Cow;
 use std::io;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicUsize, Ordering};
 use std::sync::{Arc, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use async_trait::async_trait;
@@ -37,13 +38,22 @@ pub struct FlatIndex {
     /// Vectors that there were when the rotation was learned.
     learned: usize,
     rotation: Option<Rotation>,
+    /// The change up to which everything is in; [`CLEARED`] while it is to be filled. This and what follows is asked by those
+    /// who must not wait for the disk.
+    watermark: AtomicI64,
+    /// Vectors in it.
+    count: AtomicUsize,
+    /// Something was applied since it was flushed; a new one has files to write.
+    dirty: AtomicBool,
     inner: RwLock<Inner>,
 }
+
+/// No change at all.
+const CLEARED: i64 = -1;
 
 #[derive(Debug)]
 struct Inner {
     files: Files,
-    watermark: Sequence,
     by_key: FxHashMap<Key, usize>,
     keys: Vec<Key>,
     /// Per slot, the place of its scope in `scopes`; [`FREE`] when there is no vector.
@@ -56,10 +66,6 @@ struct Inner {
     members: Vec<Vec<u32>>,
     free: Vec<usize>,
     signs: Signs,
-    /// Something was applied since it was flushed; a new one has files to write.
-    dirty: bool,
-    /// It was cleared, and is to be filled.
-    cleared: bool,
 }
 
 /// The owner of a slot without a vector.
@@ -132,14 +138,20 @@ impl FlatIndex {
             dimension: layout.dimension,
             learned: layout.learned,
             rotation,
-            inner: RwLock::new(Inner::new(files, watermark, layout.prefix)),
+            watermark: AtomicI64::new(watermark.0),
+            count: AtomicUsize::new(0),
+            dirty: AtomicBool::new(true),
+            inner: RwLock::new(Inner::new(files, layout.prefix)),
         }
     }
 
     fn load(directory: &Path, layout: &Layout, end: Sequence, rotation: Option<Rotation>) -> Result<Self, String> {
         let (files, watermark) = Files::open(directory, layout, end)?;
         let index = Self::of(layout, files, watermark, rotation);
-        index.write().load(layout.prefix)?;
+        let mut inner = index.write();
+        inner.load(layout.prefix)?;
+        index.count.store(inner.by_key.len(), Ordering::SeqCst);
+        drop(inner);
         Ok(index)
     }
 
@@ -161,10 +173,9 @@ impl FlatIndex {
 }
 
 impl Inner {
-    fn new(files: Files, watermark: Sequence, prefix: usize) -> Self {
+    fn new(files: Files, prefix: usize) -> Self {
         Self {
             files,
-            watermark,
             by_key: FxHashMap::default(),
             keys: Vec::new(),
             owners: Vec::new(),
@@ -174,8 +185,6 @@ impl Inner {
             members: Vec::new(),
             free: Vec::new(),
             signs: Signs::new(prefix),
-            dirty: true,
-            cleared: false,
         }
     }
 
@@ -318,21 +327,34 @@ impl FlatIndex {
             .map(|entry| entry.code.as_ref().map(|code| self.shorten(code)));
         let codes: Vec<Option<Cow<'_, Code>>> = codes.collect();
         let mut inner = self.write();
-        inner.dirty = true;
+        self.dirty.store(true, Ordering::SeqCst);
         removals.iter().for_each(|key| inner.remove(*key));
-        for (entry, code) in upserts.iter().zip(codes) {
-            match code {
-                Some(code) => inner.upsert(entry.key, entry.scope, &code, self.prefix)?,
-                None => inner.remove(entry.key),
+        let mut put = upserts.iter().zip(codes).map(|(entry, code)| match code {
+            Some(code) => inner.upsert(entry.key, entry.scope, &code, self.prefix),
+            None => {
+                inner.remove(entry.key);
+                Ok(())
             }
-        }
-        inner.watermark = inner.watermark.max(watermark);
+        });
+        let applied = put.try_for_each(|put| put);
+        self.count.store(inner.by_key.len(), Ordering::SeqCst);
+        applied?;
+        self.reach(watermark);
         Ok(())
     }
 
-    /// The change up to which everything is in.
+    /// Remembers that everything up to a change is in, unless the index is to be filled.
+    fn reach(&self, watermark: Sequence) {
+        let further = |now: i64| (now != CLEARED && now < watermark.0).then_some(watermark.0);
+        let order = Ordering::SeqCst;
+        if self.watermark.fetch_update(order, order, further).is_ok() {
+            self.dirty.store(true, order);
+        }
+    }
+
+    /// The change up to which everything is in; the beginning while it is to be filled.
     pub fn watermark(&self) -> Sequence {
-        self.read().watermark
+        Sequence(self.watermark.load(Ordering::SeqCst).max(0))
     }
 
     /// The nearest vectors by the quantized prefix, best first.
@@ -352,7 +374,7 @@ impl FlatIndex {
 
     /// Vectors in it.
     pub fn len(&self) -> usize {
-        self.read().by_key.len()
+        self.count.load(Ordering::SeqCst)
     }
 
     /// True when there is no vector.
@@ -378,13 +400,24 @@ impl FlatIndex {
     /// # Errors
     /// When the disk refuses.
     pub fn flush(&self) -> io::Result<()> {
-        let mut inner = self.write();
-        let watermark = inner.watermark;
-        if inner.dirty && !inner.cleared {
-            inner.files.flush(watermark)?;
-            inner.dirty = false;
+        let order = Ordering::SeqCst;
+        if self.watermark.load(order) == CLEARED || !self.dirty.load(order) {
+            return Ok(());
         }
-        Ok(())
+        // Most of it while searches go on.
+        self.read().files.sync()?;
+        let mut inner = self.write();
+        self.dirty.store(false, order);
+        let watermark = self.watermark.load(order);
+        if watermark == CLEARED {
+            return Ok(());
+        }
+        // All up to there was applied before it was reached.
+        let flushed = inner.files.flush(Sequence(watermark));
+        if flushed.is_err() {
+            self.dirty.store(true, order);
+        }
+        flushed
     }
 }
 
@@ -408,21 +441,17 @@ impl VectorIndex for Arc<FlatIndex> {
     }
 
     fn advance(&self, watermark: Sequence) {
-        let mut inner = self.write();
-        if !inner.cleared {
-            inner.dirty |= watermark > inner.watermark;
-            inner.watermark = inner.watermark.max(watermark);
-        }
+        self.reach(watermark);
     }
 
     fn watermark(&self) -> Option<Sequence> {
-        let inner = self.read();
-        (!inner.cleared).then_some(inner.watermark)
+        let watermark = self.watermark.load(Ordering::SeqCst);
+        (watermark != CLEARED).then_some(Sequence(watermark))
     }
 
     fn fill_all(&self, _last: Key, at: Sequence) {
-        self.write().cleared = false;
-        self.advance(at);
+        self.watermark.fetch_max(at.0, Ordering::SeqCst);
+        self.dirty.store(true, Ordering::SeqCst);
     }
 
     async fn clear(&self) -> Result<(), StorageError> {
@@ -432,7 +461,9 @@ impl VectorIndex for Arc<FlatIndex> {
             inner.files.doubt()?;
             let keys: Vec<Key> = inner.by_key.keys().copied().collect();
             keys.into_iter().for_each(|key| inner.remove(key));
-            (inner.watermark, inner.dirty, inner.cleared) = (Sequence::default(), true, true);
+            index.watermark.store(CLEARED, Ordering::SeqCst);
+            index.count.store(0, Ordering::SeqCst);
+            index.dirty.store(true, Ordering::SeqCst);
             Ok(())
         })
         .await

@@ -49,6 +49,8 @@ const SYSTEM: &str = "*";
 const HAS_ALL: &str = "SELECT has_all($1) AND EXISTS (SELECT 1 FROM _sqlx_migrations WHERE version = 2 AND success)";
 /// How long a write may take before its commit, and each of its items more.
 const WORK: (Duration, Duration) = (Duration::from_secs(3), Duration::from_millis(20));
+/// However many they are: what is told to anybody waits for the oldest write under way.
+const WORK_MOST: Duration = Duration::from_secs(60);
 /// How long the start waits for a primary.
 const START: Duration = Duration::from_secs(60);
 
@@ -163,7 +165,7 @@ async fn settle<T>(session: Session, worked: Result<T, MemoryError>) -> Result<T
 
 /// A write that takes too long has lost its node; nothing of it is there before it commits.
 async fn within<T>(items: usize, work: impl Future<Output = Result<T, MemoryError>>) -> Result<T, MemoryError> {
-    let limit = WORK.0 + WORK.1 * u32::try_from(items).unwrap_or(u32::MAX);
+    let limit = (WORK.0 + WORK.1 * u32::try_from(items).unwrap_or(u32::MAX)).min(WORK_MOST);
     let worked = tokio::time::timeout(limit, work).await;
     worked.unwrap_or_else(|_| Err(StorageError::Unavailable("the primary does not answer".into()).into()))
 }

@@ -219,9 +219,14 @@ impl Files {
         }
     }
 
+    /// Makes the rows survive a loss of power.
+    pub fn sync(&self) -> io::Result<()> {
+        self.map.flush()
+    }
+
     /// Makes everything survive a loss of power: first the rows, then the manifest that counts on them.
     pub fn flush(&mut self, watermark: Sequence) -> io::Result<()> {
-        self.map.flush()?;
+        self.sync()?;
         let manifest = Manifest {
             version: VERSION,
             layout: self.layout.clone(),
