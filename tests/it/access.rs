@@ -5,7 +5,9 @@ use std::time::Duration;
 use aeterna_auth::Role;
 use aeterna_proto::embedding::v1::embedding_service_client::EmbeddingServiceClient;
 use aeterna_proto::embedding::v1::{BatchEmbedRequest, EmbedRequest, ListModelsRequest};
-use aeterna_testkit::{SECRET, bearing, get, http, refusal};
+use aeterna_proto::memory::v1::memory_service_client::MemoryServiceClient;
+use aeterna_proto::memory::v1::{ImportRequest, StatsRequest};
+use aeterna_testkit::{NEVER, SECRET, bearing, get, http, refusal};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tonic::{Code, Request};
@@ -191,13 +193,56 @@ async fn a_page_whose_name_was_rebound_to_loopback_is_refused() {
 async fn a_call_counts_once_however_many_services_it_passes() {
     let sandbox = Sandbox::start(&[("limits.requests_per_second", "1"), ("limits.concurrent_requests", "1")]).await;
     let [(_, channel), _] = sandbox.ways();
-    let mut client = aeterna_proto::memory::v1::memory_service_client::MemoryServiceClient::new(channel);
+    let mut client = MemoryServiceClient::new(channel);
     let request = aeterna_proto::memory::v1::SearchRequest {
         query: "anything".into(),
         ..Default::default()
     };
     let found = client.search(request).await.unwrap().into_inner();
     assert!(!found.degraded, "{found:?}");
+    sandbox.stop().await;
+}
+
+#[tokio::test]
+async fn a_tenant_that_holds_all_it_may_leaves_room_for_others() {
+    let sandbox = Sandbox::start(&[("auth.hs256_secret", SECRET), ("limits.concurrent_requests", "8")]).await;
+    let [_, (_, channel)] = sandbox.ways();
+    let tenant = |name: &str| aeterna_testkit::token(name, Role::Admin, &[], NEVER);
+    let (greedy, other) = (tenant("greedy"), tenant("other"));
+    // Calls that say nothing and do not end.
+    let mut held = Vec::new();
+    for _ in 0..6 {
+        let (mut client, greedy) = (MemoryServiceClient::new(channel.clone()), greedy.clone());
+        held.push(tokio::spawn(async move {
+            loop {
+                let endless = futures::stream::pending::<ImportRequest>();
+                // Refused while one of the questions below is the sixth.
+                let _ = client.import(bearing(endless, &greedy)).await.unwrap_err();
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        }));
+    }
+    let mut client = MemoryServiceClient::new(channel);
+    let mut ask = async |who: &str| client.stats(bearing(StatsRequest::default(), who)).await;
+    let refused = async {
+        loop {
+            match ask(&greedy).await {
+                Ok(_) => tokio::time::sleep(Duration::from_millis(10)).await,
+                Err(status) => return status,
+            }
+        }
+    };
+    let status = tokio::time::timeout(Duration::from_secs(30), refused).await.unwrap();
+    assert_eq!(refusal(&status).0, "RATE_LIMITED", "{status:?}");
+    assert!(status.message().contains("6 requests of this tenant"), "{status:?}");
+    ask(&other).await.unwrap();
+    held.into_iter().for_each(|call| call.abort());
+    let free = async {
+        while ask(&greedy).await.is_err() {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(30), free).await.unwrap();
     sandbox.stop().await;
 }
 

@@ -24,7 +24,7 @@ use tracing::Instrument as _;
 
 use crate::context::{InProcess, REQUEST_ID, RequestContext};
 use crate::expiry;
-use crate::limits::{Limits, RateLimiter};
+use crate::limits::{Limits, RateLimiter, Shares};
 
 /// The stack of one process.
 #[derive(Clone)]
@@ -34,6 +34,7 @@ struct Inner {
     verifier: Verifier,
     limits: Limits,
     permits: Semaphore,
+    shares: Shares,
     rates: RateLimiter,
     requests: Counter<u64>,
     duration: Histogram<f64>,
@@ -63,6 +64,7 @@ impl Stack {
             verifier,
             limits,
             permits: Semaphore::new(limits.concurrent_requests),
+            shares: Shares::new(limits.concurrent_requests),
             rates: RateLimiter::new(limits.requests_per_second),
             requests: meter
                 .u64_counter("aeterna_rpc_requests")
@@ -250,7 +252,17 @@ async fn enforce(State(stack): State<Stack>, mut request: Request, next: Next) -
         Ok(admitted) => admitted,
         Err(error) => return refuse(error),
     };
-    let (deadline, until) = (context.deadline(), context.principal().until);
+    let principal = context.principal();
+    let (deadline, until) = (context.deadline(), principal.until);
+    let checked = !inside && !matches!(inner.verifier, Verifier::Open);
+    let share = checked.then(|| inner.shares.take(&principal.tenant)).transpose();
+    let _share = match share {
+        Ok(share) => share,
+        Err(most) => {
+            let message = format!("{most} requests of this tenant are under way, which is its share");
+            return refuse(Error::new(Reason::RateLimited, message).retry_after(Duration::from_secs(1)));
+        }
+    };
     request.extensions_mut().insert(context);
     let answer = expiry::bounded(method, until, next.run(request));
     let Some(deadline) = deadline else { return answer.await };

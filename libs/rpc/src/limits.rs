@@ -5,6 +5,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use aeterna_config::{Reader, Setting};
+use aeterna_types::TenantId;
 
 /// The settings of this crate.
 pub const SETTINGS: &[Setting] = &[
@@ -16,7 +17,8 @@ pub const SETTINGS: &[Setting] = &[
     Setting::new(
         "limits.concurrent_requests",
         "1024",
-        "Requests served at once by one process; more are refused.",
+        "Requests served at once by one process; more are refused. Where tokens are checked, one tenant has three quarters of \
+         them at most.",
     ),
     Setting::new(
         "limits.requests_per_second",
@@ -82,6 +84,56 @@ impl Default for Limits {
             default_timeout: Duration::from_secs(60),
             max_timeout: Duration::from_secs(600),
             connections: 16_384,
+        }
+    }
+}
+
+/// How many requests of each tenant are under way.
+#[derive(Debug)]
+pub(crate) struct Shares {
+    most: usize,
+    under_way: Mutex<HashMap<TenantId, usize>>,
+}
+
+/// One request of a tenant, until it is dropped.
+#[derive(Debug)]
+pub(crate) struct Share<'s> {
+    of: &'s Shares,
+    tenant: TenantId,
+}
+
+impl Shares {
+    /// Of so many requests in all.
+    pub(crate) fn new(all: usize) -> Self {
+        Self {
+            most: (all - all / 4).max(1),
+            under_way: Mutex::default(),
+        }
+    }
+
+    /// One more request of a tenant; the most that it may have at once when it has them already.
+    pub(crate) fn take(&self, tenant: &TenantId) -> Result<Share<'_>, usize> {
+        let mut under_way = self.under_way.lock().unwrap_or_else(PoisonError::into_inner);
+        let count = under_way.entry(tenant.clone()).or_default();
+        if *count >= self.most {
+            return Err(self.most);
+        }
+        *count += 1;
+        Ok(Share {
+            of: self,
+            tenant: tenant.clone(),
+        })
+    }
+}
+
+impl Drop for Share<'_> {
+    fn drop(&mut self) {
+        let mut under_way = self.of.under_way.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(count) = under_way.get_mut(&self.tenant) {
+            *count -= 1;
+            if *count == 0 {
+                under_way.remove(&self.tenant);
+            }
         }
     }
 }
