@@ -13,6 +13,8 @@ use aeterna_proto::memory::v1::{
 use aeterna_rpc::AnyChannel;
 use aeterna_testkit::{Program, built};
 
+use crate::notes::together;
+
 /// Times that the process is killed.
 const KILLS: u32 = 20;
 /// Callers that add at the same time.
@@ -276,13 +278,7 @@ async fn killed_while_it_rebuilds_its_index_it_rebuilds_it_again() {
         let requests = (start..start + 500)
             .map(|number| request(&format!("the fact{number} about subject{number}")))
             .collect();
-        client
-            .batch_add(BatchAddRequest {
-                requests,
-                ..Default::default()
-            })
-            .await
-            .unwrap();
+        client.batch_add(together(requests)).await.unwrap();
     }
     program.stop().await;
     let mut in_the_middle = 0;

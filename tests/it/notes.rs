@@ -1,7 +1,7 @@
 //! Memories as tests write them.
 
 use aeterna_proto::common::v1::Scope;
-use aeterna_proto::memory::v1::{AddRequest, Memory};
+use aeterna_proto::memory::v1::{AddRequest, BatchAddRequest, Memory};
 
 /// The place of a user.
 pub fn user(name: &str) -> Option<Scope> {
@@ -20,5 +20,13 @@ pub fn item(name: &str, content: &str) -> AddRequest {
             ..Default::default()
         }),
         request_id: String::new(),
+    }
+}
+
+/// Memories to be added at once.
+pub fn together(requests: Vec<AddRequest>) -> BatchAddRequest {
+    BatchAddRequest {
+        requests,
+        ..Default::default()
     }
 }

@@ -20,7 +20,7 @@ use axum::response::IntoResponse as _;
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
 
-use crate::notes::{item, user};
+use crate::notes::{item, together, user};
 use crate::sandbox::Sandbox;
 
 const DIMENSION: usize = 64;
@@ -398,13 +398,7 @@ async fn a_model_that_refuses_the_texts_does_not_take_over() {
     let requests = (0..20)
         .map(|n| item("ann", &format!("forbidden cargo number {n}")))
         .collect();
-    client
-        .batch_add(BatchAddRequest {
-            requests,
-            ..Default::default()
-        })
-        .await
-        .unwrap();
+    client.batch_add(together(requests)).await.unwrap();
     program.stop().await;
 
     let program = start(&[

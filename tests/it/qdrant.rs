@@ -5,12 +5,12 @@ use std::time::Duration;
 
 use aeterna_auth::Role;
 use aeterna_proto::memory::v1::memory_service_client::MemoryServiceClient;
-use aeterna_proto::memory::v1::{BatchAddRequest, SearchMode, SearchRequest};
+use aeterna_proto::memory::v1::{SearchMode, SearchRequest};
 use aeterna_rpc::AnyChannel;
 use aeterna_testkit::lab::{Extent, Lab, Part, Scratch, Setup, secrets};
 use aeterna_testkit::{NEVER, PostgresServer, Program, SECRET, bearing, built, token};
 
-use crate::notes::{item, user};
+use crate::notes::{item, together, user};
 
 const PEOPLE: [&str; 4] = ["Ann", "Bob", "Carla", "Dmitri"];
 const DID: [&str; 5] = ["painted", "sold", "found", "repaired", "described"];
@@ -61,15 +61,7 @@ async fn fill(client: &mut Client, tenant: &str, contents: &[String]) -> String 
             request
         };
         let requests = part.iter().enumerate().map(tagged).collect();
-        let added = client
-            .batch_add(bearing(
-                BatchAddRequest {
-                    requests,
-                    ..Default::default()
-                },
-                &bearer,
-            ))
-            .await;
+        let added = client.batch_add(bearing(together(requests), &bearer)).await;
         consistent = added.unwrap().into_inner().consistency_token;
     }
     consistent

@@ -5,12 +5,12 @@ use aeterna_proto::embedding::v1::embedding_service_client::EmbeddingServiceClie
 use aeterna_proto::embedding::v1::{BatchEmbedRequest, TextKind};
 use aeterna_proto::memory::v1::memory_service_client::MemoryServiceClient;
 use aeterna_proto::memory::v1::{
-    AddRequest, BatchAddRequest, DeleteRequest, DimensionChoice, Fusion, ListRequest, SearchMode, SearchRequest,
-    SearchResult, SearchWeights, Source,
+    AddRequest, DeleteRequest, DimensionChoice, Fusion, ListRequest, SearchMode, SearchRequest, SearchResult,
+    SearchWeights, Source,
 };
 use aeterna_testkit::refusal;
 
-use crate::notes::{item, user};
+use crate::notes::{item, together, user};
 use crate::sandbox::Sandbox;
 
 /// A turn of a conversation.
@@ -235,13 +235,7 @@ async fn what_a_filter_leaves_is_found_however_little_it_is() {
             request
         };
         let requests = numbers.iter().map(request).collect();
-        client
-            .batch_add(BatchAddRequest {
-                requests,
-                ..Default::default()
-            })
-            .await
-            .unwrap();
+        client.batch_add(together(requests)).await.unwrap();
     }
     // Vectors of what the filter leaves and of the queries, by the model itself.
     let mut vectors = async |texts: Vec<String>, kind: TextKind| {

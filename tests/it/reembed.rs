@@ -9,7 +9,7 @@ use aeterna_proto::memory::v1::{BatchAddRequest, SearchRequest, SearchResponse, 
 use aeterna_rpc::AnyChannel;
 use aeterna_testkit::{PostgresServer, Program, built, minilm};
 
-use crate::notes::{item, user};
+use crate::notes::{item, together, user};
 
 const COUNT: usize = 300;
 
@@ -50,13 +50,7 @@ async fn another_model_takes_over_without_a_gap_and_after_a_kill() {
     let requests = (0..COUNT)
         .map(|n| item("ann", &format!("note {n} about ship number {n} in the harbour")))
         .collect();
-    client
-        .batch_add(BatchAddRequest {
-            requests,
-            ..Default::default()
-        })
-        .await
-        .unwrap();
+    client.batch_add(together(requests)).await.unwrap();
     assert_eq!(search(&mut client, "ship number 7").await.model, "hash");
     program.stop().await;
 

@@ -7,13 +7,13 @@ use std::sync::OnceLock;
 use std::time::Duration;
 
 use aeterna_proto::memory::v1::memory_service_client::MemoryServiceClient;
-use aeterna_proto::memory::v1::{BatchAddRequest, DeleteRequest, SearchRequest};
+use aeterna_proto::memory::v1::{DeleteRequest, SearchRequest};
 use aeterna_rpc::AnyChannel;
 use aeterna_testkit::{Program, built};
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
 
-use crate::notes::{item, user};
+use crate::notes::{item, together, user};
 
 const DIMENSION: usize = 256;
 /// Directions in which the vectors lie.
@@ -137,13 +137,7 @@ async fn a_rotation_is_learned_and_searches_go_on() {
     let text = |n: usize| format!("note {n}");
     for first in (0..COUNT).step_by(400) {
         let requests = (first..first + 400).map(|n| item("ann", &text(n))).collect();
-        client
-            .batch_add(BatchAddRequest {
-                requests,
-                ..Default::default()
-            })
-            .await
-            .unwrap();
+        client.batch_add(together(requests)).await.unwrap();
     }
 
     // Every search finds what it looks for, before and while and after.
@@ -213,13 +207,7 @@ async fn a_rotation_is_learned_and_searches_go_on() {
     let first = learned(data.path()).unwrap();
     for from in (COUNT..8 * first).step_by(1000) {
         let requests = (from..from + 1000).map(|n| item("bob", &text(n))).collect();
-        client
-            .batch_add(BatchAddRequest {
-                requests,
-                ..Default::default()
-            })
-            .await
-            .unwrap();
+        client.batch_add(together(requests)).await.unwrap();
         assert_eq!(search(&mut client, "a last note").await[0], "a last note");
     }
     let again =

@@ -6,15 +6,15 @@ use aeterna_auth::Role;
 use aeterna_proto::memory::v1::memory_service_client::MemoryServiceClient;
 use aeterna_proto::memory::v1::policy_service_client::PolicyServiceClient;
 use aeterna_proto::memory::v1::{
-    BatchAddRequest, DeletePolicyRequest, DeleteRequest, EmbeddingCode, ExportRequest, ExportResponse, ExportedMemory,
-    GetRequest, HistoryRequest, ImportRequest, ListRequest, Memory, Policy, PolicyRules, PutPolicyRequest,
-    SearchRequest, StatsRequest, StreamSummary, UpdateRequest, WriterRule,
+    DeletePolicyRequest, DeleteRequest, EmbeddingCode, ExportRequest, ExportResponse, ExportedMemory, GetRequest,
+    HistoryRequest, ImportRequest, ListRequest, Memory, Policy, PolicyRules, PutPolicyRequest, SearchRequest,
+    StatsRequest, StreamSummary, UpdateRequest, WriterRule,
 };
 use aeterna_rpc::AnyChannel;
 use aeterna_testkit::{NEVER, Program, SECRET, bearing, built, refusal, token};
 use tonic::Request;
 
-use crate::notes::{item, user};
+use crate::notes::{item, together, user};
 use crate::sandbox::Sandbox;
 
 type Client = MemoryServiceClient<AnyChannel>;
@@ -25,13 +25,7 @@ async fn fill(client: &mut Client, name: &str, count: usize) {
         let requests = (start..(start + 500).min(count))
             .map(|n| item(name, &format!("note {n} about the harbour")))
             .collect();
-        client
-            .batch_add(BatchAddRequest {
-                requests,
-                ..Default::default()
-            })
-            .await
-            .unwrap();
+        client.batch_add(together(requests)).await.unwrap();
     }
     let changed = client
         .add(item(name, "the first words"))

@@ -12,7 +12,7 @@ use aeterna_rpc::AnyChannel;
 use aeterna_testkit::{NEVER, Program, SECRET, bearing, built, refusal, token};
 use tonic::Streaming;
 
-use crate::notes::{item, user};
+use crate::notes::{item, together, user};
 use crate::sandbox::Sandbox;
 
 type Client = MemoryServiceClient<AnyChannel>;
@@ -213,13 +213,7 @@ async fn a_watcher_that_does_not_read_misses_nothing_and_a_drain_ends_it() {
         let requests = (0..500)
             .map(|n| item("ann", &format!("fact {batch} {n} {}", "x".repeat(200))))
             .collect();
-        client
-            .batch_add(BatchAddRequest {
-                requests,
-                ..Default::default()
-            })
-            .await
-            .unwrap();
+        client.batch_add(together(requests)).await.unwrap();
     }
     for batch in 0..8 {
         for n in 0..500 {
@@ -257,14 +251,7 @@ async fn a_watcher_that_is_very_slow_is_told_to_begin_again_and_misses_nothing()
         let requests = (first..first + 1000)
             .map(|n| item("ann", &format!("fact {n} {}", "x".repeat(1_000))))
             .collect();
-        let added = client
-            .batch_add(BatchAddRequest {
-                requests,
-                ..Default::default()
-            })
-            .await
-            .unwrap()
-            .into_inner();
+        let added = client.batch_add(together(requests)).await.unwrap().into_inner();
         assert_eq!(added.results.len(), 1000);
     }
     let (mut told, mut ended) = (0, 0);
@@ -442,14 +429,7 @@ async fn thousands_of_watchers_are_told_while_half_of_them_sleep() {
     };
     for first in (CHANGES..CHANGES + MISSED).step_by(100) {
         let requests = (first..first + 100).map(of_the_agent).collect();
-        let added = client
-            .batch_add(BatchAddRequest {
-                requests,
-                ..Default::default()
-            })
-            .await
-            .unwrap()
-            .into_inner();
+        let added = client.batch_add(together(requests)).await.unwrap().into_inner();
         assert_eq!(added.results.len(), 100);
     }
     // Those of some connections wake up, far behind the ring, and read on: what others on a connection have not read would keep

@@ -1,16 +1,20 @@
 //! Connections for reading, used directly on a thread that may block: no row is handed from one thread to another.
 
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use rusqlite::{Connection, InterruptHandle, OpenFlags};
+use rusqlite::{Connection, OpenFlags};
 use tokio::sync::Semaphore;
 
 use crate::StorageError;
 
 /// Statements that each connection keeps prepared.
 const STATEMENTS: usize = 128;
+
+/// Steps of SQLite's machine between two looks at whether somebody still waits.
+const STEPS: i32 = 1_000;
 
 /// KiB of pages that all connections keep together, unless each would have less than 2 MiB.
 const CACHE: i64 = 65_536;
@@ -66,16 +70,16 @@ impl Readers {
             .map_err(|_| away("the store is closed"))?;
         let idle = Arc::clone(&self.idle);
         let waiting = Waiting::default();
-        let under_way = Arc::clone(&waiting.0);
+        let gone = Arc::clone(&waiting.0);
         let done = tokio::task::spawn_blocking(move || {
             let _permit = permit;
             let connection = idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
             let connection = connection.ok_or_else(|| away("the store is closed"))?;
             let lent = Lent(idle, Some(connection));
             let connection = lent.1.as_ref().ok_or_else(|| away("the store is closed"))?;
-            let _ends = Ends::begin(&under_way, connection).ok_or_else(|| away("nobody waits for it any more"))?;
             // One state of the database for all of it, and its locks are taken once.
             let transaction = connection.unchecked_transaction().map_err(StorageError::from)?;
+            let _watched = Watched::begin(connection, gone).map_err(StorageError::from)?;
             work(&transaction)
         });
         let done = done.await;
@@ -92,49 +96,30 @@ impl Readers {
     }
 }
 
-/// What is being read.
+/// Somebody waits for what is read, until it is dropped.
 #[derive(Default)]
-enum Reading {
-    #[default]
-    NotYet,
-    UnderWay(InterruptHandle),
-    /// Or nobody waits for it.
-    Done,
-}
-
-/// Somebody waits for what is read.
-#[derive(Default)]
-struct Waiting(Arc<Mutex<Reading>>);
+struct Waiting(Arc<AtomicBool>);
 
 impl Drop for Waiting {
     fn drop(&mut self) {
-        let mut reading = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        // Under the lock, so that it never ends what the next one reads with the connection.
-        if let Reading::UnderWay(statements) = &*reading {
-            statements.interrupt();
-        }
-        *reading = Reading::Done;
+        self.0.store(true, Ordering::SeqCst);
     }
 }
 
-/// Until it is dropped, what is read with a connection can be ended.
-struct Ends<'r>(&'r Mutex<Reading>);
+/// Until it is dropped, statements of a connection end soon after nobody waits for them any more.
+struct Watched<'c>(&'c Connection);
 
-impl<'r> Ends<'r> {
-    /// `None` when nobody waits.
-    fn begin(reading: &'r Mutex<Reading>, connection: &Connection) -> Option<Self> {
-        let mut now = reading.lock().unwrap_or_else(PoisonError::into_inner);
-        if matches!(*now, Reading::Done) {
-            return None;
-        }
-        *now = Reading::UnderWay(connection.get_interrupt_handle());
-        Some(Self(reading))
+impl<'c> Watched<'c> {
+    fn begin(connection: &'c Connection, gone: Arc<AtomicBool>) -> rusqlite::Result<Self> {
+        connection.progress_handler(STEPS, Some(move || gone.load(Ordering::Relaxed)))?;
+        Ok(Self(connection))
     }
 }
 
-impl Drop for Ends<'_> {
+impl Drop for Watched<'_> {
     fn drop(&mut self) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Reading::Done;
+        // It fails only for connections that are another's.
+        let _ = self.0.progress_handler(0, None::<fn() -> bool>);
     }
 }
 

@@ -78,6 +78,8 @@ pub fn by_table(purpose: &Purpose) -> Chosen {
 struct Measured {
     ms: f64,
     at: Instant,
+    /// It was not done by then.
+    unfinished: bool,
 }
 
 /// What is known of one thing.
@@ -106,6 +108,10 @@ impl<K: Clone + Eq + Hash> Latencies<K> {
 
     /// Notes what it took with that many dimensions. What was measured long ago counts no more then.
     pub fn note(&self, key: K, size: usize, took: Duration, now: Instant) {
+        self.put(key, size, took, now, false);
+    }
+
+    fn put(&self, key: K, size: usize, took: Duration, now: Instant, unfinished: bool) {
         let ms = took.as_secs_f64() * 1e3;
         let mut all = self.lock();
         if all.len() >= KEPT && !all.contains_key(&key) {
@@ -120,16 +126,17 @@ impl<K: Clone + Eq + Hash> Latencies<K> {
             choices: 0,
         });
         let before = known.sizes.get(&size);
-        let before = before.filter(|one| now.saturating_duration_since(one.at) < FRESH);
+        let before = before.filter(|one| !one.unfinished && now.saturating_duration_since(one.at) < FRESH);
         let ms = before.map_or(ms, |one| one.ms + 0.2 * (ms - one.ms));
-        known.sizes.insert(size, Measured { ms, at: now });
+        let at = now;
+        known.sizes.insert(size, Measured { ms, at, unfinished });
     }
 
-    /// Notes that it was not done after so long: it counts when it is longer than what is known.
+    /// Notes that it was not done after so long: it counts when it is longer than what is known, until it is measured.
     pub fn note_unfinished(&self, key: K, size: usize, after: Duration, now: Instant) {
         let known = self.lock().get(&key).and_then(|known| estimate(&known.sizes, size));
         if known.is_none_or(|ms| ms < after.as_secs_f64() * 1e3) {
-            self.note(key, size, after, now);
+            self.put(key, size, after, now, true);
         }
     }
 

@@ -29,6 +29,7 @@ use async_trait::async_trait;
 use tokio::sync::watch::{Receiver, Sender};
 use tokio::sync::{Notify, Semaphore, broadcast};
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
 use tracing::Instrument as _;
 
 pub use add::{Kept, NewMemory};
@@ -232,10 +233,11 @@ pub struct App {
     pub(crate) latencies: Latencies<(TenantId, String)>,
 }
 
-/// Does a read of a stream to its end, whether or not somebody waits for it. The transport asks no further while its caller does
-/// not take what was sent, and a read that is left in its middle keeps a connection of the store from everybody else.
+/// Does a read of a stream to its end, or until the stream is dropped. The transport asks a stream no further while its caller
+/// does not take what was sent, and a read that nobody goes on with keeps a connection of the store from everybody else.
 async fn whole<T: Send + 'static>(read: impl Future<Output = T> + Send + 'static) -> Result<T, Error> {
-    tokio::spawn(read.in_current_span()).await.map_err(Error::internal)
+    let reading = AbortOnDropHandle::new(tokio::spawn(read.in_current_span()));
+    reading.await.map_err(Error::internal)
 }
 
 impl App {

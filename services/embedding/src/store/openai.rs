@@ -1,7 +1,7 @@
 //! Models behind a server that speaks OpenAI's `POST /embeddings`: batches, back-off, fallbacks, lenient answers.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
@@ -26,6 +26,8 @@ const GATHER: Duration = Duration::from_millis(3);
 const CALLS: usize = 8;
 /// Rounds over all servers before a call is given up.
 const ROUNDS: u32 = 4;
+/// Times that texts are divided to find those at fault, beside two for each.
+const DIVISIONS: usize = 64;
 /// The first pause between rounds; it doubles, with jitter.
 const PAUSE: Duration = Duration::from_millis(200);
 /// The longest pause that a server may ask for with Retry-After.
@@ -159,49 +161,74 @@ enum Outcome {
 enum Failure {
     /// The texts are at fault.
     Refused(String),
-    /// The server has failed at these texts: they may be at fault or not.
-    Broken(String),
+    /// This server has failed at these texts: they may be at fault or not.
+    Broken(String, Url),
     /// The server is at fault, or not there.
     Away(String),
 }
 
 impl Server {
     async fn embed(&self, texts: &[String]) -> Vec<Result<Embedded, EmbeddingError>> {
-        self.embed_in(texts, ROUNDS).await
+        let left = AtomicUsize::new(2 * texts.len() + DIVISIONS);
+        self.embed_in(texts, ROUNDS, &left).await
     }
 
     /// Embeds texts; one that the server refuses does not keep the others from their vectors. Servers say in many ways that a
     /// text is longer than the model's window, and not how much longer, and some fail at it: one that is refused alone is cut in
-    /// half until it is taken, or too short to be too long.
-    async fn embed_in(&self, texts: &[String], mut rounds: u32) -> Vec<Result<Embedded, EmbeddingError>> {
+    /// half until it is taken, or too short to be too long. So many searches for those at fault are `left`.
+    async fn embed_in(
+        &self,
+        texts: &[String],
+        mut rounds: u32,
+        left: &AtomicUsize,
+    ) -> Vec<Result<Embedded, EmbeddingError>> {
         let error = match self.patiently(texts, rounds).await {
             Ok(embedded) => return embedded.into_iter().map(Ok).collect(),
             Err(Failure::Refused(why)) => self.whose_fault(why).await,
-            Err(Failure::Broken(why)) => {
-                // It was tried often enough.
-                rounds = 1;
-                match self.patiently(&["a word".to_owned()], 1).await {
-                    Ok(_) => EmbeddingError::Refused(why),
-                    Err(_) => EmbeddingError::Away(why),
+            Err(Failure::Broken(why, url)) => match self.breaks_at(texts, rounds, &url).await {
+                true => {
+                    // All of them were tried often enough; each that is found to be at fault is tried again.
+                    rounds = 1;
+                    EmbeddingError::Refused(why)
                 }
-            }
+                false => EmbeddingError::Away(why),
+            },
             Err(Failure::Away(why)) => EmbeddingError::Away(why),
+        };
+        let spend = |left: usize| left.checked_sub(1);
+        let error = match error {
+            EmbeddingError::Refused(why) if left.fetch_update(Ordering::SeqCst, Ordering::SeqCst, spend).is_err() => {
+                EmbeddingError::Away(why)
+            }
+            error => error,
         };
         match (texts, error) {
             ([_, _, ..], EmbeddingError::Refused(_)) => {
-                let (left, right) = texts.split_at(texts.len() / 2);
-                let mut results = Box::pin(self.embed_in(left, rounds)).await;
-                results.extend(Box::pin(self.embed_in(right, rounds)).await);
+                let (first, second) = texts.split_at(texts.len() / 2);
+                let mut results = Box::pin(self.embed_in(first, rounds, left)).await;
+                results.extend(Box::pin(self.embed_in(second, rounds, left)).await);
                 results
             }
             ([text], EmbeddingError::Refused(_)) if text.len() > SHORT => {
-                let mut result = Box::pin(self.embed_in(&[half(text).to_owned()], rounds)).await;
+                let mut result = Box::pin(self.embed_in(&[half(text).to_owned()], rounds, left)).await;
                 let cut = |embedded: &mut Embedded| embedded.truncated = true;
                 result.iter_mut().flatten().for_each(cut);
                 result
             }
             (texts, error) => texts.iter().map(|_| Err(error.clone())).collect(),
         }
+    }
+
+    /// Whether it is the texts at which the server fails: it takes others meanwhile, and a text that is alone not even after
+    /// several pauses.
+    async fn breaks_at(&self, texts: &[String], rounds: u32, url: &Url) -> bool {
+        if let [_] = texts
+            && rounds < ROUNDS
+            && !matches!(self.patiently(texts, ROUNDS).await, Err(Failure::Broken(..)))
+        {
+            return false;
+        }
+        matches!(self.call(url, &["a word".to_owned()]).await, Outcome::Done(_))
     }
 
     /// Whether a refusal is of the texts; a server that takes none is set up wrongly.
@@ -230,11 +257,11 @@ impl Server {
                     }
                     Outcome::NotDone(Failure::Refused(why), _) => return Err(Failure::Refused(why)),
                     Outcome::NotDone(failure, wait) => {
-                        let (Failure::Broken(why) | Failure::Away(why) | Failure::Refused(why)) = &failure;
+                        let (Failure::Broken(why, _) | Failure::Away(why) | Failure::Refused(why)) = &failure;
                         tracing::warn!(%url, why, "an embedding server fails");
                         asked = asked.max(wait);
                         if !broken {
-                            broken = matches!(failure, Failure::Broken(_));
+                            broken = matches!(failure, Failure::Broken(..));
                             last = failure;
                         }
                     }
@@ -291,12 +318,12 @@ impl Server {
                     Failure::Refused(why)
                 }
                 // Some servers answer this to a text that is too long.
-                StatusCode::INTERNAL_SERVER_ERROR => Failure::Broken(why),
+                StatusCode::INTERNAL_SERVER_ERROR => Failure::Broken(why, url.clone()),
                 _ => Failure::Away(why),
             };
             return Outcome::NotDone(failure, wait);
         }
-        match self.read(&bytes, texts) {
+        match self.read(&bytes, texts, url) {
             Ok(embedded) => Outcome::Done(embedded),
             Err(failure) => Outcome::NotDone(failure, None),
         }
@@ -304,7 +331,7 @@ impl Server {
 
     /// The vectors of an answer, in the order of the texts. Servers differ: places may be missing or out of order, counts of
     /// tokens may be missing.
-    fn read(&self, bytes: &[u8], texts: &[String]) -> Result<Vec<Embedded>, Failure> {
+    fn read(&self, bytes: &[u8], texts: &[String], url: &Url) -> Result<Vec<Embedded>, Failure> {
         let unusable = |why: &str| Failure::Away(why.to_owned());
         let wanted = texts.len();
         let answer: Value =
@@ -328,7 +355,8 @@ impl Server {
             let number = |value: &Value| value.as_f64().map(|x| x as f32).filter(|x| x.is_finite());
             let values: Option<Vec<f32>> = values.iter().map(number).collect();
             // As a model does at some texts.
-            let broken = || Failure::Broken("an embedding has a value that is no finite number".to_owned());
+            let why = "an embedding has a value that is no finite number";
+            let broken = || Failure::Broken(why.to_owned(), url.clone());
             let mut values = values.ok_or_else(broken)?;
             let dimension = self.options.dimension;
             if values.len() != dimension {

@@ -1,12 +1,13 @@
 //! Adding memories.
 
 use std::collections::HashMap;
-use std::time::Instant;
+use std::time::Duration;
 
 use aeterna_error::Error;
 use aeterna_rpc::RequestContext;
 use aeterna_types::{MemoryId, Scope, TenantId};
 use futures::{StreamExt as _, stream};
+use tokio::time::Instant;
 
 use super::App;
 use crate::domain::{Body, Idempotency, Key, Outcome, Sequence, Writer, Written};
@@ -46,8 +47,18 @@ const NEAR: f64 = 0.9;
 const TOLD: usize = 5;
 /// Items of a batch up to which near ones are looked for without being asked to: each costs a search.
 const SEARCHED: usize = 32;
+/// How long a caller waits who does not say so.
+const PATIENCE: Duration = Duration::from_secs(10);
 /// Items for which they are looked for at once.
 const AT_ONCE: usize = 4;
+
+/// When half of the time that a caller waits is over.
+pub(super) fn half_time(context: &RequestContext) -> Instant {
+    let left = context
+        .deadline()
+        .map(|deadline| Instant::from_std(deadline) - Instant::now());
+    Instant::now() + left.unwrap_or(PATIENCE) / 2
+}
 
 impl App {
     /// Adds memories; each has its own result. The vectors are made before the transaction begins. `near`: what says nearly the
@@ -114,15 +125,10 @@ impl App {
             self.await_index(last).await;
         }
         let told = near || results.len() <= SEARCHED;
-        // All is stored by now, and whoever waits for the answer must have it.
-        let until = context
-            .deadline()
-            .map(|deadline| deadline - deadline.saturating_duration_since(Instant::now()) / 2);
+        let until = half_time(context);
         let tell = async |result: Result<Written, Error>| match result {
-            Ok(written)
-                if told && written.outcome == Outcome::Created && until.is_none_or(|until| Instant::now() < until) =>
-            {
-                Ok(self.with_near(&writer.tenant, written).await)
+            Ok(written) if told && written.outcome == Outcome::Created => {
+                Ok(self.with_near(&writer.tenant, written, until).await)
             }
             result => result.map(Kept::from),
         };
@@ -130,9 +136,12 @@ impl App {
         Ok(told.collect().await)
     }
 
-    /// A memory that is stored, with what says nearly the same: what fails now must not make its writer believe that it is not.
-    pub(super) async fn with_near(&self, tenant: &TenantId, written: Written) -> Kept {
-        let near = self.near(tenant, written.memory.id).await.unwrap_or_else(|error| {
+    /// A memory that is stored, with what says nearly the same, as far as it is found in time: what fails or takes long now must
+    /// not make its writer believe that it is not stored.
+    pub(super) async fn with_near(&self, tenant: &TenantId, written: Written, until: Instant) -> Kept {
+        let near = tokio::time::timeout_at(until, self.near(tenant, written.memory.id)).await;
+        let late = |_| Err(Error::unavailable("they are not found in time"));
+        let near = near.unwrap_or_else(late).unwrap_or_else(|error| {
             tracing::warn!(error = %error.chain(), "near duplicates can't be told");
             Vec::new()
         });

@@ -269,16 +269,13 @@ impl Background {
             {
                 tracing::warn!(error = %error.chain(), "the new model can't serve yet; trying again");
             }
-            if let Err(error) = self.hand_over().await {
+            if let Err(error) = self.hand_over(stop).await {
                 tracing::warn!(error = %error.chain(), "another index can't take over yet; trying again");
             }
             let serving = app.serving();
             let followed = match self.complete(&serving, stop).await {
                 // What is left of it when the process should end has a time of its own below.
-                Ok(()) => tokio::select! {
-                    caught_up = self.catch_up(&serving) => caught_up,
-                    () = stop.cancelled() => Ok(()),
-                },
+                Ok(()) => self.catch_up(&serving, stop).await,
                 Err(error) => Err(error),
             };
             let failed = followed.is_err();
@@ -289,6 +286,7 @@ impl Background {
             if app.index_away.swap(failed, Ordering::SeqCst) != failed {
                 match &followed {
                     Err(error) => tracing::warn!(error = %error.chain(), "the index can't follow; trying again"),
+                    Ok(()) if stop.is_cancelled() => {}
                     Ok(()) => tracing::info!("the index follows again"),
                 }
             }
@@ -301,9 +299,20 @@ impl Background {
         }
         // What was written until the last call was answered.
         let serving = app.serving();
-        let late = |_| Err(Error::unavailable("there is much left to bring to the index"));
-        let caught_up = tokio::time::timeout(LAST, self.catch_up(&serving)).await;
-        let mut left = caught_up.unwrap_or_else(late);
+        let late = CancellationToken::new();
+        let mut left = tokio::select! {
+            biased;
+            left = self.catch_up(&serving, &late) => left,
+            // To the end of what is under way: nothing is written once the directory is given up.
+            () = async {
+                tokio::time::sleep(LAST).await;
+                late.cancel();
+                std::future::pending::<()>().await;
+            } => Ok(()),
+        };
+        if left.is_ok() && late.is_cancelled() {
+            left = Err(Error::unavailable("there is much left to bring to the index"));
+        }
         if left.is_ok() {
             left = tend(&serving).await.map(drop);
         }
@@ -376,7 +385,7 @@ impl Background {
     }
 
     /// Applies what is new in the outbox to the index that serves.
-    async fn catch_up(&self, serving: &Serving) -> Result<(), Error> {
+    async fn catch_up(&self, serving: &Serving, stop: &CancellationToken) -> Result<(), Error> {
         let app = &self.app;
         let indexed = |watermark| {
             app.indexed.send_replace(watermark);
@@ -393,14 +402,23 @@ impl Background {
             && let Some(alone) = self.alone(turns, serving).await?
             && serving.index.watermark() >= Some(alone)
         {
-            return turns.follow(serving, |after| self.news(serving, after), indexed).await;
+            // What is brought to a shared index twice, or half, is whole again with the next time.
+            return tokio::select! {
+                followed = turns.follow(serving, |after| self.news(serving, after), indexed) => followed,
+                () = stop.cancelled() => Ok(()),
+            };
         }
-        self.apply_new(serving, indexed).await
+        self.apply_new(serving, indexed, stop).await
     }
 
-    /// Applies what is new in the outbox to an index, and tells how far it is.
-    async fn apply_new(&self, serving: &Serving, applied: impl Fn(Sequence)) -> Result<(), Error> {
-        loop {
+    /// Applies what is new in the outbox to an index, until it is told to stop, and tells how far it is.
+    async fn apply_new(
+        &self,
+        serving: &Serving,
+        applied: impl Fn(Sequence),
+        stop: &CancellationToken,
+    ) -> Result<(), Error> {
+        while !stop.is_cancelled() {
             // One that must be filled first is not complete by what comes last.
             let Some(watermark) = serving.index.watermark() else {
                 return Ok(());
@@ -411,6 +429,7 @@ impl Background {
             serving.index.advance(last);
             applied(last);
         }
+        Ok(())
     }
 
     /// Applies the next changes after one to an index; the last of them, `None` when there is none.
@@ -462,12 +481,14 @@ impl Background {
         if fresh.is_some() {
             self.fill(&serving, stop).await?;
         }
-        self.complete(&serving, stop).await?;
         // What is not whole yet is made whole at the next start, and taken over then.
-        tokio::select! {
-            biased;
-            () = stop.cancelled() => return Ok(()),
-            applied = self.apply_new(&serving, |_| ()) => applied?,
+        if stop.is_cancelled() {
+            return Ok(());
+        }
+        self.complete(&serving, stop).await?;
+        self.apply_new(&serving, |_| (), stop).await?;
+        if stop.is_cancelled() {
+            return Ok(());
         }
         app.store.put_note(TAKEN_OVER, &serving.model.identity).await?;
         tracing::info!(model = serving.model.name, "searches are answered by the new model");

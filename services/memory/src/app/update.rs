@@ -6,6 +6,7 @@ use aeterna_error::Error;
 use aeterna_rpc::RequestContext;
 use aeterna_types::MemoryId;
 
+use super::add::half_time;
 use super::get::view;
 use super::{App, Kept};
 use crate::domain::{Body, Idempotency, Writer, Written};
@@ -109,7 +110,7 @@ impl App {
                 Ok(written) => {
                     self.await_index(written.sequence).await;
                     return Ok(match reindex {
-                        true => self.with_near(&writer.tenant, written).await,
+                        true => self.with_near(&writer.tenant, written, half_time(context)).await,
                         false => written.into(),
                     });
                 }

@@ -94,7 +94,7 @@ impl SqliteStore {
     async fn turn(&self) -> Result<OwnedSemaphorePermit, MemoryError> {
         let turn = tokio::time::timeout(self.patience, Arc::clone(&self.searches).acquire_owned()).await;
         let away = |why: &str| MemoryError::from(StorageError::Unavailable(why.into()));
-        turn.map_err(|_| away("too many searches wait; try again later"))?
+        turn.map_err(|_| away("too much is read at once; try again later"))?
             .map_err(|_| away("the store is closed"))
     }
 

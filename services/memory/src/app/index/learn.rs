@@ -79,7 +79,10 @@ impl Background {
             return Ok(());
         }
         // What was written meanwhile, so that little is left for the moment of taking over.
-        self.apply_new(&next, |_| ()).await?;
+        self.apply_new(&next, |_| (), stop).await?;
+        if stop.is_cancelled() {
+            return Ok(());
+        }
         *tried = (model.identity.clone(), count);
         *self.ready() = Some(next);
         app.committed.somewhere();
@@ -91,7 +94,7 @@ impl Background {
     }
 
     /// Answers searches by the index that is ready, if one is. Called by the writer of the index, so that no change is missed.
-    pub(super) async fn hand_over(&self) -> Result<(), Error> {
+    pub(super) async fn hand_over(&self, stop: &CancellationToken) -> Result<(), Error> {
         let app = &self.app;
         let Some(next) = self.ready().take() else {
             return Ok(());
@@ -99,7 +102,7 @@ impl Background {
         if next.model.identity != app.serving().model.identity {
             return app.indexes.remove(&next.model.identity).await.map_err(unchanged);
         }
-        let complete = match self.apply_new(&next, |_| ()).await {
+        let complete = match self.apply_new(&next, |_| (), stop).await {
             // From here on it is the one that the next start opens.
             Ok(()) => tend(&next).await,
             Err(error) => Err(error),

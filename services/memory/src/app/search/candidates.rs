@@ -36,7 +36,7 @@ pub(super) struct Run<'s> {
     pub degraded: Vec<String>,
     /// What it did.
     pub stats: SearchStats,
-    /// How long it takes; unless it looks into the past, which takes longer for other reasons.
+    /// How long it takes, once it is known how many dimensions it compares.
     pub measuring: Option<Measuring<'s>>,
 }
 
@@ -157,8 +157,7 @@ impl<'s> Run<'s> {
         let (app, query) = (self.app, self.query);
         let mut stats = std::mem::take(&mut self.stats);
         let Chosen { size, rule } = app.dimensions(self.tenant(), &self.serving.model, query);
-        let measured = query.arms != Arms::Lexical && query.as_of.is_none();
-        let measuring = measured.then(|| app.measuring(self.tenant(), &self.serving.model, size));
+        let measuring = app.measuring(self.tenant(), &self.serving.model, query, size);
         let nearest = async {
             match query.arms {
                 Arms::Lexical => None,
@@ -166,7 +165,7 @@ impl<'s> Run<'s> {
             }
         };
         let (nearest, with_words) = tokio::join!(nearest, self.with_words(bounds));
-        (self.stats, self.measuring) = (stats, measuring);
+        (self.stats, self.measuring) = (stats, Some(measuring));
         if nearest.as_ref().is_some_and(Result::is_ok) {
             self.stats.rule = rule;
         }

@@ -5,7 +5,7 @@ use std::time::Instant;
 use aeterna_types::TenantId;
 use aeterna_types::dimension::{Chosen, Purpose, by_table, sizes};
 
-use super::{App, SearchQuery};
+use super::{App, Arms, SearchQuery};
 use crate::app::Model;
 
 /// Who chooses how many dimensions are compared.
@@ -38,7 +38,10 @@ impl App {
             }),
             Dimensions::Fitting => {
                 let (key, sizes) = ((tenant.clone(), model.identity.clone()), sizes(model.dimension));
-                self.latencies.choose(&key, &sizes, query.budget_ms, Instant::now())
+                match measured(query) {
+                    true => self.latencies.choose(&key, &sizes, query.budget_ms, Instant::now()),
+                    false => self.latencies.fitting(&key, &sizes, query.budget_ms),
+                }
             }
         };
         Chosen {
@@ -48,20 +51,31 @@ impl App {
     }
 
     /// Begins to measure a search that compares so many dimensions.
-    pub(super) fn measuring(&self, tenant: &TenantId, model: &Model, size: usize) -> Measuring<'_> {
+    pub(super) fn measuring(
+        &self,
+        tenant: &TenantId,
+        model: &Model,
+        query: &SearchQuery,
+        size: usize,
+    ) -> Measuring<'_> {
         Measuring {
             app: self,
-            key: Some((tenant.clone(), model.identity.clone())),
+            key: measured(query).then(|| (tenant.clone(), model.identity.clone())),
             size,
             began: Instant::now(),
         }
     }
 }
 
+/// Whether how long a search takes says something of the dimensions: one that looks into the past takes longer for other reasons.
+fn measured(query: &SearchQuery) -> bool {
+    query.arms != Arms::Lexical && query.as_of.is_none()
+}
+
 /// A search that is being measured. Dropped before its end, as when its time has run out, it says that it takes longer.
 pub(super) struct Measuring<'a> {
     app: &'a App,
-    /// Until it has ended.
+    /// Until it has ended; one that is not measured has none.
     key: Option<Measured>,
     size: usize,
     began: Instant,
