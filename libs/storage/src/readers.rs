@@ -14,7 +14,7 @@ use crate::StorageError;
 const STATEMENTS: usize = 128;
 
 /// Steps of SQLite's machine between two looks at whether somebody still waits.
-const STEPS: i32 = 1_000;
+const STEPS: i32 = 50_000;
 
 /// KiB of pages that all connections keep together, unless each would have less than 2 MiB.
 const CACHE: i64 = 65_536;
