@@ -102,11 +102,7 @@ impl Postgres {
     pub async fn read_primary(&self, settings: &[(&str, &str)]) -> Result<Session, StorageError> {
         let epoch = self.nodes.primary(self.patience).await?;
         let limit = self.nodes.statement().as_millis().to_string();
-        let limits = [
-            ("statement_timeout", limit.as_str()),
-            ("client_connection_check_interval", nodes::GONE),
-        ];
-        let settings = [settings, &limits].concat();
+        let settings = [settings, &nodes::limits(&limit)].concat();
         // Connections for writing end when the node is the primary no longer, whoever has noticed.
         tokio::select! {
             read = self.read_on(epoch.node(), epoch.pool(), &settings) => read,

@@ -39,8 +39,13 @@ pub struct Condition {
     pub primary: bool,
 }
 
-/// How long a server goes on reading for somebody who has left.
-pub(super) const GONE: &str = "500ms";
+/// How long a server goes on reading: so many milliseconds, and less for somebody who has left.
+pub(super) fn limits(statement: &str) -> [(&'static str, &str); 2] {
+    [
+        ("statement_timeout", statement),
+        ("client_connection_check_interval", "500ms"),
+    ]
+}
 
 /// One node.
 #[derive(Debug)]
@@ -56,11 +61,7 @@ pub struct Node {
 impl Node {
     fn new(node: &NodeOptions, options: &PostgresOptions) -> Self {
         let limit = options.statement.as_millis().to_string();
-        let limits = [
-            ("statement_timeout", limit.as_str()),
-            ("client_connection_check_interval", GONE),
-        ];
-        let pool = pool(options).connect_lazy_with(node.connect.clone().options(limits));
+        let pool = pool(options).connect_lazy_with(node.connect.clone().options(limits(&limit)));
         Self {
             options: node.clone(),
             pool,
