@@ -79,10 +79,10 @@ bench-retrieval: ## evidence recall on LoCoMo-form conversations (DATA=<json>, M
 	  --model-dir "$(or $(MODEL_DIR),$(CACHE)/models/all-MiniLM-L6-v2)" \
 	  $(if $(RERANKER_DIR),--reranker-dir "$(RERANKER_DIR)")
 
-bench-search: ## vector search beside exact scans and a public HNSW library (N=100000, GROWTH=1000000, SPECTRUM=mid|hard|untrained)
+bench-search: ## vector search beside exact scans and a public HNSW library (N=100000, GROWTH=1000000, SPECTRUM=mid|hard|untrained, DIMENSIONS=1536)
 	cargo build --release --locked -p aeterna -p aeterna-bench --features aeterna-bench/hnsw
 	@$(BUILD)/aeterna-bench search --n "$(or $(N),100000)" \
-	  --growth "$(or $(GROWTH),1000000)" --spectrum "$(or $(SPECTRUM),mid)"
+	  --growth "$(or $(GROWTH),1000000)" --spectrum "$(or $(SPECTRUM),mid)" --dimensions "$(or $(DIMENSIONS),1536)"
 
 bench-memory: ## add and search end to end over gRPC (N=100000, CONCURRENCY=16)
 	cargo build --release --locked -p aeterna -p aeterna-bench

@@ -33,12 +33,22 @@ pub struct Args {
     /// than another
     #[arg(long, default_value = "mid", value_parser = ["mid", "hard", "untrained"])]
     spectrum: String,
+    /// Dimensions of the vectors, a multiple of 64
+    #[arg(long, default_value_t = data::MOST, value_parser = dimensions)]
+    dimensions: usize,
     /// Queries per measurement
     #[arg(long, default_value_t = 200)]
     queries: usize,
     /// Seed of vectors and queries
     #[arg(long, default_value_t = 1)]
     seed: u64,
+}
+
+fn dimensions(text: &str) -> Result<usize, String> {
+    let dimensions = text.parse().map_err(|_| "not a number".to_owned())?;
+    let fits = (128..=data::MOST).contains(&dimensions) && dimensions.is_multiple_of(64);
+    fits.then_some(dimensions)
+        .ok_or_else(|| format!("must be a multiple of 64, from 128 to {}", data::MOST))
 }
 
 /// Results per query.
@@ -50,7 +60,7 @@ pub const SCOPES: usize = 1000;
 const FILTERS: [(&str, usize); 4] = [("all", SCOPES), ("10%", 100), ("1%", 10), ("0.1%", 1)];
 
 pub async fn run(args: Args) -> anyhow::Result<Value> {
-    let data = Data::new(args.n, args.queries, &args.spectrum, args.seed);
+    let data = Data::new(&args, args.n, args.queries);
     eprintln!(
         "{} vectors, {:.0} % of their energy in 256 dimensions",
         args.n,
@@ -65,7 +75,7 @@ pub async fn run(args: Args) -> anyhow::Result<Value> {
     for first in funnels {
         engines.push(measure(&Funnel::build(&data, *first).await?, &data, &truths).await?);
     }
-    for (name, dimensions) in [("exact-full", engines::FULL), ("only-256", 256)] {
+    for (name, dimensions) in [("exact-full", args.dimensions), ("only-256", args.dimensions.min(256))] {
         engines.push(measure(&Exact::build(name, &data, dimensions), &data, &truths).await?);
     }
     #[cfg(feature = "hnsw")]
@@ -75,14 +85,14 @@ pub async fn run(args: Args) -> anyhow::Result<Value> {
     let mut growth = Vec::new();
     let mut n = 10_000;
     while n <= args.growth {
-        let data = Data::new(n, args.queries.min(100), &args.spectrum, args.seed);
+        let data = Data::new(&args, n, args.queries.min(100));
         let truth = [data.truth(SCOPES)];
         let funnel = Funnel::build(&data, funnels[funnels.len() - 1]).await?;
         growth.push(measure(&funnel, &data, &truth).await?);
         n *= 10;
     }
     let report = json!({
-        "bench": "search", "n": args.n, "dimensions": engines::FULL, "spectrum": args.spectrum, "seed": args.seed,
+        "bench": "search", "n": args.n, "dimensions": args.dimensions, "spectrum": args.spectrum, "seed": args.seed,
         "engines": engines, "growth": growth,
     });
     Ok(report)
@@ -94,7 +104,7 @@ async fn measure<E: Engine>(engine: &E, data: &Data, truths: &[Vec<Vec<usize>>])
         "name": engine.name(), "n": data.len(),
         "insert_per_s": (data.len() as f64 / engine.built().as_secs_f64()).round(),
         "disk_bytes": engine.disk_bytes(),
-        "disk_share_of_float32": round(engine.disk_bytes() as f64 / (data.len() * engines::FULL * 4) as f64),
+        "disk_share_of_float32": round(engine.disk_bytes() as f64 / (data.len() * data.dimensions * 4) as f64),
     });
     engine.warm().await?;
     let mut filtered = Vec::new();

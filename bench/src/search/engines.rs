@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use aeterna_memory::domain::{Key, ScopeKey, Sequence};
 use aeterna_memory::store::code::Code;
-use aeterna_memory::store::flat::rotation::Rotation;
+use aeterna_memory::store::flat::rotation::{Rotation, kept};
 use aeterna_memory::store::flat::{FlatIndex, Layout, Opened};
 use aeterna_memory::store::sqlite::SqliteStore;
 use aeterna_memory::store::{Among, Entry, Relational as _, Rescoring};
@@ -16,9 +16,6 @@ use anyhow::Context as _;
 
 use super::data::{Data, nearest};
 use super::{K, SCOPES};
-
-/// Dimensions of all vectors.
-pub const FULL: usize = 1536;
 
 /// One way to search.
 pub trait Engine {
@@ -99,6 +96,7 @@ pub enum First {
 /// The index and the relational store of the memory service.
 pub struct Funnel {
     name: &'static str,
+    dimensions: usize,
     index: FlatIndex,
     store: SqliteStore,
     built: Duration,
@@ -119,6 +117,7 @@ const BATCH: usize = 1000;
 
 impl Funnel {
     /// With the first 256 dimensions in the index; untrained ones with all of them, or as many as a rotation keeps.
+    /// Fails when no rotation serves.
     pub async fn build(data: &Data, first: First) -> anyhow::Result<Self> {
         let directory = tempfile::tempdir()?;
         let path = directory.path().join("memory.db");
@@ -133,8 +132,12 @@ impl Funnel {
         let layout = Layout {
             store: "bench".into(),
             model: MODEL.into(),
-            dimension: FULL,
-            prefix: if first == First::All { FULL } else { 256 },
+            dimension: data.dimensions,
+            prefix: match first {
+                First::Dimensions => kept(data.dimensions).unwrap_or(data.dimensions),
+                First::All => data.dimensions,
+                First::Learned => kept(data.dimensions).context("a rotation keeps less than all dimensions")?,
+            },
             learned: if first == First::Learned { data.len() } else { 0 },
         };
         let vectors = directory.path().join("vectors");
@@ -162,6 +165,7 @@ impl Funnel {
                 First::All => "funnel-all",
                 First::Learned => "funnel-learned",
             },
+            dimensions: data.dimensions,
             index,
             store: open().await?,
             built,
@@ -242,7 +246,7 @@ impl Engine for Funnel {
             let rescoring = Rescoring {
                 model: MODEL.into(),
                 keys: keys.to_vec(),
-                vector: vec![0.0; FULL],
+                vector: vec![0.0; self.dimensions],
             };
             self.store.cosines(&TenantId::local(), &rescoring).await?;
         }
@@ -303,7 +307,7 @@ mod hnsw {
         /// Builds the graph, and searches it as broadly as a recall of 0.99 needs.
         pub fn build(data: &Data, truth: &[Vec<usize>]) -> anyhow::Result<Self> {
             let options = IndexOptions {
-                dimensions: FULL,
+                dimensions: data.dimensions,
                 metric: MetricKind::IP,
                 quantization: ScalarKind::F32,
                 connectivity: 16,

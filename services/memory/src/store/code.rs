@@ -1,7 +1,6 @@
 //! The compact code of a unit vector: 10 bits a value, a scale per block of 64 values.
 //!
-//! The high 8 bits of all values come first, the low 2 bits after them, so that a prefix of the high part is at once the
-//! int8 vector that a first pass scans. Bytes: 1 for the layout, 2 for the dimensions, 2 per block (a bfloat16), 1.25 per
+//! The high 8 bits of all values come first, the low 2 bits after them. Bytes: 1 for the layout, 2 for the dimensions, 2 per block (a bfloat16), 1.25 per
 //! value: 32 % of float32, and two codes of 1536 dimensions fit a page of the relational store. The first byte is the
 //! layout's version.
 
@@ -13,7 +12,7 @@ const HEADER: usize = 3;
 /// Bytes of a scale.
 pub const SCALE: usize = 2;
 /// What a value's high 8 bits count for.
-pub const STEP: i8 = 4;
+const STEP: i8 = 4;
 /// The largest magnitude of a 10-bit value whose high part, rounded, still fits 8 bits.
 const TOP: f32 = 509.0;
 /// The largest magnitude of a value of a query.
@@ -102,17 +101,16 @@ impl<B: AsRef<[u8]>> Code<B> {
     }
 
     /// The scale of each block.
-    pub fn scales(&self) -> impl Iterator<Item = f32> {
+    fn scales(&self) -> impl Iterator<Item = f32> {
         scales(self.scale_bytes())
     }
 
-    /// The scales as they are stored.
-    pub fn scale_bytes(&self) -> &[u8] {
+    fn scale_bytes(&self) -> &[u8] {
         &self.0.as_ref()[HEADER..HEADER + self.dimension() / BLOCK * SCALE]
     }
 
     /// The high 8 bits of each value, to be read as signed.
-    pub fn high(&self) -> &[u8] {
+    fn high(&self) -> &[u8] {
         let start = HEADER + self.dimension() / BLOCK * SCALE;
         &self.0.as_ref()[start..start + self.dimension()]
     }
@@ -124,10 +122,15 @@ impl<B: AsRef<[u8]>> Code<B> {
 
     /// The vector, with an error of at most half a step per value.
     pub fn decode(&self) -> Vec<f32> {
+        self.first(self.dimension())
+    }
+
+    /// The first values of the vector, a multiple of 64.
+    pub fn first(&self, values: usize) -> Vec<f32> {
         let blocks = self.high().chunks_exact(BLOCK).zip(self.low().chunks_exact(BLOCK / 4));
-        let mut vector = Vec::with_capacity(self.dimension());
-        for ((high, low), scale) in blocks.zip(self.scales()) {
-            vector.extend(values(high, low).into_iter().map(|value| f32::from(value) * scale));
+        let mut vector = Vec::with_capacity(values);
+        for ((high, low), scale) in blocks.zip(self.scales()).take(values / BLOCK) {
+            vector.extend(unpacked(high, low).into_iter().map(|value| f32::from(value) * scale));
         }
         vector
     }
@@ -153,7 +156,7 @@ impl<B: AsRef<[u8]>> Code<B> {
         let blocks = self.high().chunks_exact(BLOCK).zip(self.low().chunks_exact(BLOCK / 4));
         let (mut dot, mut norm) = (0f32, 0f32);
         for (((high, low), (wanted, step)), scale) in blocks.zip(&query.0).zip(self.scales()) {
-            let values = values(high, low);
+            let values = unpacked(high, low);
             // Below 2^30 at most: sums of 64 products of 10 with 15 bits.
             let (mut product, mut square) = (0i32, 0i32);
             for (value, wanted) in values.iter().zip(wanted) {
@@ -201,7 +204,7 @@ pub fn prefetch(bytes: &[u8]) {
 
 /// The values of a block, before its scale.
 #[inline(always)]
-fn values(high: &[u8], low: &[u8]) -> [i16; BLOCK] {
+fn unpacked(high: &[u8], low: &[u8]) -> [i16; BLOCK] {
     let mut values = [0i16; BLOCK];
     let quarters = values.chunks_exact_mut(BLOCK / 4).zip(high.chunks_exact(BLOCK / 4));
     for (quarter, (values, high)) in quarters.enumerate() {

@@ -1,17 +1,17 @@
 //! The embedded vector index: a Matryoshka funnel over one memory-mapped file, with exact filters.
 //!
-//! The file holds, per vector, its key, scope and the int8 high part of the prefix of its code, under a checksum. A search
-//! narrows down in stages: signs (1 bit a dimension, kept in memory) for many vectors, int8 for the best of them; the caller
-//! rescores what remains with the full-size codes of the relational store. A small manifest says up to which change of the
+//! The file holds, per vector, its key, its scope and 3 bits a value of its prefix, under a checksum. A search narrows down in
+//! stages: signs (1 bit a value, kept in memory) for many vectors, the rows of the best of them; the caller rescores what
+//! remains with the full-size codes of the relational store. A small manifest says up to which change of the
 //! outbox everything is in. Of a model that was not trained for being cut short, all dimensions are kept at first, and then
 //! those of a learned rotation, in a directory of its own. All are rebuilt from the relational store when they are missing,
 //! damaged, ahead of it, or of another store or model.
 
+mod coarse;
 mod file;
 pub mod rotation;
 mod scan;
 
-use std::borrow::Cow;
 use std::io;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicUsize, Ordering};
@@ -21,10 +21,11 @@ use async_trait::async_trait;
 use rayon::prelude::*;
 use rustc_hash::{FxHashMap, FxHashSet};
 
-use super::code::{BLOCK, Code, SCALE};
+use super::code::Code;
 use super::locks::{reading, writing};
 use super::{Among, Care, Changes, Condition, Entry, StorageError, VectorIndex};
 use crate::domain::{Key, ScopeKey, Sequence};
+use coarse::Turned;
 pub use file::Layout;
 use file::{Files, Head};
 use rotation::Rotation;
@@ -155,12 +156,12 @@ impl FlatIndex {
         Ok(index)
     }
 
-    /// What is kept of a code.
-    fn shorten<'a>(&self, code: &'a Code) -> Cow<'a, Code> {
-        match &self.rotation {
-            Some(rotation) => Cow::Owned(rotation.shorten(code)),
-            None => Cow::Borrowed(code),
-        }
+    /// What is looked at of a vector.
+    fn shorten(&self, code: &Code) -> Turned {
+        Turned::new(match &self.rotation {
+            Some(rotation) => rotation.apply(&code.decode()),
+            None => code.first(self.prefix),
+        })
     }
 
     fn read(&self) -> RwLockReadGuard<'_, Inner> {
@@ -250,26 +251,27 @@ impl Inner {
         Ok(slot)
     }
 
-    fn remove(&mut self, key: Key) {
+    fn remove(&mut self, key: Key) -> io::Result<()> {
         if let Some(slot) = self.by_key.remove(&key) {
             let head = Head {
                 live: false,
                 key,
                 scope: ScopeKey(0),
             };
-            self.files.put(slot, &head, None);
             self.own(slot, None);
             self.free.push(slot);
+            self.files.put(slot, &head, None)?;
         }
+        Ok(())
     }
 
-    fn upsert(&mut self, key: Key, scope: ScopeKey, code: &Code, prefix: usize) -> io::Result<()> {
+    fn upsert(&mut self, key: Key, scope: ScopeKey, packed: &[u8], prefix: usize) -> io::Result<()> {
         let slot = match self.by_key.get(&key) {
             Some(slot) => *slot,
             None => self.slot()?,
         };
         let head = Head { live: true, key, scope };
-        self.files.put(slot, &head, Some(code));
+        self.files.put(slot, &head, Some(packed))?;
         self.keys[slot] = key;
         self.own(slot, Some(scope));
         self.by_key.insert(key, slot);
@@ -279,7 +281,7 @@ impl Inner {
     }
 
     /// Those that a search may find and that the signs let pass.
-    fn nearest(&self, query: &Code, among: &Among, limit: usize) -> Vec<u32> {
+    fn nearest(&self, query: &Turned, among: &Among, limit: usize) -> Vec<u32> {
         let excluded: FxHashSet<u32> = among
             .exclude
             .iter()
@@ -322,21 +324,18 @@ impl FlatIndex {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, why));
         }
         // Before searches have to wait.
-        let codes = upserts
+        let packed = upserts
             .par_iter()
-            .map(|entry| entry.code.as_ref().map(|code| self.shorten(code)));
-        let codes: Vec<Option<Cow<'_, Code>>> = codes.collect();
+            .map(|entry| entry.code.as_ref().map(|code| self.shorten(code).pack()));
+        let packed: Vec<Option<Vec<u8>>> = packed.collect();
         let mut inner = self.write();
         self.dirty.store(true, Ordering::SeqCst);
-        removals.iter().for_each(|key| inner.remove(*key));
-        let mut put = upserts.iter().zip(codes).map(|(entry, code)| match code {
-            Some(code) => inner.upsert(entry.key, entry.scope, &code, self.prefix),
-            None => {
-                inner.remove(entry.key);
-                Ok(())
-            }
+        let removed = removals.iter().try_for_each(|key| inner.remove(*key));
+        let mut put = upserts.iter().zip(packed).map(|(entry, packed)| match packed {
+            Some(packed) => inner.upsert(entry.key, entry.scope, &packed, self.prefix),
+            None => inner.remove(entry.key),
         });
-        let applied = put.try_for_each(|put| put);
+        let applied = removed.and_then(|()| put.try_for_each(|put| put));
         self.count.store(inner.by_key.len(), Ordering::SeqCst);
         applied?;
         self.reach(watermark);
@@ -357,12 +356,12 @@ impl FlatIndex {
         Sequence(self.watermark.load(Ordering::SeqCst).max(0))
     }
 
-    /// The nearest vectors by the quantized prefix, best first.
+    /// The nearest vectors by what the rows keep of them, best first.
     pub fn search(&self, query: &Code, among: &Among, limit: usize) -> Vec<(Key, f32)> {
         if query.dimension() != self.dimension || limit == 0 {
             return Vec::new();
         }
-        let query = &*self.shorten(query);
+        let query = &self.shorten(query);
         let inner = self.read();
         let rows = Rows::new(inner.files.rows(), self.prefix);
         let slots = inner.nearest(query, among, limit);
@@ -460,7 +459,7 @@ impl VectorIndex for Arc<FlatIndex> {
             let mut inner = index.write();
             inner.files.doubt()?;
             let keys: Vec<Key> = inner.by_key.keys().copied().collect();
-            keys.into_iter().for_each(|key| inner.remove(key));
+            keys.into_iter().try_for_each(|key| inner.remove(key))?;
             index.watermark.store(CLEARED, Ordering::SeqCst);
             index.count.store(0, Ordering::SeqCst);
             index.dirty.store(true, Ordering::SeqCst);
@@ -497,7 +496,7 @@ impl VectorIndex for Arc<FlatIndex> {
             let has = |entry: &Entry| match (inner.by_key.get(&entry.key), &entry.code) {
                 (Some(slot), Some(code)) => inner.files.head(*slot).is_some_and(|head| {
                     let same = head.live && head.key == entry.key && head.scope == entry.scope;
-                    same && inner.files.has(*slot, &index.shorten(code))
+                    same && inner.files.has(*slot, &index.shorten(code).pack())
                 }),
                 (held, wanted) => held.is_none() && wanted.is_none(),
             };
@@ -532,9 +531,9 @@ impl VectorIndex for Arc<FlatIndex> {
     }
 }
 
-/// Bytes of a row: head, scales, int8 values.
+/// Bytes of a row.
 fn row_size(prefix: usize) -> usize {
-    file::HEAD + prefix / BLOCK * SCALE + prefix
+    file::HEAD + coarse::size(prefix)
 }
 
 #[cfg(test)]
@@ -624,7 +623,7 @@ mod tests {
     }
 
     #[test]
-    fn signs_find_what_int8_finds() {
+    fn signs_find_what_the_rows_find() {
         // Enough vectors that the signs are used, in clusters, as texts are.
         let dir = tempfile::tempdir().unwrap();
         let Opened::Fresh(index, _) = FlatIndex::open(dir.path(), layout("s", "m@1"), Sequence(0)).unwrap() else {
@@ -664,7 +663,7 @@ mod tests {
             let inner = index.read();
             let rows = Rows::new(inner.files.rows(), 128);
             let all: Vec<u32> = (0..20_000).collect();
-            let exact = rows.best(&query, &all, 10);
+            let exact = rows.best(&index.shorten(&query), &all, 10);
             found += exact
                 .iter()
                 .filter(|(slot, _)| funnel.contains(&inner.keys[*slot as usize]))
@@ -682,7 +681,7 @@ mod tests {
             let query = near(3, 9_000_003);
             let funnel = index.search(&query, &among, 10);
             let inner = index.read();
-            let exact = Rows::new(inner.files.rows(), 128).best(&query, &chosen, 10);
+            let exact = Rows::new(inner.files.rows(), 128).best(&index.shorten(&query), &chosen, 10);
             let exact: Vec<(Key, f32)> = exact
                 .iter()
                 .map(|(slot, score)| (inner.keys[*slot as usize], *score))

@@ -7,17 +7,20 @@ use std::path::{Path, PathBuf};
 use memmap2::MmapMut;
 use serde::{Deserialize, Serialize};
 
-use super::super::code::{BLOCK, Code, SCALE};
 use super::row_size;
 use crate::domain::{Key, ScopeKey, Sequence};
 
 /// Layout of the files.
-const VERSION: u32 = 3;
-/// Checksum, state, key, scope.
-pub const HEAD: usize = 4 + 4 + 8 + 8;
-const LIVE: u32 = 1;
-/// Rows that the file grows by, at least.
+const VERSION: u32 = 4;
+/// Checksum, key with the state in its lowest bit, scope.
+pub const HEAD: usize = 4 + NUMBER + NUMBER;
+/// Bytes of a number.
+const NUMBER: usize = 6;
+/// Keys and scopes are below.
+const BEYOND: i64 = 1 << 47;
+/// Rows that the file grows by, at least; a part of what there is when that is more, which is what may stand empty.
 const GROW: usize = 4096;
+const GROWTH: usize = 64;
 
 /// What the index is of.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -167,44 +170,52 @@ impl Files {
     /// What a row says; `None` when its checksum does not fit.
     pub fn head(&self, slot: usize) -> Option<Head> {
         let row = &self.map[slot * self.size..(slot + 1) * self.size];
-        let word = |at: usize| u32::from_le_bytes([row[at], row[at + 1], row[at + 2], row[at + 3]]);
-        let long = |at: usize| (i64::from(word(at + 4)) << 32) | i64::from(word(at));
-        (word(0) == crc32fast::hash(&row[4..])).then(|| Head {
-            live: word(4) == LIVE,
-            key: Key(long(8)),
-            scope: ScopeKey(long(16)),
+        let (sum, rest) = row.split_first_chunk::<4>()?;
+        let (key, scope) = rest.split_at(NUMBER);
+        let key = number(key);
+        (u32::from_le_bytes(*sum) == crc32fast::hash(rest)).then(|| Head {
+            live: key & 1 == 1,
+            key: Key(key >> 1),
+            scope: ScopeKey(number(&scope[..NUMBER])),
         })
     }
 
-    /// Writes a row; without a code its values stay.
-    pub fn put(&mut self, slot: usize, head: &Head, code: Option<&Code>) {
-        let prefix = self.layout.prefix;
+    /// Writes a row; without a packed vector its own stays.
+    ///
+    /// # Errors
+    /// When key or scope has more than 47 bits.
+    pub fn put(&mut self, slot: usize, head: &Head, packed: Option<&[u8]>) -> io::Result<()> {
+        if ![head.key.0, head.scope.0]
+            .iter()
+            .all(|number| (0..BEYOND).contains(number))
+        {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "a number has more than 47 bits",
+            ));
+        }
         let row = &mut self.map[slot * self.size..(slot + 1) * self.size];
-        row[4..8].copy_from_slice(&u32::from(head.live).to_le_bytes());
-        row[8..16].copy_from_slice(&head.key.0.to_le_bytes());
-        row[16..24].copy_from_slice(&head.scope.0.to_le_bytes());
-        if let Some(code) = code {
-            let (scales, values) = row[HEAD..].split_at_mut(prefix / BLOCK * SCALE);
-            scales.copy_from_slice(&code.scale_bytes()[..prefix / BLOCK * SCALE]);
-            values.copy_from_slice(&code.high()[..prefix]);
+        let key = head.key.0 << 1 | i64::from(head.live);
+        row[4..4 + NUMBER].copy_from_slice(&key.to_le_bytes()[..NUMBER]);
+        row[4 + NUMBER..HEAD].copy_from_slice(&head.scope.0.to_le_bytes()[..NUMBER]);
+        if let Some(packed) = packed {
+            row[HEAD..].copy_from_slice(packed);
         }
         let sum = crc32fast::hash(&row[4..]);
         row[..4].copy_from_slice(&sum.to_le_bytes());
+        Ok(())
     }
 
-    /// Whether a row has the values of a code.
-    pub fn has(&self, slot: usize, code: &Code) -> bool {
-        let prefix = self.layout.prefix;
-        let row = &self.map[slot * self.size..(slot + 1) * self.size];
-        let (scales, values) = row[HEAD..].split_at(prefix / BLOCK * SCALE);
-        scales == &code.scale_bytes()[..prefix / BLOCK * SCALE] && values == &code.high()[..prefix]
+    /// Whether a row has a packed vector.
+    pub fn has(&self, slot: usize, packed: &[u8]) -> bool {
+        self.map[slot * self.size + HEAD..(slot + 1) * self.size] == *packed
     }
 
     /// One more row at the end.
     pub fn push(&mut self) -> io::Result<usize> {
         if (self.slots + 1) * self.size > self.map.len() {
             let capacity = self.map.len() / self.size;
-            extend(&self.file, (capacity + (capacity / 8).max(GROW)) * self.size)?;
+            extend(&self.file, (capacity + (capacity / GROWTH).max(GROW)) * self.size)?;
             self.map = map(&self.file)?;
         }
         self.slots += 1;
@@ -245,6 +256,13 @@ impl Files {
         fs::rename(draft, self.directory.join("manifest.json"))?;
         File::open(&self.directory)?.sync_all()
     }
+}
+
+fn number(bytes: &[u8]) -> i64 {
+    bytes
+        .iter()
+        .rev()
+        .fold(0, |number, byte| number << 8 | i64::from(*byte))
 }
 
 fn unseal(text: &[u8]) -> Option<Manifest> {

@@ -10,7 +10,7 @@ use std::path::Path;
 
 use rayon::prelude::*;
 
-use super::super::code::{BLOCK, Code};
+use super::super::code::BLOCK;
 
 /// The name of its file.
 const FILE: &str = "rotation.bin";
@@ -34,7 +34,7 @@ pub struct Rotation {
     directions: Vec<f32>,
 }
 
-/// How many directions are kept of so many dimensions; `None` when that would save little.
+/// How many directions, or first dimensions, an index keeps of so many dimensions; `None` when that would save little.
 pub fn kept(dimension: usize) -> Option<usize> {
     let kept = (dimension / 2).next_multiple_of(BLOCK).min(256);
     (2 * kept <= dimension).then_some(kept)
@@ -111,13 +111,6 @@ impl Rotation {
     fn apply_plain(&self, vector: &[f32]) -> Vec<f32> {
         let directions = self.directions.chunks_exact(self.dimension);
         directions.map(|direction| dot(direction, vector)).collect()
-    }
-
-    /// The code of what is kept of a vector.
-    pub fn shorten(&self, code: &Code) -> Code {
-        let kept = self.apply(&code.decode());
-        // Finite and a multiple of the block long, as the vector was.
-        Code::encode(&kept).unwrap_or_else(|| code.clone())
     }
 
     /// The part of the nearest neighbours of some of the vectors, among the others, that are near by what is kept, too.

@@ -4,17 +4,22 @@ use std::sync::{Condvar, Mutex, PoisonError, mpsc};
 
 use rayon::prelude::*;
 
-use super::super::code::{BLOCK, Code, SCALE, STEP, prefetch, scales};
+use super::super::code::{BLOCK, prefetch};
 use super::super::locks::lock;
+use super::coarse::{Turned, Wanted, unpacked};
 use super::file::HEAD;
 use super::row_size;
 
-/// Vectors up to which int8 alone is fast enough.
+/// Vectors up to which the rows alone are fast enough.
 const FEW: usize = 16_384;
-/// Of the vectors that the signs rank, one in so many goes on to int8: a rank by signs is coarse.
+/// Of the vectors that the signs rank, one in so many goes on to its row: a rank by signs is coarse.
 const SHARE: usize = 64;
-/// Vectors that go on to int8, at least.
+/// Vectors that go on to their rows, at least.
 const KEPT: usize = 1600;
+/// Signs a vector from which on that is enough: of fewer, more vectors go on.
+const SIGNS: usize = 256;
+/// Words that are compared at once: a row has a multiple of them.
+const WORDS: usize = 4;
 /// Vectors from which on threads share the work of one search.
 const PARALLEL: usize = 1 << 18;
 /// Rows that are asked for before they are read.
@@ -35,41 +40,24 @@ const SAMPLE: usize = 8192;
 pub struct Rows<'a> {
     bytes: &'a [u8],
     size: usize,
-    blocks: usize,
 }
 
 impl<'a> Rows<'a> {
     /// Rows with a prefix of so many dimensions.
     pub fn new(bytes: &'a [u8], prefix: usize) -> Self {
-        Self {
-            bytes,
-            size: row_size(prefix),
-            blocks: prefix / BLOCK,
-        }
+        let size = row_size(prefix);
+        Self { bytes, size }
     }
 
-    /// The scales of a row's blocks.
-    fn scales(&self, slot: usize) -> impl Iterator<Item = f32> + 'a {
-        let start = slot * self.size + HEAD;
-        scales(&self.bytes[start..start + self.blocks * SCALE])
+    /// What a row keeps of its vector.
+    fn row(&self, slot: usize) -> &'a [u8] {
+        &self.bytes[slot * self.size + HEAD..(slot + 1) * self.size]
     }
 
-    /// The int8 values of a row.
-    fn values(&self, slot: usize) -> &'a [i8] {
-        let start = slot * self.size + HEAD + self.blocks * SCALE;
-        bytemuck::cast_slice(&self.bytes[start..start + self.blocks * BLOCK])
-    }
-
-    /// The best of some slots by the inner product of the int8 prefixes, best first; equal ones in the order of slots.
-    pub fn best(&self, query: &Code, slots: &[u32], limit: usize) -> Vec<(u32, f32)> {
-        let prefix = self.blocks * BLOCK;
-        let wanted: &[i8] = bytemuck::cast_slice(&query.high()[..prefix]);
-        let factors: Vec<f32> = query
-            .scales()
-            .take(self.blocks)
-            .map(|scale| scale * f32::from(STEP * STEP))
-            .collect();
-        let score = |part: &[u32]| self.scores(part, wanted, &factors);
+    /// The best of some slots by the inner product of the prefixes, best first; equal ones in the order of slots.
+    pub fn best(&self, query: &Turned, slots: &[u32], limit: usize) -> Vec<(u32, f32)> {
+        let wanted = Wanted::new(query);
+        let score = |part: &[u32]| self.scores(part, &wanted);
         let mut scored: Vec<(u32, f32)> = match slots.len() < CHUNK {
             true => score(slots),
             false => slots.par_chunks(CHUNK / SHARE).flat_map_iter(score).collect(),
@@ -84,62 +72,49 @@ impl<'a> Rows<'a> {
     }
 
     /// Inner products of the prefixes of some slots with a query's.
-    fn scores(&self, slots: &[u32], wanted: &[i8], factors: &[f32]) -> Vec<(u32, f32)> {
+    fn scores(&self, slots: &[u32], wanted: &Wanted) -> Vec<(u32, f32)> {
         #[cfg(target_arch = "x86_64")]
         if std::arch::is_x86_feature_detected!("avx2") {
             // SAFETY: the processor has the instructions, as was just asked.
-            return unsafe { self.scores_avx2(slots, wanted, factors) };
+            return unsafe { self.scores_avx2(slots, wanted) };
         }
-        self.scores_plain(slots, wanted, factors)
+        self.each(slots, |row| wanted.product(row))
     }
 
     #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "avx2")]
-    fn scores_avx2(&self, slots: &[u32], wanted: &[i8], factors: &[f32]) -> Vec<(u32, f32)> {
-        self.scores_plain(slots, wanted, factors)
+    fn scores_avx2(&self, slots: &[u32], wanted: &Wanted) -> Vec<(u32, f32)> {
+        self.each(slots, |row| wanted.product_avx2(row))
     }
 
     #[inline(always)]
-    fn scores_plain(&self, slots: &[u32], wanted: &[i8], factors: &[f32]) -> Vec<(u32, f32)> {
+    fn each(&self, slots: &[u32], product: impl Fn(&[u8]) -> f32) -> Vec<(u32, f32)> {
         let mut scored = Vec::with_capacity(slots.len());
         for (place, slot) in slots.iter().enumerate() {
             if let Some(ahead) = slots.get(place + AHEAD) {
-                self.prefetch(*ahead as usize);
+                // Rows lie far apart, and waiting for memory costs more than the arithmetic.
+                prefetch(self.row(*ahead as usize));
             }
-            let (values, scales) = (self.values(*slot as usize), self.scales(*slot as usize));
-            let blocks = values.chunks_exact(BLOCK).zip(wanted.chunks_exact(BLOCK));
-            let mut sum = 0f32;
-            for ((a, b), (scale, factor)) in blocks.zip(scales.zip(factors)) {
-                let products = a.iter().zip(b).map(|(a, b)| i32::from(i16::from(*a) * i16::from(*b)));
-                sum += products.sum::<i32>() as f32 * scale * factor;
-            }
-            scored.push((*slot, sum));
+            scored.push((*slot, product(self.row(*slot as usize))));
         }
         scored
     }
 
-    /// Asks for a row that will be read soon: rows lie far apart, and waiting for memory costs more than the arithmetic.
-    #[inline(always)]
-    fn prefetch(&self, slot: usize) {
-        prefetch(&self.bytes[slot * self.size..(slot + 1) * self.size]);
-    }
-
     /// The signs of a row around a centre.
     fn signs(&self, slot: usize, centre: &[f32], out: &mut [u64]) {
-        let scales = self.scales(slot).map(|scale| scale * f32::from(STEP));
-        signs(self.values(slot), scales, centre, out);
+        let blocks = unpacked(self.row(slot)).zip(centre.as_chunks::<BLOCK>().0);
+        for (word, (values, centre)) in out.iter_mut().zip(blocks) {
+            *word = signs(&values, centre);
+        }
     }
 }
 
 /// One bit a value: above the centre or not.
-fn signs(values: &[i8], scales: impl Iterator<Item = f32>, centre: &[f32], out: &mut [u64]) {
-    let blocks = values.chunks_exact(BLOCK).zip(centre.chunks_exact(BLOCK));
-    for ((word, (values, centre)), scale) in out.iter_mut().zip(blocks).zip(scales) {
-        let bits = values.iter().zip(centre).enumerate();
-        *word = bits.fold(0, |word, (at, (value, centre))| {
-            word | (u64::from(f32::from(*value) * scale > *centre) << at)
-        });
-    }
+fn signs(values: &[f32; BLOCK], centre: &[f32; BLOCK]) -> u64 {
+    let bits = values.iter().zip(centre).enumerate();
+    bits.fold(0, |word, (at, (value, centre))| {
+        word | (u64::from(value > centre) << at)
+    })
 }
 
 /// A search that waits for a pass: its signs, and where its distances go.
@@ -148,7 +123,7 @@ type Waiting = (Vec<u64>, mpsc::Sender<Vec<u16>>);
 /// The signs of all rows: 1 bit a dimension, made from the rows and never stored.
 #[derive(Debug)]
 pub struct Signs {
-    /// Words of 64 dimensions a row.
+    /// Words of 64 dimensions a row, the last ones empty.
     words: usize,
     bits: Vec<u64>,
     /// The mean of the vectors. Around 0, a direction that all vectors share would tell nothing apart.
@@ -179,7 +154,7 @@ impl Signs {
     /// Of rows with a prefix of so many dimensions; there are none yet.
     pub fn new(prefix: usize) -> Self {
         Self {
-            words: prefix / BLOCK,
+            words: (prefix / BLOCK).next_multiple_of(WORDS),
             bits: Vec::new(),
             centre: vec![0.0; prefix],
             taken: 0,
@@ -198,14 +173,10 @@ impl Signs {
         let mut seen = 0u32;
         for slot in (0..count).step_by(step) {
             seen += 1;
-            let blocks = rows.values(slot).chunks_exact(BLOCK).zip(rows.scales(slot));
-            for ((values, scale), sums) in blocks.zip(sums.chunks_exact_mut(BLOCK)) {
-                let scale = f64::from(scale) * f64::from(STEP);
-                values
-                    .iter()
-                    .zip(sums)
-                    .for_each(|(value, sum)| *sum += f64::from(*value) * scale);
-            }
+            let values = unpacked(rows.row(slot)).flatten();
+            sums.iter_mut()
+                .zip(values)
+                .for_each(|(sum, value)| *sum += f64::from(value));
         }
         let mean = |sum: f64| (sum / f64::from(seen.max(1))) as f32;
         self.centre = sums.into_iter().map(mean).collect();
@@ -226,8 +197,8 @@ impl Signs {
     }
 
     /// Of many slots, those nearest to the query by their signs; few ones all go on. At least `limit` remain.
-    pub fn nearest(&self, query: &Code, slots: Vec<u32>, limit: usize) -> Vec<u32> {
-        let keep = keep(slots.len(), limit);
+    pub fn nearest(&self, query: &Turned, slots: Vec<u32>, limit: usize) -> Vec<u32> {
+        let keep = self.keep(slots.len(), limit);
         if slots.len() <= keep.max(FEW) {
             return slots;
         }
@@ -245,8 +216,14 @@ impl Signs {
     }
 
     /// The same out of the first `count` slots, those that are shown.
-    pub fn nearest_of_all(&self, query: &Code, count: usize, shown: impl Fn(usize) -> bool, limit: usize) -> Vec<u32> {
-        let keep = keep(count, limit);
+    pub fn nearest_of_all(
+        &self,
+        query: &Turned,
+        count: usize,
+        shown: impl Fn(usize) -> bool,
+        limit: usize,
+    ) -> Vec<u32> {
+        let keep = self.keep(count, limit);
         if count <= keep.max(FEW) {
             return (0..count).filter(|slot| shown(*slot)).filter_map(number).collect();
         }
@@ -313,23 +290,20 @@ impl Signs {
         answered.try_recv().unwrap_or_default()
     }
 
+    /// How many of so many go on.
+    fn keep(&self, count: usize, limit: usize) -> usize {
+        let signs = self.centre.len();
+        ((count / SHARE).max(KEPT) * SIGNS.max(signs) / signs).max(4 * limit)
+    }
+
     /// The signs of a query.
-    fn wanted(&self, query: &Code) -> Vec<u64> {
-        let mut wanted = vec![0; self.words];
-        let values: &[i8] = bytemuck::cast_slice(&query.high()[..self.words * BLOCK]);
-        signs(
-            values,
-            query.scales().map(|scale| scale * f32::from(STEP)),
-            &self.centre,
-            &mut wanted,
-        );
+    fn wanted(&self, query: &Turned) -> Vec<u64> {
+        let blocks = query.values().as_chunks::<BLOCK>().0.iter();
+        let words = blocks.zip(self.centre.as_chunks::<BLOCK>().0);
+        let mut wanted: Vec<u64> = words.map(|(values, centre)| signs(values, centre)).collect();
+        wanted.resize(self.words, 0);
         wanted
     }
-}
-
-/// How many of so many go on.
-fn keep(count: usize, limit: usize) -> usize {
-    (count / SHARE).max(KEPT).max(4 * limit)
 }
 
 fn number(slot: usize) -> Option<u32> {
@@ -424,16 +398,24 @@ fn distances_popcnt(wanted: &[u64], bits: &[u64], out: &mut [u16]) {
 
 #[inline(always)]
 fn distances_plain(wanted: &[u64], bits: &[u64], out: &mut [u16]) {
-    // A known length lets the compiler unroll; other prefixes take the general way.
-    if let Ok(wanted) = <&[u64; 4]>::try_from(wanted) {
-        let (rows, _) = bits.as_chunks::<4>();
-        for (row, out) in rows.iter().zip(out) {
+    // A known length lets the compiler unroll.
+    match wanted.len() / WORDS {
+        1 => distances_of::<WORDS>(wanted, bits, out),
+        2 => distances_of::<{ 2 * WORDS }>(wanted, bits, out),
+        _ => {
+            for (row, out) in bits.chunks_exact(wanted.len()).zip(out) {
+                *out = distance(row, wanted);
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn distances_of<const N: usize>(wanted: &[u64], bits: &[u64], out: &mut [u16]) {
+    if let Ok(wanted) = <&[u64; N]>::try_from(wanted) {
+        for (row, out) in bits.as_chunks::<N>().0.iter().zip(out) {
             *out = distance(row, wanted);
         }
-        return;
-    }
-    for (row, out) in bits.chunks_exact(wanted.len()).zip(out) {
-        *out = distance(row, wanted);
     }
 }
 
@@ -445,15 +427,17 @@ mod tests {
     fn searches_that_share_a_pass_get_what_each_would_get_alone() {
         let mut signs = Signs::new(BLOCK);
         let word = |number: usize| (number as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-        signs.bits = (0..PARALLEL + 77).map(word).collect();
+        let count = PARALLEL + 77;
+        signs.bits = (0..count * WORDS).map(word).collect();
         std::thread::scope(|scope| {
             for caller in 0..16 {
                 let signs = &signs;
                 scope.spawn(move || {
                     for round in 0..5 {
-                        let wanted = word(caller * 31 + round);
-                        let found = signs.distances(vec![wanted], signs.bits.len());
-                        let alone: Vec<u16> = signs.bits.iter().map(|row| distance(&[*row], &[wanted])).collect();
+                        let wanted: Vec<u64> = (0..WORDS).map(|at| word(caller * 31 + round + at)).collect();
+                        let found = signs.distances(wanted.clone(), count);
+                        let rows = signs.bits.chunks_exact(WORDS);
+                        let alone: Vec<u16> = rows.map(|row| distance(row, &wanted)).collect();
                         assert!(found == alone, "caller {caller}, round {round}");
                     }
                 });
@@ -465,8 +449,8 @@ mod tests {
     #[test]
     fn what_the_processor_does_at_once_is_what_is_done_one_by_one() {
         let word = |number: usize| (number as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-        // The length that is unrolled, and others.
-        for words in [1, 3, 4, 6] {
+        // The lengths that are unrolled, and another.
+        for words in [4, 8, 12] {
             let wanted: Vec<u64> = (0..words).map(|number| word(number + 1_000)).collect();
             let bits: Vec<u64> = (0..words * 37).map(word).collect();
             let mut at_once = vec![0; 37];
