@@ -31,3 +31,8 @@ pub use aeterna_config::Reader;
 pub use axum::Router;
 /// A process's command line.
 pub use clap::Command;
+
+/// The allocator of every process that has services: a search allocates some hundred times on several threads, and the system's
+/// allocator took an eighth of its time.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;

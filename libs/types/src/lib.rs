@@ -11,4 +11,4 @@ pub use clock::{Clock, ManualClock, SystemClock, TimeError, Timestamp};
 pub use id::{IdError, MemoryId, RequestId, TenantId};
 pub use page::{PageToken, PageTokenError};
 pub use scope::{Layer, MAX_SCOPE_ID_CHARS, Scope, ScopeError};
-pub use seal::{chain, fingerprint, mark};
+pub use seal::{chain, fingerprint, hexadecimal, mark};

@@ -18,8 +18,21 @@ pub fn chain(digest: [u8; 32], item: &[u8]) -> [u8; 32] {
 
 /// The first bytes of a fingerprint in hexadecimal: an opaque mark of a version.
 pub fn mark<'a>(parts: impl IntoIterator<Item = &'a [u8]>) -> String {
-    fingerprint(parts)[..8]
-        .iter()
-        .map(|byte| format!("{byte:02x}"))
+    hexadecimal(&fingerprint(parts)[..8])
+}
+
+/// Bytes in hexadecimal, two small letters or digits each.
+pub fn hexadecimal(bytes: &[u8]) -> String {
+    let digits = bytes.iter().flat_map(|byte| [byte >> 4, byte & 15]);
+    digits
+        .filter_map(|digit| char::from_digit(u32::from(digit), 16))
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn bytes_read_the_same_in_hexadecimal() {
+        assert_eq!(super::hexadecimal(&[0, 9, 10, 0x5f, 255]), "00090a5fff");
+    }
 }

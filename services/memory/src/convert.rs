@@ -11,7 +11,7 @@ use aeterna_error::{Error, Reason, Violations};
 use aeterna_proto::common::v1 as common;
 use aeterna_proto::errors::v1::ItemError;
 use aeterna_proto::memory::v1 as wire;
-use aeterna_types::{Layer, MemoryId, PageToken, Scope, TenantId, Timestamp, fingerprint};
+use aeterna_types::{Layer, MemoryId, PageToken, Scope, TenantId, Timestamp, fingerprint, hexadecimal};
 use prost::Message as _;
 
 pub use change::{
@@ -542,12 +542,7 @@ pub(super) fn scope_message(scope: &Scope) -> common::Scope {
 /// One memory.
 pub fn memory(memory: Memory) -> wire::Memory {
     let (etag, layer) = (memory.etag(), memory.layer());
-    let content_hash = memory
-        .body
-        .content_hash()
-        .iter()
-        .map(|byte| format!("{byte:02x}"))
-        .collect();
+    let content_hash = hexadecimal(&memory.body.content_hash());
     let scope = scope_message(&memory.scope);
     let body = memory.body;
     let source = (body.source != Source::default()).then_some(wire::Source {

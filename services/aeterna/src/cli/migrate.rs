@@ -36,7 +36,7 @@ pub async fn run(args: Args, sources: &Sources) -> anyhow::Result<()> {
     let moved = compose::migrate(sources, &args.from, tell).await;
     bar.finish_and_clear();
     let moved = moved.with_context(|| format!("migrate `{}`", args.from.display()))?;
-    let digest: String = moved.digest.iter().map(|byte| format!("{byte:02x}")).collect();
+    let digest = aeterna_types::hexadecimal(&moved.digest);
     output::line(format!(
         "{} tenants: {} memories, {} documents, {} policies; both stores have the digest {digest}",
         moved.tenants, moved.memories, moved.documents, moved.policies

@@ -204,5 +204,5 @@ fn sha256(path: &Path) -> anyhow::Result<String> {
             count => hasher.update(&buffer[..count]),
         }
     }
-    Ok(hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+    Ok(aeterna_types::hexadecimal(&hasher.finalize()))
 }

@@ -30,6 +30,8 @@ const CHUNK: usize = 1 << 15;
 const SHARED: usize = 1 << 12;
 /// One in so many distances tells which ones are near.
 const SAMPLED: usize = 7;
+/// Distances that are looked at together.
+const TOGETHER: usize = 32;
 /// Buffers of distances that are kept for the next searches.
 const SPARE: usize = 16;
 /// Vectors that the centre is the mean of, at most.
@@ -313,18 +315,44 @@ fn number(slot: usize) -> Option<u32> {
 /// The slots that are shown and not farther than `cut`.
 fn nearer(distances: &[u16], cut: u16, shown: &impl Fn(usize) -> bool) -> Vec<u32> {
     let mut near = Vec::with_capacity(2 * KEPT);
-    for (chunk, first) in distances.chunks(16).zip((0..).step_by(16)) {
-        // Most chunks have none that is near, which a chunk as a whole tells quicker than each of its own.
-        if chunk.iter().fold(u16::MAX, |least, distance| least.min(*distance)) > cut {
-            continue;
-        }
-        let found = chunk
-            .iter()
-            .zip(first..)
-            .filter(|(distance, slot)| **distance <= cut && shown(*slot));
+    for chunk in within(distances, cut) {
+        let first = chunk * TOGETHER;
+        let part = distances[first..].iter().take(TOGETHER).zip(first..);
+        let found = part.filter(|(distance, slot)| **distance <= cut && shown(*slot));
         near.extend(found.filter_map(|(_, slot)| number(slot)));
     }
     near
+}
+
+/// The chunks with a distance up to `cut`. Most have none, which a chunk as a whole tells quicker than each of its own.
+fn within(distances: &[u16], cut: u16) -> Vec<usize> {
+    #[cfg(target_arch = "x86_64")]
+    if std::arch::is_x86_feature_detected!("avx2") {
+        // SAFETY: the processor has the instructions, as was just asked.
+        return unsafe { within_avx2(distances, cut) };
+    }
+    within_plain(distances, cut)
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+fn within_avx2(distances: &[u16], cut: u16) -> Vec<usize> {
+    within_plain(distances, cut)
+}
+
+#[inline(always)]
+fn within_plain(distances: &[u16], cut: u16) -> Vec<usize> {
+    let mut chunks = Vec::with_capacity(2 * KEPT);
+    let (whole, rest) = distances.as_chunks::<TOGETHER>();
+    for (number, chunk) in whole.iter().enumerate() {
+        if chunk.iter().fold(u16::MAX, |least, distance| least.min(*distance)) <= cut {
+            chunks.push(number);
+        }
+    }
+    if !rest.is_empty() {
+        chunks.push(whole.len());
+    }
+    chunks
 }
 
 /// How many of a part of those that are shown have each distance.
