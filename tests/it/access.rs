@@ -6,7 +6,7 @@ use aeterna_auth::Role;
 use aeterna_proto::embedding::v1::embedding_service_client::EmbeddingServiceClient;
 use aeterna_proto::embedding::v1::{BatchEmbedRequest, EmbedRequest, ListModelsRequest};
 use aeterna_proto::memory::v1::memory_service_client::MemoryServiceClient;
-use aeterna_proto::memory::v1::{ImportRequest, StatsRequest};
+use aeterna_proto::memory::v1::{ImportRequest, StatsRequest, WatchRequest};
 use aeterna_testkit::{NEVER, SECRET, bearing, get, http, refusal};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
@@ -239,6 +239,36 @@ async fn a_tenant_that_holds_all_it_may_leaves_room_for_others() {
     held.into_iter().for_each(|call| call.abort());
     let free = async {
         while ask(&greedy).await.is_err() {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(30), free).await.unwrap();
+    sandbox.stop().await;
+}
+
+#[tokio::test]
+async fn streams_count_until_they_end_and_a_tenant_has_three_quarters_of_them() {
+    let sandbox = Sandbox::start(&[("auth.hs256_secret", SECRET), ("limits.streams", "4")]).await;
+    let [_, (_, channel)] = sandbox.ways();
+    let tenant = |name: &str| aeterna_testkit::token(name, Role::Admin, &[], NEVER);
+    let (greedy, other, third) = (tenant("greedy"), tenant("other"), tenant("third"));
+    let mut client = MemoryServiceClient::new(channel);
+    let mut watch = async |who: &str| client.watch(bearing(WatchRequest::default(), who)).await;
+    let mut open = Vec::new();
+    for _ in 0..3 {
+        open.push(watch(&greedy).await.unwrap());
+    }
+    let status = watch(&greedy).await.unwrap_err();
+    assert_eq!(refusal(&status).0, "RATE_LIMITED", "{status:?}");
+    assert!(status.message().contains("3 streams of this tenant"), "{status:?}");
+    open.push(watch(&other).await.unwrap());
+    let status = watch(&third).await.unwrap_err();
+    assert_eq!(refusal(&status).0, "RATE_LIMITED", "{status:?}");
+    assert!(status.message().contains("4 streams are open"), "{status:?}");
+    // One that was refused is not counted, and one that ends is not any more.
+    open.remove(0);
+    let free = async {
+        while watch(&greedy).await.is_err() {
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
     };

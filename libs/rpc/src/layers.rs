@@ -25,6 +25,7 @@ use tracing::Instrument as _;
 use crate::context::{InProcess, REQUEST_ID, RequestContext};
 use crate::expiry;
 use crate::limits::{Limits, RateLimiter, Shares};
+use crate::streams::Streams;
 
 /// The stack of one process.
 #[derive(Clone)]
@@ -34,7 +35,8 @@ struct Inner {
     verifier: Verifier,
     limits: Limits,
     permits: Semaphore,
-    shares: Shares,
+    shares: Arc<Shares>,
+    streams: Streams,
     rates: RateLimiter,
     requests: Counter<u64>,
     duration: Histogram<f64>,
@@ -64,7 +66,8 @@ impl Stack {
             verifier,
             limits,
             permits: Semaphore::new(limits.concurrent_requests),
-            shares: Shares::new(limits.concurrent_requests),
+            shares: Arc::new(Shares::new(limits.concurrent_requests)),
+            streams: Streams::new(limits.streams),
             rates: RateLimiter::new(limits.requests_per_second),
             requests: meter
                 .u64_counter("aeterna_rpc_requests")
@@ -255,16 +258,27 @@ async fn enforce(State(stack): State<Stack>, mut request: Request, next: Next) -
     let principal = context.principal();
     let (deadline, until) = (context.deadline(), principal.until);
     let checked = !inside && !matches!(inner.verifier, Verifier::Open);
-    let share = checked.then(|| inner.shares.take(&principal.tenant)).transpose();
-    let _share = match share {
+    let tenant = checked.then_some(&principal.tenant);
+    let _share = match tenant.map(|tenant| inner.shares.take(tenant)).transpose() {
         Ok(share) => share,
         Err(most) => {
             let message = format!("{most} requests of this tenant are under way, which is its share");
             return refuse(Error::new(Reason::RateLimited, message).retry_after(Duration::from_secs(1)));
         }
     };
+    let counts = method.server_streaming && !inside;
+    let open = match counts.then(|| inner.streams.open(tenant)).transpose() {
+        Ok(open) => open,
+        Err(error) => return refuse(error),
+    };
     request.extensions_mut().insert(context);
-    let answer = expiry::bounded(method, until, next.run(request));
+    let answer = async {
+        let answer = expiry::bounded(method, until, next.run(request)).await;
+        match open {
+            Some(open) => open.count(answer),
+            None => answer,
+        }
+    };
     let Some(deadline) = deadline else { return answer.await };
     // A handler that never yields can't be timed out; its answer is late all the same.
     match tokio::time::timeout_at(deadline.into(), answer).await {

@@ -13,6 +13,7 @@ mod host;
 mod layers;
 mod limits;
 mod serve;
+mod streams;
 
 pub use breaker::Breaker;
 pub use channel::AnyChannel;

@@ -1,7 +1,7 @@
 //! Limits on what a caller may ask for, each with its refusal.
 
 use std::collections::HashMap;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use aeterna_config::{Reader, Setting};
@@ -19,6 +19,12 @@ pub const SETTINGS: &[Setting] = &[
         "1024",
         "Requests served at once by one process; more are refused. Where tokens are checked, one tenant has three quarters of \
          them at most.",
+    ),
+    Setting::new(
+        "limits.streams",
+        "32768",
+        "Streams of answers (Watch, Export) open at once in one process; more are refused. Where tokens are checked, one tenant has \
+         three quarters of them at most.",
     ),
     Setting::new(
         "limits.requests_per_second",
@@ -45,6 +51,8 @@ pub struct Limits {
     pub message_bytes: usize,
     /// Requests served at once.
     pub concurrent_requests: usize,
+    /// Streams of answers open at once.
+    pub streams: usize,
     /// Requests per second and principal; 0: no limit.
     pub requests_per_second: u32,
     /// Deadline of a call that brings none.
@@ -60,6 +68,7 @@ impl Limits {
     pub fn read(reader: &mut Reader<'_>) -> Option<Self> {
         let message_bytes = reader.within("limits.message_bytes", 65_536..=268_435_456);
         let concurrent_requests = reader.within("limits.concurrent_requests", 1..=1_000_000);
+        let streams = reader.within("limits.streams", 1..=1_000_000);
         let requests_per_second = reader.get("limits.requests_per_second");
         let default_timeout = reader.duration("limits.default_timeout");
         let max_timeout = reader.duration("limits.max_timeout");
@@ -67,6 +76,7 @@ impl Limits {
         Some(Self {
             message_bytes: message_bytes?,
             concurrent_requests: concurrent_requests?,
+            streams: streams?,
             requests_per_second: requests_per_second?,
             default_timeout: default_timeout?,
             max_timeout: max_timeout?,
@@ -80,6 +90,7 @@ impl Default for Limits {
         Self {
             message_bytes: 8 << 20,
             concurrent_requests: 1024,
+            streams: 32_768,
             requests_per_second: 0,
             default_timeout: Duration::from_secs(60),
             max_timeout: Duration::from_secs(600),
@@ -88,22 +99,22 @@ impl Default for Limits {
     }
 }
 
-/// How many requests of each tenant are under way.
+/// How many of something that is limited each tenant has.
 #[derive(Debug)]
 pub(crate) struct Shares {
     most: usize,
     under_way: Mutex<HashMap<TenantId, usize>>,
 }
 
-/// One request of a tenant, until it is dropped.
+/// One of them, until it is dropped.
 #[derive(Debug)]
-pub(crate) struct Share<'s> {
-    of: &'s Shares,
+pub(crate) struct Share {
+    of: Arc<Shares>,
     tenant: TenantId,
 }
 
 impl Shares {
-    /// Of so many requests in all.
+    /// Of so many in all.
     pub(crate) fn new(all: usize) -> Self {
         Self {
             most: (all - all / 4).max(1),
@@ -111,8 +122,8 @@ impl Shares {
         }
     }
 
-    /// One more request of a tenant; the most that it may have at once when it has them already.
-    pub(crate) fn take(&self, tenant: &TenantId) -> Result<Share<'_>, usize> {
+    /// One more for a tenant; the most that it may have at once when it has them already.
+    pub(crate) fn take(self: &Arc<Self>, tenant: &TenantId) -> Result<Share, usize> {
         let mut under_way = self.under_way.lock().unwrap_or_else(PoisonError::into_inner);
         let count = under_way.entry(tenant.clone()).or_default();
         if *count >= self.most {
@@ -120,13 +131,13 @@ impl Shares {
         }
         *count += 1;
         Ok(Share {
-            of: self,
+            of: Arc::clone(self),
             tenant: tenant.clone(),
         })
     }
 }
 
-impl Drop for Share<'_> {
+impl Drop for Share {
     fn drop(&mut self) {
         let mut under_way = self.of.under_way.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(count) = under_way.get_mut(&self.tenant) {
