@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use crate::stats::percentile;
+use aeterna_memory::store::flat::rotation::kept;
 use data::Data;
 use engines::{Engine, Exact, First, Funnel};
 
@@ -69,13 +70,15 @@ pub async fn run(args: Args) -> anyhow::Result<Value> {
     let truths: Vec<Vec<Vec<usize>>> = FILTERS.iter().map(|(_, scopes)| data.truth(*scopes)).collect();
     let mut engines = Vec::new();
     let funnels: &[First] = match args.spectrum.as_str() {
+        "untrained" if kept(args.dimensions).is_none() => &[First::All],
         "untrained" => &[First::All, First::Learned],
         _ => &[First::Dimensions],
     };
     for first in funnels {
         engines.push(measure(&Funnel::build(&data, *first).await?, &data, &truths).await?);
     }
-    for (name, dimensions) in [("exact-full", args.dimensions), ("only-256", args.dimensions.min(256))] {
+    let exact = [("exact-full", args.dimensions), ("only-256", 256)];
+    for (name, dimensions) in exact.into_iter().filter(|(_, size)| *size <= args.dimensions) {
         engines.push(measure(&Exact::build(name, &data, dimensions), &data, &truths).await?);
     }
     #[cfg(feature = "hnsw")]

@@ -116,8 +116,8 @@ const CACHE: u64 = 512 << 20;
 const BATCH: usize = 1000;
 
 impl Funnel {
-    /// With the first 256 dimensions in the index; untrained ones with all of them, or as many as a rotation keeps.
-    /// Fails when no rotation serves.
+    /// With the first dimensions in the index, as many as the service keeps; untrained ones with all of them, or as many as a
+    /// rotation keeps. Fails when no rotation serves.
     pub async fn build(data: &Data, first: First) -> anyhow::Result<Self> {
         let directory = tempfile::tempdir()?;
         let path = directory.path().join("memory.db");
@@ -134,7 +134,7 @@ impl Funnel {
             model: MODEL.into(),
             dimension: data.dimensions,
             prefix: match first {
-                First::Dimensions => kept(data.dimensions).unwrap_or(data.dimensions),
+                First::Dimensions => first_of(data.dimensions),
                 First::All => data.dimensions,
                 First::Learned => kept(data.dimensions).context("a rotation keeps less than all dimensions")?,
             },
@@ -173,6 +173,15 @@ impl Funnel {
             memory,
             _directory: directory,
         })
+    }
+}
+
+/// Dimensions in the index of a model that was trained for being cut short.
+fn first_of(dimensions: usize) -> usize {
+    let most = dimensions.min(256);
+    match dimensions > most {
+        true => kept(dimensions).map_or(most, |kept| kept.min(most)),
+        false => most,
     }
 }
 

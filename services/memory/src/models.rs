@@ -11,7 +11,6 @@ use serde::{Deserialize, Serialize};
 use crate::app::Model;
 use crate::store::Relational;
 use crate::store::code::BLOCK;
-use crate::store::flat::rotation::kept;
 
 /// Under which name the models are remembered.
 const NOTE: &str = "models";
@@ -153,8 +152,11 @@ fn identity_of(model: &embedding::Model) -> String {
 /// A model of the embedding service, as vectors of it are kept.
 fn model(model: &embedding::Model) -> Result<Model, Error> {
     let dimension = usize::try_from(model.dimension).unwrap_or(0);
-    // What is cut short by its training is cut as far as by a rotation.
-    let prefix = kept(dimension).filter(|_| model.matryoshka).unwrap_or(dimension);
+    let prefix = if model.matryoshka {
+        dimension.min(256)
+    } else {
+        dimension
+    };
     if dimension == 0 || !dimension.is_multiple_of(BLOCK) {
         let message = format!(
             "the model `{}` has {dimension} dimensions; a multiple of 64 is needed",

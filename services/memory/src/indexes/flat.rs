@@ -35,14 +35,16 @@ impl FlatIndexes {
         self.root.join(plain_name(identity))
     }
 
-    /// How the vectors of a model are laid out, with a rotation that was learned of so many vectors.
+    /// How the vectors of a model are laid out, with a rotation that was learned of so many vectors. A model that was trained for
+    /// being cut short is cut as far as by a rotation.
     fn layout(&self, model: &Model, learned: usize) -> Layout {
-        let kept = rotation::kept(model.dimension).filter(|_| learned > 0);
+        let cut = learned > 0 || model.prefix < model.dimension;
+        let kept = rotation::kept(model.dimension).filter(|_| cut);
         Layout {
             store: self.store.clone(),
             model: model.identity.clone(),
             dimension: model.dimension,
-            prefix: kept.unwrap_or(model.prefix),
+            prefix: kept.map_or(model.prefix, |kept| kept.min(model.prefix)),
             learned,
         }
     }
@@ -197,6 +199,26 @@ mod tests {
             vector
         };
         (1..=1_200).map(vector).collect()
+    }
+
+    #[test]
+    fn models_that_can_be_cut_short_are_cut_to_half_or_less_and_others_by_a_rotation() {
+        let indexes = FlatIndexes::new(PathBuf::new(), "a-store".into(), true);
+        let prefix = |dimension: usize, prefix: usize, learned: usize| {
+            let model = Model {
+                name: "a".into(),
+                identity: "a@1".into(),
+                dimension,
+                prefix,
+            };
+            indexes.layout(&model, learned).prefix
+        };
+        let sizes = [64, 192, 256, 320, 384, 448, 512, 768, 1536, 3072];
+        let first = sizes.map(|dimension| prefix(dimension, dimension.min(256), 0));
+        assert_eq!(first, [64, 192, 256, 256, 192, 256, 256, 256, 256, 256]);
+        assert_eq!(sizes.map(|dimension| prefix(dimension, dimension, 0)), sizes);
+        let learned = [128, 256, 384, 512, 768, 3072].map(|dimension| prefix(dimension, dimension, 5_000));
+        assert_eq!(learned, [64, 128, 192, 256, 256, 256]);
     }
 
     #[test]

@@ -1,8 +1,8 @@
 //! The compact code of a unit vector: 10 bits a value, a scale per block of 64 values.
 //!
-//! The high 8 bits of all values come first, the low 2 bits after them. Bytes: 1 for the layout, 2 for the dimensions, 2 per block (a bfloat16), 1.25 per
-//! value: 32 % of float32, and two codes of 1536 dimensions fit a page of the relational store. The first byte is the
-//! layout's version.
+//! The high 8 bits of all values come first, the low 2 bits after them, each as SIMD wants them. Bytes: 1 for the layout, 2 for
+//! the dimensions, 2 per block (a bfloat16), 1.25 per value: 32 % of float32, and two codes of 1536 dimensions fit a page of the
+//! relational store. The first byte is the layout's version.
 
 /// Values that share a scale.
 pub const BLOCK: usize = 64;

@@ -27,7 +27,7 @@ use super::{Among, Care, Changes, Condition, Entry, StorageError, VectorIndex};
 use crate::domain::{Key, ScopeKey, Sequence};
 use coarse::Turned;
 pub use file::Layout;
-use file::{Files, Head};
+use file::{BEYOND, Files, Head};
 use rotation::Rotation;
 use scan::{Rows, Signs};
 
@@ -251,18 +251,17 @@ impl Inner {
         Ok(slot)
     }
 
-    fn remove(&mut self, key: Key) -> io::Result<()> {
+    fn remove(&mut self, key: Key) {
         if let Some(slot) = self.by_key.remove(&key) {
             let head = Head {
                 live: false,
                 key,
                 scope: ScopeKey(0),
             };
+            self.files.put(slot, &head, None);
             self.own(slot, None);
             self.free.push(slot);
-            self.files.put(slot, &head, None)?;
         }
-        Ok(())
     }
 
     fn upsert(&mut self, key: Key, scope: ScopeKey, packed: &[u8], prefix: usize) -> io::Result<()> {
@@ -271,7 +270,7 @@ impl Inner {
             None => self.slot()?,
         };
         let head = Head { live: true, key, scope };
-        self.files.put(slot, &head, Some(packed))?;
+        self.files.put(slot, &head, Some(packed));
         self.keys[slot] = key;
         self.own(slot, Some(scope));
         self.by_key.insert(key, slot);
@@ -319,9 +318,13 @@ impl FlatIndex {
     /// When the index can't be written; it is then rebuilt on the next start.
     pub fn apply(&self, upserts: &[Entry], removals: &[Key], watermark: Sequence) -> io::Result<()> {
         let codes = || upserts.iter().filter_map(|entry| entry.code.as_ref());
+        let refused = |why: &str| Err(io::Error::new(io::ErrorKind::InvalidInput, why));
         if codes().any(|code| code.dimension() != self.dimension) {
-            let why = "a vector has another size than the index";
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, why));
+            return refused("a vector has another size than the index");
+        }
+        let mut numbers = upserts.iter().flat_map(|entry| [entry.key.0, entry.scope.0]);
+        if !numbers.all(|number| (0..BEYOND).contains(&number)) {
+            return refused("the number of a memory or scope has more than 47 bits");
         }
         // Before searches have to wait.
         let packed = upserts
@@ -330,12 +333,15 @@ impl FlatIndex {
         let packed: Vec<Option<Vec<u8>>> = packed.collect();
         let mut inner = self.write();
         self.dirty.store(true, Ordering::SeqCst);
-        let removed = removals.iter().try_for_each(|key| inner.remove(*key));
+        removals.iter().for_each(|key| inner.remove(*key));
         let mut put = upserts.iter().zip(packed).map(|(entry, packed)| match packed {
             Some(packed) => inner.upsert(entry.key, entry.scope, &packed, self.prefix),
-            None => inner.remove(entry.key),
+            None => {
+                inner.remove(entry.key);
+                Ok(())
+            }
         });
-        let applied = removed.and_then(|()| put.try_for_each(|put| put));
+        let applied = put.try_for_each(|put| put);
         self.count.store(inner.by_key.len(), Ordering::SeqCst);
         applied?;
         self.reach(watermark);
@@ -459,7 +465,7 @@ impl VectorIndex for Arc<FlatIndex> {
             let mut inner = index.write();
             inner.files.doubt()?;
             let keys: Vec<Key> = inner.by_key.keys().copied().collect();
-            keys.into_iter().try_for_each(|key| inner.remove(key))?;
+            keys.into_iter().for_each(|key| inner.remove(key));
             index.watermark.store(CLEARED, Ordering::SeqCst);
             index.count.store(0, Ordering::SeqCst);
             index.dirty.store(true, Ordering::SeqCst);
@@ -537,156 +543,4 @@ fn row_size(prefix: usize) -> usize {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::collections::HashSet;
-
-    use aeterna_types::TenantId;
-
-    use super::*;
-
-    fn layout(store: &str, model: &str) -> Layout {
-        Layout {
-            store: store.into(),
-            model: model.into(),
-            dimension: 128,
-            prefix: 128,
-            learned: 0,
-        }
-    }
-
-    #[tokio::test]
-    async fn conforms_and_is_the_same_when_it_is_opened_again() {
-        let dir = tempfile::tempdir().unwrap();
-        let open = |store: &str, model: &str, end: i64| {
-            FlatIndex::open(dir.path(), layout(store, model), Sequence(end)).unwrap()
-        };
-        let Opened::Fresh(index, _) = open("s", "m@1", 0) else {
-            panic!("an empty directory has no index")
-        };
-        let index = Arc::new(index);
-        super::super::conformance::vector_index(&index).await;
-        let some: HashSet<Key> = index.some(20).into_iter().collect();
-        let has = |wanted: fn(&Key) -> bool| some.iter().any(wanted);
-        assert!((10..=20).contains(&some.len()) && has(|key| key.0 < 50) && has(|key| key.0 > 250));
-        drop(index);
-        let Opened::Intact(index) = open("s", "m@1", 7) else {
-            panic!("it was flushed")
-        };
-        assert_eq!((index.len(), index.watermark()), (301, Sequence(7)));
-        drop(index);
-        for (store, model, end, word) in [
-            ("s", "m@1", 6, "ahead"),
-            ("other", "m@1", 9, "another store"),
-            ("s", "n@1", 9, "m@1"),
-        ] {
-            // Each opening begins a new index, which is made whole for the next round.
-            let Opened::Fresh(index, why) = open(store, model, end) else {
-                panic!("{word}: such an index is of no use")
-            };
-            assert!(index.is_empty() && why.contains(word), "{why}");
-            drop(index);
-            let Opened::Fresh(index, _) = open("s", "m@1", 0) else {
-                panic!("it was not flushed")
-            };
-            super::super::conformance::vector_index(&Arc::new(index)).await;
-        }
-        let Opened::Intact(index) = open("s", "m@1", 7) else {
-            panic!("it was flushed")
-        };
-        super::super::conformance::a_cleared_index_is_filled_anew(&Arc::new(index)).await;
-    }
-
-    #[test]
-    fn every_flipped_bit_of_the_manifest_is_noticed() {
-        let dir = tempfile::tempdir().unwrap();
-        let open = || FlatIndex::open(dir.path(), layout("s", "m@1"), Sequence(1_000_000)).unwrap();
-        let Opened::Fresh(index, _) = open() else {
-            panic!("it is new")
-        };
-        index.apply(&[], &[], Sequence(77)).unwrap();
-        index.flush().unwrap();
-        drop(index);
-        let path = dir.path().join("manifest.json");
-        let good = std::fs::read(&path).unwrap();
-        for at in 0..good.len() {
-            let mut bad = good.clone();
-            bad[at] ^= 1;
-            std::fs::write(&path, &bad).unwrap();
-            assert!(
-                matches!(open(), Opened::Fresh(..)),
-                "byte {at}: {}",
-                String::from_utf8_lossy(&bad)
-            );
-        }
-        std::fs::write(&path, &good).unwrap();
-        assert!(matches!(open(), Opened::Intact(_)));
-    }
-
-    #[test]
-    fn signs_find_what_the_rows_find() {
-        // Enough vectors that the signs are used, in clusters, as texts are.
-        let dir = tempfile::tempdir().unwrap();
-        let Opened::Fresh(index, _) = FlatIndex::open(dir.path(), layout("s", "m@1"), Sequence(0)).unwrap() else {
-            panic!("it is new")
-        };
-        let near = |centre: u32, seed: u32| {
-            let (a, b) = (
-                super::super::conformance::vector(centre, 128),
-                super::super::conformance::vector(seed, 128),
-            );
-            let mixed: Vec<f32> = a.iter().zip(&b).map(|(a, b)| 0.7 * a + 0.7 * b).collect();
-            Code::encode(&mixed).unwrap()
-        };
-        let entry = |n: u32| Entry {
-            key: Key(i64::from(n)),
-            tenant: TenantId::local(),
-            scope: ScopeKey(1),
-            code: Some(near(n % 400, 1_000_000 + n)),
-            text: String::new(),
-        };
-        let entries: Vec<Entry> = (0..20_000).map(entry).collect();
-        index.apply(&entries, &[], Sequence(1)).unwrap();
-        let among = Among {
-            tenant: TenantId::local(),
-            scopes: [ScopeKey(1)].into_iter().collect(),
-            only: None,
-            exclude: FxHashSet::default(),
-        };
-        let mut found = 0;
-        for n in 0..50u32 {
-            let query = near(n, 9_000_000 + n);
-            let funnel: Vec<Key> = index
-                .search(&query, &among, 10)
-                .into_iter()
-                .map(|(key, _)| key)
-                .collect();
-            let inner = index.read();
-            let rows = Rows::new(inner.files.rows(), 128);
-            let all: Vec<u32> = (0..20_000).collect();
-            let exact = rows.best(&index.shorten(&query), &all, 10);
-            found += exact
-                .iter()
-                .filter(|(slot, _)| funnel.contains(&inner.keys[*slot as usize]))
-                .count();
-        }
-        assert!(found >= 495, "{found} of 500");
-
-        // What a filter chooses is compared whole, however little it is: 10 %, 1 % and 0.1 % of all.
-        for share in [10, 100, 1000u32] {
-            let chosen: Vec<u32> = (0..20_000).filter(|n| n % share == 7 % share).collect();
-            let among = Among {
-                only: Some(chosen.iter().map(|n| Key(i64::from(*n))).collect()),
-                ..among.clone()
-            };
-            let query = near(3, 9_000_003);
-            let funnel = index.search(&query, &among, 10);
-            let inner = index.read();
-            let exact = Rows::new(inner.files.rows(), 128).best(&index.shorten(&query), &chosen, 10);
-            let exact: Vec<(Key, f32)> = exact
-                .iter()
-                .map(|(slot, score)| (inner.keys[*slot as usize], *score))
-                .collect();
-            assert_eq!(funnel, exact, "1 in {share}");
-        }
-    }
-}
+mod tests;

@@ -3,8 +3,9 @@
 //! Each block of 64 values is turned first: some signs change, and a Walsh-Hadamard transform follows. No inner product changes,
 //! and what some dimensions have more of than others is spread over their block, so that few bits serve all of its values alike
 //! (Ashkboos et al. 2024, §3). Eight levels at equal distances follow. What a level counts for is chosen so that the inner product
-//! of a block with its own levels is right, which keeps products with others free of bias (Gao and Long 2024, §3.2): for a stage
-//! that passes on more than is finally needed, they tell as much as 8 bits do.
+//! of a block with its own levels is right, which keeps products with others free of bias (Gao and Long 2024, §3.2). For a stage
+//! that passes on more than is finally needed, they tell about as much of dense vectors as 8 bits do; of sparse ones, as feature
+//! hashing makes of a few words, a little less.
 
 use super::super::code::{BLOCK, SCALE, scales};
 
@@ -240,6 +241,30 @@ mod tests {
                 // SAFETY: the processor has the instructions, as was just asked.
                 let at_once = unsafe { wanted.product_avx2(&row) };
                 assert!((at_once - product).abs() < 1e-6, "{dimension}: {at_once} {product}");
+            }
+        }
+    }
+
+    #[test]
+    #[cfg(target_arch = "x86_64")]
+    fn the_largest_sums_overflow_nothing() {
+        if !std::arch::is_x86_feature_detected!("avx2") {
+            return;
+        }
+        for sign in [1.0, -1.0] {
+            // Every value at an end: the highest and the lowest levels, and queries of the largest values of either sign.
+            let wanted = Wanted(vec![Block {
+                values: [(127.0 * sign) as i8; BLOCK],
+                step: 1.0,
+                lowest: LOWEST * 127.0 * sign * BLOCK as f32,
+            }]);
+            for level in [0, 7] {
+                let mut row = nearest(1.0).to_vec();
+                row.extend(packed(&[level; BLOCK]));
+                let expected = value(level) * 127.0 * sign * BLOCK as f32;
+                // SAFETY: the processor has the instructions, as was just asked.
+                let at_once = unsafe { wanted.product_avx2(&row) };
+                assert_eq!((at_once, wanted.product(&row)), (expected, expected));
             }
         }
     }

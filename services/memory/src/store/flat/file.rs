@@ -17,9 +17,10 @@ pub const HEAD: usize = 4 + NUMBER + NUMBER;
 /// Bytes of a number.
 const NUMBER: usize = 6;
 /// Keys and scopes are below.
-const BEYOND: i64 = 1 << 47;
-/// Rows that the file grows by, at least; a part of what there is when that is more, which is what may stand empty.
+pub const BEYOND: i64 = 1 << 47;
+/// Rows that the file grows by, at least.
 const GROW: usize = 4096;
+/// One in so many of its rows when that is more: what may stand empty.
 const GROWTH: usize = 64;
 
 /// What the index is of.
@@ -180,20 +181,8 @@ impl Files {
         })
     }
 
-    /// Writes a row; without a packed vector its own stays.
-    ///
-    /// # Errors
-    /// When key or scope has more than 47 bits.
-    pub fn put(&mut self, slot: usize, head: &Head, packed: Option<&[u8]>) -> io::Result<()> {
-        if ![head.key.0, head.scope.0]
-            .iter()
-            .all(|number| (0..BEYOND).contains(number))
-        {
-            return Err(io::Error::new(
-                io::ErrorKind::InvalidInput,
-                "a number has more than 47 bits",
-            ));
-        }
+    /// Writes a row whose key and scope are below [`BEYOND`]; without a packed vector its own stays.
+    pub fn put(&mut self, slot: usize, head: &Head, packed: Option<&[u8]>) {
         let row = &mut self.map[slot * self.size..(slot + 1) * self.size];
         let key = head.key.0 << 1 | i64::from(head.live);
         row[4..4 + NUMBER].copy_from_slice(&key.to_le_bytes()[..NUMBER]);
@@ -203,7 +192,6 @@ impl Files {
         }
         let sum = crc32fast::hash(&row[4..]);
         row[..4].copy_from_slice(&sum.to_le_bytes());
-        Ok(())
     }
 
     /// Whether a row has a packed vector.

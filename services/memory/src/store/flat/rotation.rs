@@ -34,7 +34,7 @@ pub struct Rotation {
     directions: Vec<f32>,
 }
 
-/// How many directions, or first dimensions, an index keeps of so many dimensions; `None` when that would save little.
+/// How many directions are kept of so many dimensions; `None` when that would save little.
 pub fn kept(dimension: usize) -> Option<usize> {
     let kept = (dimension / 2).next_multiple_of(BLOCK).min(256);
     (2 * kept <= dimension).then_some(kept)

@@ -427,9 +427,10 @@ fn distances_popcnt(wanted: &[u64], bits: &[u64], out: &mut [u16]) {
 #[inline(always)]
 fn distances_plain(wanted: &[u64], bits: &[u64], out: &mut [u16]) {
     // A known length lets the compiler unroll.
-    match wanted.len() / WORDS {
-        1 => distances_of::<WORDS>(wanted, bits, out),
-        2 => distances_of::<{ 2 * WORDS }>(wanted, bits, out),
+    const TWICE: usize = 2 * WORDS;
+    match wanted.len() {
+        WORDS => distances_of::<WORDS>(wanted, bits, out),
+        TWICE => distances_of::<TWICE>(wanted, bits, out),
         _ => {
             for (row, out) in bits.chunks_exact(wanted.len()).zip(out) {
                 *out = distance(row, wanted);
