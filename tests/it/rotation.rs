@@ -6,12 +6,14 @@ use std::path::Path;
 use std::sync::OnceLock;
 use std::time::Duration;
 
+use aeterna_auth::Role;
 use aeterna_proto::memory::v1::memory_service_client::MemoryServiceClient;
 use aeterna_proto::memory::v1::{DeleteRequest, SearchRequest};
 use aeterna_rpc::AnyChannel;
-use aeterna_testkit::{Program, built};
+use aeterna_testkit::{NEVER, Program, SECRET, bearing, built};
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
+use tokio::task::JoinHandle;
 
 use crate::notes::{item, together, user};
 
@@ -63,6 +65,10 @@ async fn embeddings(body: String) -> String {
 }
 
 async fn start(data: &Path, url: &str, rotation: &str) -> Program {
+    start_with(data, url, &["--memory.rotation", rotation]).await
+}
+
+async fn start_with(data: &Path, url: &str, more: &[&str]) -> Program {
     let dimension = DIMENSION.to_string();
     let flags = [
         "serve",
@@ -78,12 +84,10 @@ async fn start(data: &Path, url: &str, rotation: &str) -> Program {
         "scripted",
         "--embedding.model_dirs",
         "",
-        "--memory.rotation",
-        rotation,
         "--log.filter",
         "info",
     ];
-    Program::start(&built("aeterna"), &flags, data).await
+    Program::start(&built("aeterna"), &[&flags, more].concat(), data).await
 }
 
 /// The contents found by the dense arm alone.
@@ -125,12 +129,69 @@ async fn until(program: &Program, data: &tempfile::TempDir, wanted: impl Fn(&(Ve
     panic!("it does not happen: {:?}\n{}", files(data.path()), program.log());
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_rotation_is_learned_and_searches_go_on() {
+/// The server of vectors.
+async fn serve() -> (String, JoinHandle<()>) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("http://{}/v1", listener.local_addr().unwrap());
     let router = axum::Router::new().route("/v1/embeddings", axum::routing::post(embeddings));
     let served = tokio::spawn(async move { axum::serve(listener, router).await.unwrap() });
+    (url, served)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tenants_with_many_vectors_have_rotations_of_their_own() {
+    /// More than 25 a dimension.
+    const MANY: usize = 6_500;
+    let (url, served) = serve().await;
+    let data = tempfile::tempdir().unwrap();
+    let flags = |rotation| ["--auth.hs256_secret", SECRET, "--memory.rotation", rotation];
+    let program = start_with(data.path(), &url, &flags("false")).await;
+    let mut client = MemoryServiceClient::new(program.channel());
+    let tenants = [("low", MANY), ("high", MANY), ("few", 100)];
+    let token = |name: &str| aeterna_testkit::token(name, Role::Admin, &[], NEVER);
+    let text = |tenant: &str, n: usize| format!("{tenant} {n}");
+    for (tenant, count) in tenants {
+        for first in (0..count).step_by(500) {
+            let some = first..(first + 500).min(count);
+            let requests = some.map(|n| item("ann", &text(tenant, n))).collect();
+            client
+                .batch_add(bearing(together(requests), &token(tenant)))
+                .await
+                .unwrap();
+        }
+    }
+    program.stop().await;
+    let asked = async |program: &Program| {
+        let mut client = MemoryServiceClient::new(program.channel());
+        for (tenant, count) in tenants {
+            for n in [0, count / 2, count - 1] {
+                let request = SearchRequest {
+                    scope: user("ann"),
+                    query: text(tenant, n),
+                    mode: 3,
+                    ..Default::default()
+                };
+                let found = client.search(bearing(request, &token(tenant))).await.unwrap();
+                let best = found.into_inner().results.swap_remove(0).memory.unwrap();
+                assert_eq!(best.content, text(tenant, n));
+            }
+        }
+    };
+    let program = start_with(data.path(), &url, &flags("true")).await;
+    until(&program, &data, |(learned, plain)| learned.len() == 1 && !plain).await;
+    assert!(program.log().contains("tenants=2"), "{}", program.log());
+    asked(&program).await;
+    program.kill().await;
+    let program = start_with(data.path(), &url, &flags("true")).await;
+    asked(&program).await;
+    assert!(!program.log().contains("rebuilt the vector index"), "{}", program.log());
+    program.stop().await;
+    served.abort();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_rotation_is_learned_and_searches_go_on() {
+    let (url, served) = serve().await;
     let data = tempfile::tempdir().unwrap();
     let program = start(data.path(), &url, "true").await;
     let mut client = MemoryServiceClient::new(program.channel());

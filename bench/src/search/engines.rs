@@ -5,10 +5,10 @@ use std::time::{Duration, Instant};
 
 use aeterna_memory::domain::{Key, ScopeKey, Sequence};
 use aeterna_memory::store::code::Code;
-use aeterna_memory::store::flat::rotation::{Rotation, kept};
+use aeterna_memory::store::flat::rotation::{Rotations, kept};
 use aeterna_memory::store::flat::{FlatIndex, Layout, Opened};
 use aeterna_memory::store::sqlite::SqliteStore;
-use aeterna_memory::store::{Among, Entry, Relational as _, Rescoring};
+use aeterna_memory::store::{Among, Entry, Relational as _, Rescoring, Sample};
 use aeterna_storage::SqliteOptions;
 use aeterna_storage::rusqlite::{Connection, params};
 use aeterna_types::TenantId;
@@ -146,10 +146,14 @@ impl Funnel {
             First::Learned => {
                 let step = data.len().div_ceil(SAMPLE);
                 let sample = (0..data.len()).step_by(step).map(|number| data.vector(number).to_vec());
-                let learned = Rotation::learn(&sample.collect::<Vec<_>>(), &|| false);
-                let (rotation, share) = learned.context("a rotation can be learned")?;
+                let sample = Sample {
+                    all: sample.collect(),
+                    own: Vec::new(),
+                };
+                let learned = Rotations::learn(&sample, &|| false);
+                let (rotations, share) = learned.context("a rotation can be learned")?;
                 eprintln!("the rotation keeps {share:.4} of the neighbours of a sample");
-                FlatIndex::create_learned(&vectors, &layout, rotation)?
+                FlatIndex::create_learned(&vectors, &layout, rotations)?
             }
             _ => match FlatIndex::open(&vectors, layout, Sequence::default())? {
                 Opened::Fresh(index, _) | Opened::Intact(index) => index,

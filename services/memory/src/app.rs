@@ -50,7 +50,7 @@ pub use watch::{News, RING, WatchQuery};
 use crate::domain::{Change, Sequence, Writer};
 use crate::metrics::Metrics;
 use crate::store::code::Code;
-use crate::store::{Changes, Relational, StorageError, StoredVector, VectorIndex};
+use crate::store::{Changes, Relational, Sample, StorageError, StoredVector, VectorIndex};
 
 /// The model that this service keeps vectors of.
 #[derive(Clone, Debug)]
@@ -127,7 +127,7 @@ pub trait Indexes: Send + Sync {
     async fn learn(
         &self,
         _before: &Serving,
-        _vectors: Vec<Vec<f32>>,
+        _sample: Sample,
         _count: usize,
         _stop: &CancellationToken,
     ) -> Result<Option<Arc<dyn VectorIndex>>, StorageError> {

@@ -21,7 +21,7 @@ use aeterna_types::{Layer, MemoryId, RequestId, Scope, TenantId, Timestamp};
 use async_trait::async_trait;
 pub use moving::Moving;
 use rustc_hash::FxHashSet;
-pub use vectors::{Among, Care, Changes, Entry, VectorIndex, plain_name};
+pub use vectors::{Among, Care, Changes, Entry, Sample, VectorIndex, plain_name};
 
 use crate::domain::{
     self, Body, Document, DocumentChange, Idempotency, Key, Memory, Policy, ScopeKey, Sequence, Version, View, Writer,

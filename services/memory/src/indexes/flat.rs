@@ -8,9 +8,9 @@ use tokio_util::sync::CancellationToken;
 
 use crate::app::{Indexes, Model, Serving};
 use crate::domain::Sequence;
-use crate::store::flat::rotation::{self, Rotation};
+use crate::store::flat::rotation::{self, Rotations};
 use crate::store::flat::{FlatIndex, Layout, Opened, blocking};
-use crate::store::{StorageError, VectorIndex, plain_name};
+use crate::store::{Sample, StorageError, VectorIndex, plain_name};
 
 /// How the directories of indexes with a learned rotation are called, before the number of vectors.
 const LEARNED: &str = "learned-";
@@ -83,13 +83,13 @@ impl Indexes for FlatIndexes {
     async fn learn(
         &self,
         before: &Serving,
-        vectors: Vec<Vec<f32>>,
+        sample: Sample,
         count: usize,
         stop: &CancellationToken,
     ) -> Result<Option<Arc<dyn VectorIndex>>, StorageError> {
         let (files, model, stop) = (self.clone(), before.model.clone(), stop.clone());
         let rotated = before.index.learned() > 0;
-        let next = blocking(move || files.learn(&model, rotated, &vectors, count, &stop)).await?;
+        let next = blocking(move || files.learn(&model, rotated, &sample, count, &stop)).await?;
         Ok(next.map(|index| Arc::new(index) as Arc<dyn VectorIndex>))
     }
 
@@ -135,7 +135,7 @@ impl FlatIndexes {
         &self,
         model: &Model,
         rotated: bool,
-        vectors: &[Vec<f32>],
+        sample: &Sample,
         count: usize,
         stop: &CancellationToken,
     ) -> std::io::Result<Option<Arc<FlatIndex>>> {
@@ -143,15 +143,16 @@ impl FlatIndexes {
         let threads = std::thread::available_parallelism().map_or(1, |cores| cores.get().div_ceil(2));
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
         let pool = pool.map_err(std::io::Error::other)?;
-        let learned = pool.install(|| Rotation::learn(vectors, &|| stop.is_cancelled()));
+        let learned = pool.install(|| Rotations::learn(sample, &|| stop.is_cancelled()));
         if stop.is_cancelled() {
             return Ok(None);
         }
         let (directory, model_name) = (self.directory(&model.identity), &model.name);
-        if let Some((rotation, share)) = learned {
-            tracing::info!(model = model_name, vectors = vectors.len(), share, "learned a rotation");
+        if let Some((rotations, share)) = learned {
+            let (vectors, tenants) = (sample.all.len(), sample.own.len());
+            tracing::info!(model = model_name, vectors, tenants, share, "learned a rotation");
             let directory = directory.join(format!("{LEARNED}{count}"));
-            let index = FlatIndex::create_learned(&directory, &self.layout(model, count), rotation)?;
+            let index = FlatIndex::create_learned(&directory, &self.layout(model, count), rotations)?;
             return Ok(Some(Arc::new(index)));
         }
         tracing::info!(
@@ -185,7 +186,7 @@ mod tests {
     use super::*;
 
     /// Vectors that lie in so many directions, each a number of its own.
-    fn vectors(directions: usize) -> Vec<Vec<f32>> {
+    fn sample(directions: usize) -> Sample {
         let vector = |seed: u64| {
             let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
             let mut value = || {
@@ -198,7 +199,10 @@ mod tests {
             vector[directions..].fill(0.0);
             vector
         };
-        (1..=1_200).map(vector).collect()
+        Sample {
+            all: (1..=1_200).map(vector).collect(),
+            own: Vec::new(),
+        }
     }
 
     #[test]
@@ -234,7 +238,7 @@ mod tests {
         let stop = CancellationToken::new();
         let learn = |rotated, directions, count| {
             let index = indexes
-                .learn(&model, rotated, &vectors(directions), count, &stop)
+                .learn(&model, rotated, &sample(directions), count, &stop)
                 .unwrap();
             index.map(|index| index.learned())
         };

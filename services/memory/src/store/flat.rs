@@ -17,6 +17,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicUsize, Ordering};
 use std::sync::{Arc, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
+use aeterna_types::TenantId;
 use async_trait::async_trait;
 use rayon::prelude::*;
 use rustc_hash::{FxHashMap, FxHashSet};
@@ -28,7 +29,7 @@ use crate::domain::{Key, ScopeKey, Sequence};
 use coarse::Turned;
 pub use file::Layout;
 use file::{BEYOND, Files, Head};
-use rotation::Rotation;
+use rotation::Rotations;
 use scan::{Rows, Signs};
 
 /// The index of one model.
@@ -38,7 +39,7 @@ pub struct FlatIndex {
     dimension: usize,
     /// Vectors that there were when the rotation was learned.
     learned: usize,
-    rotation: Option<Rotation>,
+    rotations: Option<Rotations>,
     /// The change up to which everything is in; [`CLEARED`] while it is to be filled. This and what follows is asked by those
     /// who must not wait for the disk.
     watermark: AtomicI64,
@@ -111,18 +112,23 @@ impl FlatIndex {
     /// # Errors
     /// Why it can't be used.
     pub fn open_learned(directory: &Path, layout: &Layout, end: Sequence) -> Result<Self, String> {
-        let rotation = Rotation::read(directory, layout.dimension, layout.prefix);
-        Self::load(directory, layout, end, Some(rotation.ok_or("its rotation is damaged")?))
+        let rotations = Rotations::read(directory, layout.dimension, layout.prefix);
+        Self::load(
+            directory,
+            layout,
+            end,
+            Some(rotations.ok_or("its rotation is damaged")?),
+        )
     }
 
-    /// Begins an index in `directory` with a rotation that was learned.
+    /// Begins an index in `directory` with rotations that were learned.
     ///
     /// # Errors
     /// When the directory can't be written.
-    pub fn create_learned(directory: &Path, layout: &Layout, rotation: Rotation) -> io::Result<Self> {
+    pub fn create_learned(directory: &Path, layout: &Layout, rotations: Rotations) -> io::Result<Self> {
         let files = Files::create(directory, layout.clone())?;
-        rotation.write(directory)?;
-        Ok(Self::of(layout, files, Sequence::default(), Some(rotation)))
+        rotations.write(directory)?;
+        Ok(Self::of(layout, files, Sequence::default(), Some(rotations)))
     }
 
     /// Removes the index that lies in `directory` itself.
@@ -133,12 +139,12 @@ impl FlatIndex {
         Files::remove(directory)
     }
 
-    fn of(layout: &Layout, files: Files, watermark: Sequence, rotation: Option<Rotation>) -> Self {
+    fn of(layout: &Layout, files: Files, watermark: Sequence, rotations: Option<Rotations>) -> Self {
         Self {
             prefix: layout.prefix,
             dimension: layout.dimension,
             learned: layout.learned,
-            rotation,
+            rotations,
             watermark: AtomicI64::new(watermark.0),
             count: AtomicUsize::new(0),
             dirty: AtomicBool::new(true),
@@ -146,9 +152,9 @@ impl FlatIndex {
         }
     }
 
-    fn load(directory: &Path, layout: &Layout, end: Sequence, rotation: Option<Rotation>) -> Result<Self, String> {
+    fn load(directory: &Path, layout: &Layout, end: Sequence, rotations: Option<Rotations>) -> Result<Self, String> {
         let (files, watermark) = Files::open(directory, layout, end)?;
-        let index = Self::of(layout, files, watermark, rotation);
+        let index = Self::of(layout, files, watermark, rotations);
         let mut inner = index.write();
         inner.load(layout.prefix)?;
         index.count.store(inner.by_key.len(), Ordering::SeqCst);
@@ -156,10 +162,10 @@ impl FlatIndex {
         Ok(index)
     }
 
-    /// What is looked at of a vector.
-    fn shorten(&self, code: &Code) -> Turned {
-        Turned::new(match &self.rotation {
-            Some(rotation) => rotation.apply(&code.decode()),
+    /// What is looked at of a tenant's vector.
+    fn shorten(&self, tenant: &TenantId, code: &Code) -> Turned {
+        Turned::new(match &self.rotations {
+            Some(rotations) => rotations.of(tenant).apply(&code.decode()),
             None => code.first(self.prefix),
         })
     }
@@ -329,7 +335,7 @@ impl FlatIndex {
         // Before searches have to wait.
         let packed = upserts
             .par_iter()
-            .map(|entry| entry.code.as_ref().map(|code| self.shorten(code).pack()));
+            .map(|entry| entry.code.as_ref().map(|code| self.shorten(&entry.tenant, code).pack()));
         let packed: Vec<Option<Vec<u8>>> = packed.collect();
         let mut inner = self.write();
         self.dirty.store(true, Ordering::SeqCst);
@@ -367,7 +373,7 @@ impl FlatIndex {
         if query.dimension() != self.dimension || limit == 0 {
             return Vec::new();
         }
-        let query = &self.shorten(query);
+        let query = &self.shorten(&among.tenant, query);
         let inner = self.read();
         let rows = Rows::new(inner.files.rows(), self.prefix);
         let slots = inner.nearest(query, among, limit);
@@ -387,9 +393,13 @@ impl FlatIndex {
         self.len() == 0
     }
 
-    fn some(&self, count: usize) -> Vec<Key> {
+    fn some(&self, count: usize, scopes: Option<&FxHashSet<ScopeKey>>) -> Vec<Key> {
         let inner = self.read();
-        let mut slots: Vec<usize> = inner.by_key.values().copied().collect();
+        let slots = inner.scopes.iter().zip(&inner.members);
+        let slots = slots.filter(|(scope, _)| scopes.is_none_or(|scopes| scopes.contains(scope)));
+        let mut slots: Vec<usize> = slots
+            .flat_map(|(_, slots)| slots.iter().map(|slot| *slot as usize))
+            .collect();
         slots.sort_unstable();
         let step = slots.len().div_ceil(count.max(1)).max(1);
         slots.into_iter().step_by(step).map(|slot| inner.keys[slot]).collect()
@@ -397,7 +407,7 @@ impl FlatIndex {
 
     /// Bytes on disk.
     pub fn bytes(&self) -> u64 {
-        self.read().files.bytes() + self.rotation.as_ref().map_or(0, Rotation::bytes)
+        self.read().files.bytes() + self.rotations.as_ref().map_or(0, Rotations::bytes)
     }
 
     /// Makes everything applied so far survive a loss of power.
@@ -483,8 +493,8 @@ impl VectorIndex for Arc<FlatIndex> {
         FlatIndex::len(self)
     }
 
-    fn some(&self, count: usize) -> Vec<Key> {
-        FlatIndex::some(self, count)
+    fn some(&self, count: usize, scopes: Option<&FxHashSet<ScopeKey>>) -> Vec<Key> {
+        FlatIndex::some(self, count, scopes)
     }
 
     fn learned(&self) -> usize {
@@ -502,7 +512,7 @@ impl VectorIndex for Arc<FlatIndex> {
             let has = |entry: &Entry| match (inner.by_key.get(&entry.key), &entry.code) {
                 (Some(slot), Some(code)) => inner.files.head(*slot).is_some_and(|head| {
                     let same = head.live && head.key == entry.key && head.scope == entry.scope;
-                    same && inner.files.has(*slot, &index.shorten(code).pack())
+                    same && inner.files.has(*slot, &index.shorten(&entry.tenant, code).pack())
                 }),
                 (held, wanted) => held.is_none() && wanted.is_none(),
             };

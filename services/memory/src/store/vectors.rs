@@ -59,6 +59,15 @@ pub struct Care {
     pub again: Option<Sequence>,
 }
 
+/// Vectors that an index learns from.
+#[derive(Clone, Debug, Default)]
+pub struct Sample {
+    /// Of all.
+    pub all: Vec<Vec<f32>>,
+    /// Of tenants that have many of them, each its own.
+    pub own: Vec<(TenantId, Vec<Vec<f32>>)>,
+}
+
 /// Which vectors a search may find. All of it is exact. Sets of numbers that the store gives itself need no hash against malice.
 #[derive(Clone, Debug)]
 pub struct Among {
@@ -137,8 +146,9 @@ pub trait VectorIndex: Send + Sync {
         self.len() == 0
     }
 
-    /// Some of its vectors, of old ones as many as of new ones, at most `count`; none when it learns nothing from them.
-    fn some(&self, _count: usize) -> Vec<Key> {
+    /// Some of its vectors, of old ones as many as of new ones, at most `count`: of all scopes, or of these. None when it learns
+    /// nothing from them.
+    fn some(&self, _count: usize, _scopes: Option<&FxHashSet<ScopeKey>>) -> Vec<Key> {
         Vec::new()
     }
 

@@ -1,14 +1,18 @@
 //! Learning a rotation for the index that serves, and handing over to an index that has it.
 
+use std::collections::HashMap;
 use std::sync::MutexGuard;
 use std::sync::atomic::Ordering;
 
 use aeterna_error::Error;
+use aeterna_types::TenantId;
+use rustc_hash::FxHashSet;
 use tokio_util::sync::CancellationToken;
 
 use super::{Background, LONGEST, PAUSE, lock, tend};
 use crate::app::Serving;
-use crate::store::StorageError;
+use crate::domain::ScopeKey;
+use crate::store::{Sample, StorageError};
 
 /// Vectors from which on a rotation is learned.
 const FIRST: usize = 2_000;
@@ -17,6 +21,9 @@ const GROWN: usize = 8;
 /// Vectors that a rotation is learned from and tried with, at most, and numbers of all of them together.
 const SAMPLE: usize = 8_192;
 const NUMBERS: usize = 6 << 20;
+
+/// Vectors a dimension from which on a tenant has a rotation of its own: that takes 2 % of what they take themselves, at most.
+const OWN: usize = 25;
 
 /// What is said when the disk refuses.
 fn unchanged(error: StorageError) -> Error {
@@ -63,10 +70,8 @@ impl Background {
         if !app.indexes.learns(model) || count < FIRST.max(before * GROWN) || self.ready().is_some() {
             return Ok(());
         }
-        let sample = serving.index.some((NUMBERS / model.dimension).clamp(FIRST, SAMPLE));
-        let vectors = app.store.vectors(None, &model.identity, &sample).await?;
-        let vectors: Vec<Vec<f32>> = vectors.into_iter().map(|(_, vector)| vector).collect();
-        let learned = app.indexes.learn(&serving, vectors, count, stop).await;
+        let sample = self.sample(&serving).await?;
+        let learned = app.indexes.learn(&serving, sample, count, stop).await;
         let Some(index) = learned.map_err(unchanged)? else {
             if !stop.is_cancelled() {
                 *tried = (model.identity.clone(), count);
@@ -87,6 +92,33 @@ impl Background {
         *self.ready() = Some(next);
         app.committed.somewhere();
         Ok(())
+    }
+
+    /// Vectors to learn from: some of all, and of each tenant that seems to have many some of its own. Where there is but one, all
+    /// are its own.
+    async fn sample(&self, serving: &Serving) -> Result<Sample, Error> {
+        let (app, model, index) = (&self.app, &serving.model, &serving.index);
+        let most = (NUMBERS / model.dimension).clamp(FIRST, SAMPLE);
+        let states = app.store.states(&model.identity, &index.some(most, None)).await?;
+        let mut scopes: HashMap<TenantId, (usize, FxHashSet<ScopeKey>)> = HashMap::new();
+        let mut all = Vec::with_capacity(states.len());
+        for state in states {
+            let Some(code) = state.code else { continue };
+            let (seen, scopes) = scopes.entry(state.tenant).or_default();
+            *seen += 1;
+            scopes.insert(state.scope);
+            all.push(code.decode());
+        }
+        let many = |seen: usize| seen * index.len() >= OWN * model.dimension * all.len();
+        scopes.retain(|_, (seen, _)| many(*seen));
+        let mut own = Vec::new();
+        // Where nobody else is, those of all are its own.
+        for (tenant, (_, scopes)) in scopes.into_iter().filter(|(_, (seen, _))| *seen < all.len()) {
+            let some = index.some(most, Some(&scopes));
+            let vectors = app.store.vectors(Some(&tenant), &model.identity, &some).await?;
+            own.push((tenant, vectors.into_iter().map(|(_, vector)| vector).collect()));
+        }
+        Ok(Sample { all, own })
     }
 
     fn ready(&self) -> MutexGuard<'_, Option<Serving>> {

@@ -4,13 +4,19 @@
 //! The directions are the first ones of an uncentred principal component analysis, found by orthogonal iteration (Golub and
 //! Van Loan 2013, §8.2.4), and then mixed at random, so that every sign tells equally much (Gong et al. 2013,
 //! §3). Inner products of what is kept are near those of the vectors; the best by them are rescored at full size.
+//!
+//! A search compares vectors of one tenant only, so each may have directions of its own. Those that have many vectors do; the
+//! others share the directions of all.
 
 use std::io::{self, Write as _};
 use std::path::Path;
 
+use aeterna_types::TenantId;
 use rayon::prelude::*;
+use rustc_hash::FxHashMap;
 
 use super::super::code::BLOCK;
+use super::super::vectors::Sample;
 
 /// The name of its file.
 const FILE: &str = "rotation.bin";
@@ -32,6 +38,13 @@ const KEPT: f64 = 0.98;
 pub struct Rotation {
     dimension: usize,
     directions: Vec<f32>,
+}
+
+/// The rotations of an index.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Rotations {
+    all: Rotation,
+    own: FxHashMap<TenantId, Rotation>,
 }
 
 /// How many directions are kept of so many dimensions; `None` when that would save little.
@@ -75,6 +88,14 @@ impl Rotation {
                 .par_chunks_mut(dimension)
                 .for_each(|direction| direction.copy_from_slice(&times(&moments, direction)));
             straighten(&mut directions, dimension);
+        }
+        // Each towards the mean, so that the means of all tenants lie near one another, as the signs want it.
+        let mut mean = vec![0f32; dimension];
+        vectors.iter().for_each(|vector| add(&mut mean, 1.0, vector));
+        for direction in directions.chunks_exact_mut(dimension) {
+            if dot(direction, &mean) < 0.0 {
+                direction.iter_mut().for_each(|value| *value = -*value);
+            }
         }
         let mut mixture = at_random(kept, kept);
         straighten(&mut mixture, kept);
@@ -130,40 +151,94 @@ impl Rotation {
         });
         kept.sum::<usize>() as f64 / (queries.len() * NEAREST) as f64
     }
+}
 
-    /// Writes it to a directory.
+impl Rotations {
+    /// Learns one of all vectors, and one of each tenant that has many; with the part of the nearest neighbours that the first
+    /// keeps. `None` when one of them keeps too little, or when it is told to stop.
+    pub fn learn(sample: &Sample, stopped: &(dyn Fn() -> bool + Sync)) -> Option<(Self, f64)> {
+        let (all, share) = Rotation::learn(&sample.all, stopped)?;
+        let own = sample.own.iter().map(|(tenant, vectors)| {
+            let (rotation, share) = Rotation::learn(vectors, stopped)?;
+            tracing::debug!(%tenant, share, "learned a tenant's own rotation");
+            Some((tenant.clone(), rotation))
+        });
+        let own = own.collect::<Option<_>>()?;
+        Some((Self { all, own }, share))
+    }
+
+    /// The one that a tenant's vectors are turned by.
+    pub fn of(&self, tenant: &TenantId) -> &Rotation {
+        self.own.get(tenant).unwrap_or(&self.all)
+    }
+
+    /// Writes them to a directory.
     ///
     /// # Errors
     /// When the disk refuses.
     pub fn write(&self, directory: &Path) -> io::Result<()> {
-        let mut bytes = u32::try_from(self.dimension).unwrap_or(0).to_le_bytes().to_vec();
-        bytes.extend(self.directions.iter().flat_map(|value| value.to_le_bytes()));
+        let number = |number: usize| u32::try_from(number).unwrap_or(u32::MAX).to_le_bytes();
+        let mut bytes = number(self.all.dimension).to_vec();
+        bytes.extend(number(self.own.len()));
+        for tenant in self.own.keys() {
+            bytes.extend(number(tenant.as_str().len()));
+            bytes.extend(tenant.as_str().as_bytes());
+        }
+        for rotation in std::iter::once(&self.all).chain(self.own.values()) {
+            bytes.extend(rotation.directions.iter().flat_map(|value| value.to_le_bytes()));
+        }
         bytes.extend(crc32fast::hash(&bytes).to_le_bytes());
         let mut file = std::fs::File::create(directory.join(FILE))?;
         file.write_all(&bytes)?;
         file.sync_all()
     }
 
-    /// Reads it from a directory; `None` when it is missing, damaged, or of other sizes.
+    /// Reads them from a directory; `None` when they are missing, damaged, or of other sizes.
     pub fn read(directory: &Path, dimension: usize, kept: usize) -> Option<Self> {
         let bytes = std::fs::read(directory.join(FILE)).ok()?;
-        let (rest, sum) = bytes.split_last_chunk::<4>()?;
-        let (size, values) = rest.split_first_chunk::<4>()?;
-        let whole = crc32fast::hash(rest) == u32::from_le_bytes(*sum) && values.len() == kept * dimension * 4;
-        if !whole || u32::from_le_bytes(*size) as usize != dimension {
+        let (whole, sum) = bytes.split_last_chunk::<4>()?;
+        if crc32fast::hash(whole) != u32::from_le_bytes(*sum) {
             return None;
         }
-        let directions = values.as_chunks::<4>().0.iter().map(|value| f32::from_le_bytes(*value));
+        let mut rest = whole;
+        if number(&mut rest)? != dimension {
+            return None;
+        }
+        let count = number(&mut rest)?;
+        let mut tenants: Vec<TenantId> = Vec::new();
+        for _ in 0..count {
+            let length = number(&mut rest)?;
+            let (name, after) = rest.split_at_checked(length)?;
+            rest = after;
+            tenants.push(std::str::from_utf8(name).ok()?.parse().ok()?);
+        }
+        let size = kept * dimension * size_of::<f32>();
+        if rest.len() != (count + 1) * size {
+            return None;
+        }
+        let mut rotations = rest.chunks_exact(size).map(|bytes| {
+            let values = bytes.as_chunks::<4>().0.iter();
+            let directions = values.map(|value| f32::from_le_bytes(*value)).collect();
+            Rotation { dimension, directions }
+        });
         Some(Self {
-            dimension,
-            directions: directions.collect(),
+            all: rotations.next()?,
+            own: tenants.into_iter().zip(rotations).collect(),
         })
     }
 
-    /// Bytes that it takes.
+    /// Bytes that they take.
     pub fn bytes(&self) -> u64 {
-        (self.directions.len() * 4 + 8) as u64
+        let rotations = std::iter::once(&self.all).chain(self.own.values());
+        rotations.map(|rotation| (rotation.directions.len() * 4) as u64).sum()
     }
+}
+
+/// Takes a number from the front.
+fn number(bytes: &mut &[u8]) -> Option<usize> {
+    let (number, rest) = bytes.split_first_chunk::<4>()?;
+    *bytes = rest;
+    usize::try_from(u32::from_le_bytes(*number)).ok()
 }
 
 /// The mean of the products of all pairs of dimensions: a symmetric matrix.
@@ -300,13 +375,61 @@ mod tests {
         assert_eq!(kept(192), None);
     }
 
+    fn tenant(name: &str) -> TenantId {
+        name.parse().unwrap()
+    }
+
+    #[test]
+    fn a_tenant_with_many_vectors_has_directions_of_its_own() {
+        // What one has lies in the first dimensions, what the other has in the last ones; together they fill more than is kept.
+        let vectors = turned(60);
+        let placed = |from: usize| -> Vec<Vec<f32>> {
+            let place = |vector: &Vec<f32>| {
+                let mut placed = vec![0f32; 512];
+                placed[from..from + 256].copy_from_slice(vector);
+                placed
+            };
+            vectors.iter().map(place).collect()
+        };
+        let own = vec![(tenant("low"), placed(0)), (tenant("high"), placed(256))];
+        let sample = Sample {
+            all: own.iter().flat_map(|(_, vectors)| vectors.clone()).collect(),
+            own,
+        };
+        let (rotations, _) = Rotations::learn(&sample, &|| false).unwrap();
+        for (name, from) in [("low", 0), ("high", 256)] {
+            let rotation = rotations.of(&tenant(name));
+            assert_ne!(rotation, rotations.of(&tenant("another")));
+            let energy = |vector: &Vec<f32>| {
+                let kept = rotation.apply(vector);
+                dot(&kept, &kept)
+            };
+            let (mine, theirs) = (placed(from), placed(256 - from));
+            assert!(mine.iter().take(50).all(|vector| energy(vector) > 0.999), "{name}");
+            assert!(theirs.iter().take(50).all(|vector| energy(vector) < 0.9), "{name}");
+        }
+        let directory = tempfile::tempdir().unwrap();
+        rotations.write(directory.path()).unwrap();
+        assert_eq!(Rotations::read(directory.path(), 512, 256), Some(rotations));
+        // One whose vectors lie in all directions keeps them from being cut, however well all together are served.
+        let unserved = Sample {
+            all: turned(60),
+            own: vec![(tenant("wide"), turned(256))],
+        };
+        assert_eq!(Rotations::learn(&unserved, &|| false), None);
+    }
+
     #[test]
     fn it_is_read_as_it_was_written_and_damage_is_noticed() {
         let directory = tempfile::tempdir().unwrap();
-        let (rotation, _) = Rotation::learn(&turned(60), &|| false).unwrap();
-        rotation.write(directory.path()).unwrap();
-        let read = |dimension: usize, kept: usize| Rotation::read(directory.path(), dimension, kept);
-        assert_eq!(read(256, 128), Some(rotation));
+        let sample = Sample {
+            all: turned(60),
+            own: Vec::new(),
+        };
+        let (rotations, _) = Rotations::learn(&sample, &|| false).unwrap();
+        rotations.write(directory.path()).unwrap();
+        let read = |dimension: usize, kept: usize| Rotations::read(directory.path(), dimension, kept);
+        assert_eq!(read(256, 128), Some(rotations));
         assert_eq!((read(128, 256), read(256, 64)), (None, None));
         let path = directory.path().join(FILE);
         let mut bytes = std::fs::read(&path).unwrap();

@@ -1,7 +1,5 @@
 use std::collections::HashSet;
 
-use aeterna_types::TenantId;
-
 use super::super::conformance;
 use super::*;
 
@@ -29,7 +27,7 @@ async fn conforms_and_is_the_same_when_it_is_opened_again() {
     };
     let index = Arc::new(index);
     conformance::vector_index(&index).await;
-    let some: HashSet<Key> = index.some(20).into_iter().collect();
+    let some: HashSet<Key> = index.some(20, None).into_iter().collect();
     let has = |wanted: fn(&Key) -> bool| some.iter().any(wanted);
     assert!((10..=20).contains(&some.len()) && has(|key| key.0 < 50) && has(|key| key.0 > 250));
     drop(index);
@@ -135,7 +133,7 @@ fn signs_find(dimension: usize) {
         let inner = index.read();
         let rows = Rows::new(inner.files.rows(), dimension);
         let all: Vec<u32> = (0..20_000).collect();
-        let exact = rows.best(&index.shorten(&query), &all, 10);
+        let exact = rows.best(&index.shorten(&among.tenant, &query), &all, 10);
         found += exact
             .iter()
             .filter(|(slot, _)| funnel.contains(&inner.keys[*slot as usize]))
@@ -153,7 +151,7 @@ fn signs_find(dimension: usize) {
         let query = near(3, 9_000_003);
         let funnel = index.search(&query, &among, 10);
         let inner = index.read();
-        let exact = Rows::new(inner.files.rows(), dimension).best(&index.shorten(&query), &chosen, 10);
+        let exact = Rows::new(inner.files.rows(), dimension).best(&index.shorten(&among.tenant, &query), &chosen, 10);
         let exact: Vec<(Key, f32)> = exact
             .iter()
             .map(|(slot, score)| (inner.keys[*slot as usize], *score))
