@@ -1,5 +1,5 @@
-//! The layer stack in front of every service, outermost first: observe → catch panics → limit → authenticate → deadline and,
-//! for streams, the end of the token.
+//! The layer stack in front of every service, outermost first: observe → catch panics → limit → authenticate → count streams →
+//! deadline and, for streams, the end of the token.
 
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
@@ -37,6 +37,8 @@ struct Inner {
     permits: Semaphore,
     shares: Arc<Shares>,
     streams: Streams,
+    /// Answers to those who need no token.
+    public: Streams,
     rates: RateLimiter,
     requests: Counter<u64>,
     duration: Histogram<f64>,
@@ -59,6 +61,9 @@ const PUBLIC: [&str; 3] = [
     "/grpc.reflection.v1alpha.",
 ];
 
+/// Answers to them at once.
+const PUBLIC_STREAMS: usize = 1024;
+
 impl Stack {
     /// A stack with its verifier, limits and instruments.
     pub fn new(verifier: Verifier, limits: Limits, meter: &Meter) -> Self {
@@ -67,7 +72,8 @@ impl Stack {
             limits,
             permits: Semaphore::new(limits.concurrent_requests),
             shares: Arc::new(Shares::new(limits.concurrent_requests)),
-            streams: Streams::new(limits.streams),
+            streams: Streams::new(limits.streams, "`limits.streams`"),
+            public: Streams::new(PUBLIC_STREAMS, "health checks and reflection"),
             rates: RateLimiter::new(limits.requests_per_second),
             requests: meter
                 .u64_counter("aeterna_rpc_requests")
@@ -237,10 +243,13 @@ fn is_public(path: &str) -> bool {
 
 /// Concurrency, authentication, permission, rate, deadline.
 async fn enforce(State(stack): State<Stack>, mut request: Request, next: Next) -> Response {
-    if is_public(request.uri().path()) {
-        return next.run(request).await;
-    }
     let inner = &stack.0;
+    if is_public(request.uri().path()) {
+        return match inner.public.open(None) {
+            Ok(open) => open.count(next.run(request).await),
+            Err(error) => refuse(error),
+        };
+    }
     // A call that another service of this process makes is a part of one that was let in already.
     let inside = request.extensions().get::<InProcess>().is_some();
     let permit = if inside { None } else { inner.permits.try_acquire().ok() };

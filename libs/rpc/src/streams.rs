@@ -18,6 +18,8 @@ use crate::limits::{Share, Shares};
 #[derive(Debug)]
 pub(crate) struct Streams {
     all: usize,
+    /// What it is the limit of.
+    what: &'static str,
     permits: Arc<Semaphore>,
     shares: Arc<Shares>,
 }
@@ -30,10 +32,11 @@ pub(crate) struct Open {
 }
 
 impl Streams {
-    /// So many at once.
-    pub(crate) fn new(all: usize) -> Self {
+    /// So many at once, by what sets the limit.
+    pub(crate) fn new(all: usize, what: &'static str) -> Self {
         Self {
             all,
+            what,
             permits: Arc::new(Semaphore::new(all)),
             shares: Arc::new(Shares::new(all)),
         }
@@ -47,16 +50,15 @@ impl Streams {
         let many = |message: String| Error::new(Reason::RateLimited, message).retry_after(Duration::from_secs(10));
         let share = tenant.map(|tenant| self.shares.take(tenant)).transpose();
         let share = share.map_err(|most| {
+            let what = self.what;
             many(format!(
-                "{most} streams of this tenant are open, which is its share of `limits.streams`"
+                "{most} streams of this tenant are open, which is its share of {what}"
             ))
         })?;
         let permit = Arc::clone(&self.permits).try_acquire_owned();
         let permit = permit.map_err(|_| {
-            many(format!(
-                "{} streams are open, which is the limit (`limits.streams`)",
-                self.all
-            ))
+            let (all, what) = (self.all, self.what);
+            many(format!("{all} streams are open, which is the limit of {what}"))
         })?;
         Ok(Open {
             _permit: permit,

@@ -54,7 +54,8 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
             Err(mut status) => {
                 let mut patience = Patience::new();
                 stream = loop {
-                    let passing = status.code() == Code::Unavailable || !aeterna_error::is_answer(&status);
+                    let busy = matches!(status.code(), Code::Unavailable | Code::ResourceExhausted);
+                    let passing = busy || !aeterna_error::is_answer(&status);
                     if request.resume_token.is_empty() || !passing || !patience.wait(&bar).await {
                         return Err(status.into());
                     }

@@ -402,7 +402,11 @@ impl FlatIndex {
             .collect();
         slots.sort_unstable();
         let step = slots.len().div_ceil(count.max(1)).max(1);
-        slots.into_iter().step_by(step).map(|slot| inner.keys[slot]).collect()
+        // Another place in each part, lest all be of one tenant where tenants take turns.
+        let parts = slots.chunks(step).enumerate();
+        parts
+            .map(|(number, part)| inner.keys[part[number % part.len()]])
+            .collect()
     }
 
     /// Bytes on disk.

@@ -1,17 +1,16 @@
 //! Learning a rotation for the index that serves, and handing over to an index that has it.
 
 use std::collections::HashMap;
-use std::sync::MutexGuard;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, MutexGuard};
 
 use aeterna_error::Error;
-use aeterna_types::TenantId;
-use rustc_hash::FxHashSet;
+use aeterna_types::{Scope, TenantId};
 use tokio_util::sync::CancellationToken;
 
 use super::{Background, LONGEST, PAUSE, lock, tend};
 use crate::app::Serving;
-use crate::domain::ScopeKey;
+use crate::domain::{Key, ScopeKey, View};
 use crate::store::{Sample, StorageError};
 
 /// Vectors from which on a rotation is learned.
@@ -22,12 +21,26 @@ const GROWN: usize = 8;
 const SAMPLE: usize = 8_192;
 const NUMBERS: usize = 6 << 20;
 
-/// Vectors a dimension from which on a tenant has a rotation of its own: that takes 2 % of what they take themselves, at most.
+/// Vectors a dimension from which on a tenant may have a rotation of its own: that takes 2 % of them as float32, at most.
 const OWN: usize = 25;
+/// Tenants that may have one, the largest.
+const OWNERS: usize = 16;
+/// Memories that are read at once.
+const PAGE: usize = 500;
 
 /// What is said when the disk refuses.
 fn unchanged(error: StorageError) -> Error {
     Error::unavailable("the files of an index can't be changed").caused_by(error)
+}
+
+/// Some memories of an index, of all scopes or of these.
+async fn some(serving: &Serving, count: usize, scopes: Option<Vec<ScopeKey>>) -> Result<Vec<Key>, Error> {
+    let index = Arc::clone(&serving.index);
+    let some = tokio::task::spawn_blocking(move || {
+        let scopes = scopes.map(|scopes| scopes.into_iter().collect());
+        index.some(count, scopes.as_ref())
+    });
+    some.await.map_err(Error::internal)
 }
 
 /// Of which model, and among how many vectors, a rotation was looked for the last time.
@@ -70,7 +83,9 @@ impl Background {
         if !app.indexes.learns(model) || count < FIRST.max(before * GROWN) || self.ready().is_some() {
             return Ok(());
         }
-        let sample = self.sample(&serving).await?;
+        let Some(sample) = self.sample(&serving, stop).await? else {
+            return Ok(());
+        };
         let learned = app.indexes.learn(&serving, sample, count, stop).await;
         let Some(index) = learned.map_err(unchanged)? else {
             if !stop.is_cancelled() {
@@ -94,31 +109,43 @@ impl Background {
         Ok(())
     }
 
-    /// Vectors to learn from: some of all, and of each tenant that seems to have many some of its own. Where there is but one, all
-    /// are its own.
-    async fn sample(&self, serving: &Serving) -> Result<Sample, Error> {
-        let (app, model, index) = (&self.app, &serving.model, &serving.index);
+    /// Vectors to learn from: some of all, and of the tenants that have many some of their own. Where there is but one, all are its
+    /// own. `None`: it is told to stop.
+    async fn sample(&self, serving: &Serving, stop: &CancellationToken) -> Result<Option<Sample>, Error> {
+        let (app, model) = (&self.app, &serving.model);
         let most = (NUMBERS / model.dimension).clamp(FIRST, SAMPLE);
-        let states = app.store.states(&model.identity, &index.some(most, None)).await?;
-        let mut scopes: HashMap<TenantId, (usize, FxHashSet<ScopeKey>)> = HashMap::new();
-        let mut all = Vec::with_capacity(states.len());
-        for state in states {
-            let Some(code) = state.code else { continue };
-            let (seen, scopes) = scopes.entry(state.tenant).or_default();
-            *seen += 1;
-            scopes.insert(state.scope);
-            all.push(code.decode());
+        let mut seen: HashMap<TenantId, usize> = HashMap::new();
+        let mut all = Vec::with_capacity(most);
+        for keys in some(serving, most, None).await?.chunks(PAGE) {
+            for state in app.store.states(&model.identity, keys).await? {
+                let Some(code) = state.code else { continue };
+                *seen.entry(state.tenant).or_default() += 1;
+                all.push(code.decode());
+            }
+            if stop.is_cancelled() {
+                return Ok(None);
+            }
         }
-        let many = |seen: usize| seen * index.len() >= OWN * model.dimension * all.len();
-        scopes.retain(|_, (seen, _)| many(*seen));
-        let mut own = Vec::new();
-        // Where nobody else is, those of all are its own.
-        for (tenant, (_, scopes)) in scopes.into_iter().filter(|(_, (seen, _))| *seen < all.len()) {
-            let some = index.some(most, Some(&scopes));
-            let vectors = app.store.vectors(Some(&tenant), &model.identity, &some).await?;
+        let (found, count) = (all.len(), serving.index.len());
+        let many = |seen: usize| seen < found && seen * count >= OWN * model.dimension * found;
+        let mut large: Vec<(TenantId, usize)> = seen.into_iter().filter(|(_, seen)| many(*seen)).collect();
+        large.sort_by(|a, b| b.1.cmp(&a.1).then_with(|| a.0.as_str().cmp(b.0.as_str())));
+        large.truncate(OWNERS);
+        let everything = View {
+            scope: Scope::default(),
+            exact: false,
+        };
+        let mut own = Vec::with_capacity(large.len());
+        for (tenant, _) in large {
+            let scopes = app.store.visible(&tenant, &everything, &[]).await?;
+            let keys = some(serving, (most / 2).max(FIRST), Some(scopes)).await?;
+            let vectors = app.store.vectors(Some(&tenant), &model.identity, &keys).await?;
             own.push((tenant, vectors.into_iter().map(|(_, vector)| vector).collect()));
+            if stop.is_cancelled() {
+                return Ok(None);
+            }
         }
-        Ok(Sample { all, own })
+        Ok(Some(Sample { all, own }))
     }
 
     fn ready(&self) -> MutexGuard<'_, Option<Serving>> {

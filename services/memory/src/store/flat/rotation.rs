@@ -54,23 +54,21 @@ pub fn kept(dimension: usize) -> Option<usize> {
 }
 
 impl Rotation {
-    /// Learns from every other one of some vectors, tries it on the rest, and says which part of the nearest neighbours it
+    /// Learns from one half of some vectors, tries it on the other, and says which part of the nearest neighbours it
     /// keeps there; `None` when that is too little, when there are too few vectors, or when it is told to stop.
     pub fn learn(vectors: &[Vec<f32>], stopped: &(dyn Fn() -> bool + Sync)) -> Option<(Self, f64)> {
         let dimension = vectors.first()?.len();
         if vectors.len() < LEAST || vectors.iter().any(|vector| vector.len() != dimension) {
             return None;
         }
-        let every_other = |first: usize| {
-            vectors
-                .iter()
-                .skip(first)
-                .step_by(2)
-                .map(Vec::as_slice)
-                .collect::<Vec<_>>()
+        // Those whose place has an odd number of ones, and the others: tenants that take turns are in both halves.
+        let half = |odd: u32| -> Vec<&[f32]> {
+            let chosen = vectors.iter().zip(0u32..);
+            let chosen = chosen.filter(|(_, place)| place.count_ones() % 2 == odd);
+            chosen.map(|(vector, _)| vector.as_slice()).collect()
         };
-        let rotation = Self::fit(&every_other(0), kept(dimension)?, stopped)?;
-        let share = rotation.keeps(&every_other(1));
+        let rotation = Self::fit(&half(0), kept(dimension)?, stopped)?;
+        let share = rotation.keeps(&half(1));
         tracing::debug!(share, "neighbours that a learned rotation keeps");
         (share >= KEPT).then_some((rotation, share))
     }
@@ -155,11 +153,16 @@ impl Rotation {
 
 impl Rotations {
     /// Learns one of all vectors, and one of each tenant that has many; with the part of the nearest neighbours that the first
-    /// keeps. `None` when one of them keeps too little, or when it is told to stop.
+    /// keeps. `None` when one of them keeps too little, or when it is told to stop. A tenant of which there are too few to tell
+    /// has the one of all.
     pub fn learn(sample: &Sample, stopped: &(dyn Fn() -> bool + Sync)) -> Option<(Self, f64)> {
         let (all, share) = Rotation::learn(&sample.all, stopped)?;
-        let own = sample.own.iter().map(|(tenant, vectors)| {
-            let (rotation, share) = Rotation::learn(vectors, stopped)?;
+        let own = sample.own.iter().filter(|(_, vectors)| vectors.len() >= 2 * LEAST);
+        let own = own.map(|(tenant, vectors)| {
+            let Some((rotation, share)) = Rotation::learn(vectors, stopped) else {
+                tracing::info!(%tenant, "no rotation serves this tenant's vectors");
+                return None;
+            };
             tracing::debug!(%tenant, share, "learned a tenant's own rotation");
             Some((tenant.clone(), rotation))
         });
@@ -381,7 +384,7 @@ mod tests {
 
     #[test]
     fn a_tenant_with_many_vectors_has_directions_of_its_own() {
-        // What one has lies in the first dimensions, what the other has in the last ones; together they fill more than is kept.
+        // What one has lies in the first dimensions, what the other has in the last ones.
         let vectors = turned(60);
         let placed = |from: usize| -> Vec<Vec<f32>> {
             let place = |vector: &Vec<f32>| {
