@@ -149,7 +149,7 @@ impl FlatIndexes {
         }
         let (directory, model_name) = (self.directory(&model.identity), &model.name);
         if let Some((rotations, share)) = learned {
-            let (vectors, tenants) = (sample.all.len(), sample.own.len());
+            let (vectors, tenants) = (sample.all.len(), rotations.tenants());
             tracing::info!(model = model_name, vectors, tenants, share, "learned a rotation");
             let directory = directory.join(format!("{LEARNED}{count}"));
             let index = FlatIndex::create_learned(&directory, &self.layout(model, count), rotations)?;

@@ -22,6 +22,8 @@ use super::super::vectors::Sample;
 const FILE: &str = "rotation.bin";
 /// Vectors that are needed to learn from.
 const LEAST: usize = 1024;
+/// Vectors of a tenant that tell whether a rotation of its own serves.
+const TELLING: usize = LEAST + LEAST / 2;
 /// Rounds of the iteration: more bring nothing that a first pass would notice.
 const ROUNDS: usize = 10;
 /// Vectors that a rotation is tried with as queries.
@@ -157,7 +159,7 @@ impl Rotations {
     /// has the one of all.
     pub fn learn(sample: &Sample, stopped: &(dyn Fn() -> bool + Sync)) -> Option<(Self, f64)> {
         let (all, share) = Rotation::learn(&sample.all, stopped)?;
-        let own = sample.own.iter().filter(|(_, vectors)| vectors.len() >= 2 * LEAST);
+        let own = sample.own.iter().filter(|(_, vectors)| vectors.len() >= TELLING);
         let own = own.map(|(tenant, vectors)| {
             let Some((rotation, share)) = Rotation::learn(vectors, stopped) else {
                 tracing::info!(%tenant, "no rotation serves this tenant's vectors");
@@ -168,6 +170,11 @@ impl Rotations {
         });
         let own = own.collect::<Option<_>>()?;
         Some((Self { all, own }, share))
+    }
+
+    /// Tenants that have one of their own.
+    pub fn tenants(&self) -> usize {
+        self.own.len()
     }
 
     /// The one that a tenant's vectors are turned by.
@@ -400,6 +407,7 @@ mod tests {
             own,
         };
         let (rotations, _) = Rotations::learn(&sample, &|| false).unwrap();
+        assert_eq!(rotations.tenants(), 2);
         for (name, from) in [("low", 0), ("high", 256)] {
             let rotation = rotations.of(&tenant(name));
             assert_ne!(rotation, rotations.of(&tenant("another")));
@@ -420,6 +428,13 @@ mod tests {
             own: vec![(tenant("wide"), turned(256))],
         };
         assert_eq!(Rotations::learn(&unserved, &|| false), None);
+        // Of too few vectors nobody can tell.
+        let few = Sample {
+            own: vec![(tenant("wide"), turned(256)[..TELLING - 1].to_vec())],
+            ..unserved
+        };
+        let (rotations, _) = Rotations::learn(&few, &|| false).unwrap();
+        assert_eq!(rotations.tenants(), 0);
     }
 
     #[test]
