@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use aeterna_memory::domain::{Key, ScopeKey, Sequence};
 use aeterna_memory::store::code::Code;
-use aeterna_memory::store::flat::rotation::{Rotations, kept};
+use aeterna_memory::store::flat::rotation::{Rotations, indexed};
 use aeterna_memory::store::flat::{FlatIndex, Layout, Opened};
 use aeterna_memory::store::sqlite::SqliteStore;
 use aeterna_memory::store::{Among, Entry, Relational as _, Rescoring, Sample};
@@ -129,16 +129,14 @@ impl Funnel {
         let open = async || SqliteStore::open(&options, CACHE).await.context("open the store");
         open().await?.close().await;
         let before = resident()?;
+        let (dimension, learned) = (data.dimensions, first == First::Learned);
+        let most = if first == First::Dimensions { 256 } else { dimension };
         let layout = Layout {
             store: "bench".into(),
             model: MODEL.into(),
-            dimension: data.dimensions,
-            prefix: match first {
-                First::Dimensions => first_of(data.dimensions),
-                First::All => data.dimensions,
-                First::Learned => kept(data.dimensions).context("a rotation keeps less than all dimensions")?,
-            },
-            learned: if first == First::Learned { data.len() } else { 0 },
+            dimension,
+            prefix: indexed(dimension, most.min(dimension), learned),
+            learned: if learned { data.len() } else { 0 },
         };
         let vectors = directory.path().join("vectors");
         let began = Instant::now();
@@ -177,15 +175,6 @@ impl Funnel {
             memory,
             _directory: directory,
         })
-    }
-}
-
-/// Dimensions in the index of a model that was trained for being cut short.
-fn first_of(dimensions: usize) -> usize {
-    let most = dimensions.min(256);
-    match dimensions > most {
-        true => kept(dimensions).map_or(most, |kept| kept.min(most)),
-        false => most,
     }
 }
 

@@ -35,16 +35,13 @@ impl FlatIndexes {
         self.root.join(plain_name(identity))
     }
 
-    /// How the vectors of a model are laid out, with a rotation that was learned of so many vectors. A model that was trained for
-    /// being cut short is cut as far as by a rotation.
+    /// How the vectors of a model are laid out, with a rotation that was learned of so many vectors.
     fn layout(&self, model: &Model, learned: usize) -> Layout {
-        let cut = learned > 0 || model.prefix < model.dimension;
-        let kept = rotation::kept(model.dimension).filter(|_| cut);
         Layout {
             store: self.store.clone(),
             model: model.identity.clone(),
             dimension: model.dimension,
-            prefix: kept.map_or(model.prefix, |kept| kept.min(model.prefix)),
+            prefix: rotation::indexed(model.dimension, model.prefix, learned > 0),
             learned,
         }
     }
@@ -206,7 +203,7 @@ mod tests {
     }
 
     #[test]
-    fn models_that_can_be_cut_short_are_cut_to_half_or_less_and_others_by_a_rotation() {
+    fn models_are_cut_by_their_training_or_by_a_rotation_where_that_saves_half() {
         let indexes = FlatIndexes::new(PathBuf::new(), "a-store".into(), true);
         let prefix = |dimension: usize, prefix: usize, learned: usize| {
             let model = Model {

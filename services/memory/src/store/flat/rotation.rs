@@ -55,6 +55,14 @@ pub fn kept(dimension: usize) -> Option<usize> {
     (2 * kept <= dimension).then_some(kept)
 }
 
+/// Dimensions that an index has of vectors of so many, of which the first `prefix` tell most: all, when the model was not trained
+/// for being cut short. One that was is cut as far as by a rotation that was learned.
+pub fn indexed(dimension: usize, prefix: usize, learned: bool) -> usize {
+    let cut = learned || prefix < dimension;
+    let kept = kept(dimension).filter(|_| cut);
+    kept.map_or(prefix, |kept| kept.min(prefix))
+}
+
 impl Rotation {
     /// Learns from one half of some vectors, tries it on the other, and says which part of the nearest neighbours it
     /// keeps there; `None` when that is too little, when there are too few vectors, or when it is told to stop.
